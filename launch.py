@@ -1,0 +1,48 @@
+"""Train and evaluate a continual learner: python launch.py --config=configs/vit_cil.py --workdir=runs/mine"""
+
+import os
+import sys
+from pathlib import Path
+
+# Set before jax is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from soft_jax import config as config_lib
+from soft_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    str(Path(__file__).parent / "configs" / "digits.py"),
+    "The run's settings; variants by argument (configs/vit_cil.py:tasks=20), any field by --config.field=value.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder; the same command continues it. Default: runs/NAME-METHOD-TASKSx-seedSEED."
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    # Imported here: a wrong flag is answered at once, not after jax has started.
+    from soft_jax import continual
+
+    logging.set_verbosity(logging.ERROR)
+    try:
+        config = config_lib.from_config_dict(_CONFIG.value)
+        workdir = _WORKDIR.value or f"runs/{config.name}-{config.method}-{config.tasks}x-seed{config.seed}"
+        continual.run(config, workdir)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error}; finished tasks are as they were, and the same command continues")
+    except continual.Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + 15)
+
+
+if __name__ == "__main__":
+    app.run(main)

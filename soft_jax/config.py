@@ -1,0 +1,155 @@
+"""Every setting of a run, its default and its checks; `configs/*.py` and the command line fill it."""
+
+import ast
+import dataclasses
+import types
+from typing import Any
+
+import ml_collections
+
+from soft_jax import prompts, reparam
+from soft_jax.errors import UserError
+
+METHODS = ("softtf", "dualprompt")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Layers are named from 1, as the paper's tables do; learning rate is for a batch of 256 images."""
+
+    name: str = "softtf"  # names the default workdir
+    # Scenario
+    dataset: str = "cifar100"  # "digits", or a TFDS image classification set with the splits train and test
+    data_dir: str = ""  # where TFDS looks; empty: TFDS's own default
+    tasks: int = 10
+    seed: int = 59
+    # Frozen backbone
+    backbone: str = "vit_b16"
+    backbone_path: str = ""  # the file, or the folder it is in; empty: bundled, cached or downloaded
+    image_size: int = 0  # pixels; 0: the backbone's own
+    dtype: str = "float32"  # of the computation; masks and their product with the weights are always float32
+    # Method
+    method: str = "softtf"
+    mask_layers: tuple[int, ...] = (10, 11, 12)
+    mask_weights: str = "qkv+proj"  # joined by "+": qkv, proj, mlp
+    mask_init: str = "uniform"  # U(0.99, 1), or "ones"
+    e_prompt_layers: tuple[int, ...] = (10, 11, 12)
+    e_prompt_length: int = 5
+    g_prompt_layers: tuple[int, ...] = (1, 2)
+    g_prompt_length: int = 5
+    prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
+    pull: float = 1.0  # λ of the key-matching term
+    # Training
+    epochs: int = 20
+    batch_size: int = 24  # over all devices
+    learning_rate: float = 0.03  # × batch_size / 256
+    clip_norm: float = 1.0
+    crop_scale: tuple[float, float] = (0.05, 1.0)  # of the image's area; (1, 1) with crop_ratio (1, 1): no crop
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    # Evaluation: "per_sample", "batch_vote" (the published one) and "oracle" are always reported together
+    shots: int = 7  # images of a test batch that batch_vote's Gradient ID looks at; 0: all of them
+    eval_batch_size: int = 256  # of the forward passes; no figure depends on it
+    # Running
+    checkpoint_every: int = 500  # steps between saves inside a task
+    tensorboard: bool = False  # needs tensorboardX
+
+    def __post_init__(self):
+        self._one_of("method", METHODS)
+        self._one_of("prefix_layout", prompts.LAYOUTS)
+        self._one_of("mask_init", reparam.MASK_INITS)
+        self._one_of("dtype", DTYPES)
+        for weight in self.mask_weights.split("+"):
+            if weight not in reparam.WEIGHTS:
+                raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparam.WEIGHTS)} with '+'")
+        for field in (
+            "tasks",
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "checkpoint_every",
+            "learning_rate",
+            "clip_norm",
+        ):
+            self._at_least(field, 1 if isinstance(getattr(self, field), int) else 1e-12)
+        for field in ("image_size", "shots", "e_prompt_length", "g_prompt_length", "pull", "seed"):
+            self._at_least(field, 0)
+        for field in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, field)
+            if not 0 < low <= high:
+                raise UserError(f"{field}: {(low, high)} is not a range above 0")
+        if both := set(self.e_prompt_layers) & set(self.g_prompt_layers):
+            raise UserError(f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; a layer takes one prompt")
+
+    def _one_of(self, field: str, known: tuple[str, ...]) -> None:
+        if getattr(self, field) not in known:
+            raise UserError(f"{field}: {getattr(self, field)!r} is unknown; known are {', '.join(known)}")
+
+    def _at_least(self, field: str, least: float) -> None:
+        if not getattr(self, field) >= least:
+            raise UserError(f"{field}: {getattr(self, field)!r} is below {least:g}")
+
+    @property
+    def benchmark(self) -> str:
+        """Key of the published tables ("c100_10"), or a name of our own."""
+        short = {"cifar100": "c100", "imagenet_r": "imr", "caltech_birds2011": "cub", "tiny_imagenet": "tiny"}
+        return f"{short.get(self.dataset, self.dataset)}_{self.tasks}"
+
+
+def config_dict(**settings: Any) -> ml_collections.ConfigDict:
+    """The defaults with `settings` in their place, as what `config_flags` edits."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config(**settings)))
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """The checked `Config`. Raises UserError for an unknown field or a bad value, by name."""
+    values = config.to_dict()
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
+    values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+    return Config(**values)
+
+
+def parse_argument(argument: str | None) -> dict[str, Any]:
+    """A config's string argument ("tasks=20,method=dualprompt,layers=3-5") as settings.
+
+    Keys are the fields of `Config`, and `layers` for the E-prompt and masked layers at once. Layers are "10-12" or
+    "3+5+7". Raises UserError for an unknown key or a value of the wrong type, by name.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    settings: dict[str, Any] = {}
+    for item in filter(None, (argument or "").split(",")):
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise UserError(f"config argument {item!r}: write key=value")
+        if key == "layers":
+            settings["e_prompt_layers"] = settings["mask_layers"] = _parse(key, text, tuple[int, ...])
+        elif key in fields:
+            settings[key] = _parse(key, text, fields[key])
+        else:
+            raise UserError(f"config argument: unknown key {key!r}; known are layers, {', '.join(fields)}")
+    return settings
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is str:
+            return text
+        if isinstance(kind, types.GenericAlias):
+            return _parse_layers(text) if kind == tuple[int, ...] else tuple(float(part) for part in text.split("-"))
+        value = ast.literal_eval(text.capitalize() if kind is bool else text)
+        if type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
+    except (ValueError, SyntaxError):
+        pass
+    name = "layers such as 10-12 or 3+5" if kind == tuple[int, ...] else getattr(kind, "__name__", str(kind))
+    raise UserError(f"config argument: {key}={text!r} is not of the type {name}")
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    layers: list[int] = []
+    for part in text.split("+"):
+        first, _, last = part.partition("-")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)

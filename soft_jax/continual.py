@@ -1,0 +1,312 @@
+"""The one outer loop: scenario → train → evaluate → store → report, task after task, resumable anywhere."""
+
+import dataclasses
+import functools
+import math
+import platform
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from soft_jax import data, evaluate, methods, report, train, trees, weights
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from soft_jax.scenario import Scenario
+from soft_jax.store import Store
+
+# Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
+_FREE = ("data_dir", "backbone_path", "eval_batch_size", "checkpoint_every", "tensorboard")
+
+
+class Preempted(Exception):
+    """SIGTERM came: the state is saved, and the same command continues."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """Everything that stays fixed from a run's first task to its last."""
+
+    config: Config
+    scenario: Scenario
+    dataset: data.Dataset
+    backbone: weights.Backbone
+    params: trees.Tree  # the frozen backbone, on the devices
+    method: methods.Method
+    recipe: train.Recipe
+    mesh: Mesh
+    store: Store
+    console: Console
+    stop: threading.Event
+    log: Callable[[str, int, Mapping[str, float]], None]
+
+    @property
+    def settings(self) -> evaluate.Settings:
+        """How evaluation batches its images."""
+        c = self.config
+        return evaluate.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size)
+
+    @functools.cache  # noqa: B019 - one run a process
+    def test_set(self, task: int) -> data.Split:
+        """Task `task`'s test images."""
+        test = self.dataset.test
+        members = self.scenario.members(test.labels, task)
+        return data.Split(test.images[members], test.labels[members])
+
+    @functools.cache  # noqa: B019 - q(x) depends on nothing that is trained: once per test image in a run
+    def query(self, task: int) -> np.ndarray:
+        """q(x) of task `task`'s test images, `[N, dim]`."""
+        return evaluate.queries(self.method, self.params, self.test_set(task).images, self.settings)
+
+    def initial_adapter(self, task: int) -> methods.Adapter:
+        """Task `task`'s adapter as it is drawn, on the devices."""
+        adapter = self.method.init_adapter(train.stream(self.config.seed, "adapter", task), self.params)
+        return jax.device_put(adapter, train.replicated(self.mesh))
+
+    def initial_shared(self) -> methods.Shared:
+        """The shared part before the first task, on the devices."""
+        shared = self.method.init_shared(train.stream(self.config.seed, "shared", 0))
+        return jax.device_put(shared, train.replicated(self.mesh))
+
+
+def run(config: Config, workdir: str | Path, console: Console | None = None) -> list[dict[str, Any]]:
+    """Train and evaluate every task that `workdir` does not hold yet; returns the manifests of all tasks.
+
+    Raises UserError for anything the user has to mend, Preempted after a SIGTERM.
+    """
+    console = console or Console()
+    with _sigterm() as stop, _tensorboard(config, workdir) as log:
+        this = prepare(config, workdir, console, stop, log)
+        adapters = [this.initial_adapter(task) for task in range(config.tasks)]
+        shared, manifests = this.initial_shared(), []
+        for task in range(this.store.finished()):
+            adapters[task], shared, manifest = this.store.load_task(task, adapters[task], shared, train.replicated(this.mesh))
+            manifests.append(manifest)
+        if manifests:
+            console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {this.store.root}")
+        for task in range(len(manifests), config.tasks):
+            if task:
+                adapters[task] = adapters[task] | {"prompt": adapters[task - 1]["prompt"]}
+            state, seconds = train_task(this, task, adapters[task], shared)
+            adapters[task], shared = state.trainable["adapter"], state.trainable["shared"]
+            model = evaluate.Model(this.method, this.params, shared, adapters, task + 1, this.scenario.task_of_class)
+            manifest = _manifest(this, task, adapters[task], shared, _evaluate(this, model), seconds)
+            this.store.save_task(task, adapters[task], shared, manifest)
+            manifests.append(manifest)
+            report.write(this.store.root, dataclasses.asdict(config), config.benchmark, manifests)
+            console.print(report.line(manifests))
+        report.write(this.store.root, dataclasses.asdict(config), config.benchmark, manifests)
+        report.show(console, config.benchmark, manifests)
+        console.print(f"Report: {this.store.root / 'report.md'}")
+        return manifests
+
+
+def prepare(config: Config, workdir: str | Path, console: Console, stop: threading.Event, log: Callable[..., None]) -> Run:
+    """Find data and weights, check that everything fits, and open the workdir; cheap checks come first."""
+    backbone = weights.load(config.backbone, config.backbone_path, config.image_size, config.dtype)
+    for name in backbone.left_out:
+        console.print(f"backbone: {name} has no place in a ViT without a classifier; left out")
+    identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    methods.from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
+    dataset = data.load(config.dataset, config.data_dir)
+    scenario = Scenario(len(dataset.class_names), config.tasks)
+    method = methods.from_config(config, backbone.vit, scenario.classes)
+    store = Store(workdir, identity | {"backbone_sha256": backbone.fingerprint})
+    mesh = train.data_mesh()
+    console.print(
+        f"{config.method} on {config.dataset}, {config.tasks} tasks of {scenario.classes // config.tasks} classes; "
+        f"{config.backbone} at {backbone.vit.image_size} pixels; {mesh.size} {jax.devices()[0].device_kind} device(s); {store.root}"
+    )
+    return Run(
+        config=config,
+        scenario=scenario,
+        dataset=dataset,
+        backbone=backbone,
+        params=jax.device_put(backbone.params, train.replicated(mesh)),
+        method=method,
+        recipe=train.recipe_from_config(config, method),
+        mesh=mesh,
+        store=store,
+        console=console,
+        stop=stop,
+        log=log,
+    )
+
+
+def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Shared) -> tuple[train.TrainState, float]:
+    """Train task `task` from where its kept state stands, or from `adapter` and `shared`; the state and the seconds it took.
+
+    The state after the last step is kept, so that a run killed in evaluation does not train again.
+    Raises UserError for a loss that is not finite, Preempted after a SIGTERM.
+    """
+    config, start = run.config, time.monotonic()
+    # The step donates its state; the adapters and the shared part that others still hold are copied first.
+    state = train.init_state(run.recipe, *jax.tree.map(jnp.copy, (adapter, shared)))
+    state = jax.device_put(state, train.replicated(run.mesh))
+    state = _continued(run, task, state)
+    step_fn, key = train.compile_step(run.recipe, run.mesh), train.stream(config.seed, "augment", task)
+    first = int(state.step)
+    last: tuple[int, dict[str, jax.Array]] | None = None
+    total = config.epochs * _steps_per_epoch(run, task)
+    with _progress(run.console) as progress:
+        bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=first)
+        for step, batch in batches(run, task, first):
+            state, terms = step_fn(state, run.params, batch, key)
+            # Looked at one step late: the device computes this step while the host reads the one before.
+            if last:
+                _check(run, task, *last)
+            last = step, terms
+            progress.advance(bar)
+            if run.stop.is_set() or (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
+                _check(run, task, *last)
+                run.store.save_training(task, step + 1, state)
+                last = None
+            if run.stop.is_set():
+                raise Preempted(f"Stopped after step {step + 1} of task {task + 1}; the same command continues")
+    return state, time.monotonic() - start
+
+
+def _continued(run: Run, task: int, state: train.TrainState) -> train.TrainState:
+    """The kept state of this task, or `state`. A damaged one costs its steps, not the run: the task starts again."""
+    try:
+        return run.store.load_training(task, state, train.replicated(run.mesh)) or state
+    except UserError as error:
+        run.console.print(f"[bold]The kept training state is damaged, task {task + 1} starts again[/bold]: {error}")
+        run.store.drop_training()
+        return state
+
+
+def _steps_per_epoch(run: Run, task: int) -> int:
+    return math.ceil(len(run.scenario.members(run.dataset.train.labels, task)) / run.config.batch_size)
+
+
+def batches(run: Run, task: int, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+    """A task's training batches from step `first` on, as (step, batch); a pure function of seed, task and step.
+
+    The last batch of an epoch holds what is left. Every batch is padded to one shape that the devices divide, with weight 0.
+    """
+    config, split = run.config, run.dataset.train
+    members = run.scenario.members(split.labels, task)
+    steps = _steps_per_epoch(run, task)
+    padded = math.ceil(config.batch_size / run.mesh.size) * run.mesh.size
+    rows, whole = train.by_row(run.mesh), train.replicated(run.mesh)
+    class_mask = jax.device_put(run.scenario.class_mask(task), whole)
+    for epoch in range(first // steps, config.epochs):
+        order = np.random.default_rng([config.seed, zlib.crc32(b"shuffle"), task, epoch]).permutation(members)
+        for index in range(first - epoch * steps if epoch == first // steps else 0, steps):
+            chosen = order[index * config.batch_size : (index + 1) * config.batch_size]
+            pad = np.zeros(padded - len(chosen), chosen.dtype)
+            weights_ = np.concatenate([np.ones(len(chosen), np.float32), pad.astype(np.float32)])
+            chosen = np.concatenate([chosen, pad])
+            batch = jax.device_put({"images": split.images[chosen], "labels": split.labels[chosen], "weights": weights_}, rows)
+            yield epoch * steps + index, batch | {"class_mask": class_mask}
+
+
+def _check(run: Run, task: int, step: int, terms: dict[str, jax.Array]) -> None:
+    values = {name: float(value) for name, value in jax.device_get(terms).items()}
+    run.log(f"task_{task + 1}", step, values)
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise UserError(
+                f"task {task + 1}, step {step + 1}: {name} is {values[name]}; training stopped, finished tasks are as they were. "
+                f"Try a lower learning_rate, or dtype=float32"
+            )
+
+
+def _evaluate(run: Run, model: evaluate.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
+    start = time.monotonic()
+    table: dict[str, list[evaluate.Row]] = {protocol: [] for protocol in evaluate.protocols(run.method)}
+    with _progress(run.console) as progress:
+        bar = progress.add_task(f"Evaluate {model.seen}/{run.config.tasks}", total=model.seen)
+        for task in range(model.seen):
+            if run.stop.is_set():
+                raise Preempted(f"Stopped while evaluating after task {model.seen}; the same command continues")
+            split = run.test_set(task)
+            rows = evaluate.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
+            for protocol, row in rows.items():
+                table[protocol].append(row)
+            progress.advance(bar)
+    return table, time.monotonic() - start
+
+
+def _manifest(
+    run: Run,
+    task: int,
+    adapter: methods.Adapter,
+    shared: methods.Shared,
+    evaluated: tuple[dict[str, list[evaluate.Row]], float],
+    train_seconds: float,
+) -> dict[str, Any]:
+    table, eval_seconds = evaluated
+    classes = run.scenario.classes_of(task)
+    masks = trees.flatten(adapter.get("mask", {}))
+    return {
+        "task": task,
+        "classes": classes,
+        "class_names": [run.dataset.class_names[c] for c in classes],
+        "config": dataclasses.asdict(run.config),
+        "backbone": {"name": run.backbone.name, "sha256": run.backbone.fingerprint},
+        "metrics": {protocol: [dataclasses.asdict(row) for row in rows] for protocol, rows in table.items()},
+        "seconds": {"train": train_seconds, "evaluate": eval_seconds},
+        "parameters": {"adapter": trees.count(adapter), "shared": trees.count(shared)},
+        "mask_distance_from_one": {path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside the main thread, where no handler can be set, it never is."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _tensorboard(config: Config, workdir: str | Path) -> Iterator[Callable[..., None]]:
+    if not config.tensorboard:
+        yield lambda *_: None
+        return
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError("tensorboard: tensorboardX is not installed; pip install tensorboardX, or leave the setting off") from error
+    with SummaryWriter(str(Path(workdir) / "tensorboard")) as writer:
+
+        def log(group: str, step: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(f"{group}/{name}", value, step)
+
+        yield log
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

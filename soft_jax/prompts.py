@@ -1,0 +1,49 @@
+"""DualPrompt's prompts (Wang et al., 2022): key/value prefixes, their look-up, and key matching."""
+
+import jax
+import jax.numpy as jnp
+
+LAYOUTS = ("separate", "interleaved")
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Prompts and prompt keys start from U(-1, 1), float32 `shape`."""
+    return jax.random.uniform(key, shape, jnp.float32, -1, 1)
+
+
+def prefix_sources(layout: str, positions: jax.Array, batch: jax.Array) -> jax.Array | None:
+    """Which half of an E-prompt each image gets as its key prefix and as its value prefix.
+
+    "separate" gives the key prompt as key and the value prompt as value: None stands for that. "interleaved" is what
+    the published prompt-pool look-up does, which *reshapes* `[2, B, ...]` to `[B, 2, ...]`: flat entry f of the
+    first comes from half f // B, and image b gets entries 2b and 2b + 1. It so depends on the image's position
+    in its batch; for a batch of one image it is the same as "separate".
+
+    Args:
+        layout: "separate" or "interleaved".
+        positions: int `[B]`, each image's position in its batch.
+        batch: int, scalar or `[B]`, that batch's number of images.
+
+    Returns:
+        int `[B, 2]`, or None.
+    """
+    if layout == "separate":
+        return None
+    flat = 2 * positions[:, None] + jnp.arange(2)
+    return jnp.clip(flat // jnp.maximum(jnp.broadcast_to(batch, positions.shape), 1)[:, None], 0, 1)
+
+
+def prefixes(prompt: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None) -> dict[int, jax.Array]:
+    """A prompt `[layers, 2, length, heads, head_dim]` as `{layer: [1 or B, 2, length, heads, head_dim]}`."""
+    rows = prompt[:, None] if sources is None else prompt[:, sources]
+    return dict(zip(layers, rows, strict=True))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """`x / |x|` over the last axis."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
+
+
+def similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """cos(q(x), k) of queries `[B, dim]` and keys `[K, dim]`: `[B, K]`."""
+    return jnp.matmul(normalize(query), normalize(keys).T, precision="highest")

@@ -1,0 +1,213 @@
+"""Results of a run from its tasks' manifests: `results.jsonl`, a Markdown report, pictures and the terminal's table. No jax."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from soft_jax import metrics
+from soft_jax.store import write_text
+
+Manifests = Sequence[Mapping[str, Any]]
+
+TITLES = {
+    "per_sample/prompt_id": "CIL per_sample, Prompt ID",
+    "batch_vote/prompt_id": "CIL batch_vote, Prompt ID *",
+    "batch_vote/gradient_id": "CIL batch_vote, Gradient ID *",
+    "oracle/task_given": "TIL oracle, task given",
+}
+FOOTNOTE = "* the published protocol: one task id for a test batch that holds a single task, so the batch leaks the task"
+LEGEND = (
+    "final: mean accuracy over all tasks after the last; learned: of each task just after it; incr.: of the tasks seen, mean over the "
+    "stages; forget: best minus final, mean over the tasks before the last; backw.: final minus learned, over the same; task id: test "
+    "images given to their own task"
+)
+COLUMNS = {
+    "final_average": "final",
+    "just_learned": "learned",
+    "average_incremental": "incr.",
+    "forgetting": "forget",
+    "backward_transfer": "backw.",
+    "task_id_accuracy": "task id",
+}
+
+
+def accuracy_matrix(manifests: Manifests, protocol: str, field: str = "correct") -> np.ndarray:
+    """Percent `[task, trained through]` of one protocol; 0 below the diagonal. `field` is "correct" or "task_correct"."""
+    matrix = np.zeros((len(manifests), len(manifests)))
+    for stage, manifest in enumerate(manifests):
+        for task, row in enumerate(manifest["metrics"][protocol]):
+            matrix[task, stage] = 100 * row[field] / row["total"]
+    return matrix
+
+
+def figures(manifests: Manifests, protocol: str) -> dict[str, float]:
+    """`metrics.summarize` of one protocol, with `task_id_accuracy`: percent of test images given to their own task."""
+    task_id = accuracy_matrix(manifests, protocol, "task_correct")[:, -1].mean()
+    return metrics.summarize(accuracy_matrix(manifests, protocol)) | {"task_id_accuracy": float(task_id)}
+
+
+def published(benchmark: str) -> list[dict[str, Any]]:
+    """The paper's rows for a benchmark; every one of them is under the batch_vote protocol."""
+    rows = json.loads((resources.files("soft_jax") / "assets" / "published.json").read_text())["rows"]
+    return [row for row in rows if "accuracy" in row.get(benchmark, {})]
+
+
+def write(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests) -> None:
+    """Write `results.jsonl`, `report.md` and the pictures, all made anew from the manifests."""
+    write_text(root / "results.jsonl", "".join(json.dumps(row) + "\n" for row in result_rows(config, benchmark, manifests)))
+    pictures = draw(root, manifests)
+    write_text(root / "report.md", markdown(root, config, benchmark, manifests, pictures))
+
+
+def result_rows(config: Mapping[str, Any], benchmark: str, manifests: Manifests) -> list[dict[str, Any]]:
+    """One row per task trained and protocol."""
+    rows = []
+    for stage in range(1, len(manifests) + 1):
+        for protocol in manifests[0]["metrics"]:
+            name, task_id = protocol.split("/")
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "method": config["method"],
+                    "seed": config["seed"],
+                    "tasks_trained": stage,
+                    "protocol": name,
+                    "task_id": task_id,
+                    **figures(manifests[:stage], protocol),
+                    "accuracy_by_task": accuracy_matrix(manifests[:stage], protocol)[:, -1].tolist(),
+                    "images": sum(row["total"] for row in manifests[stage - 1]["metrics"][protocol]),
+                    "seconds": manifests[stage - 1]["seconds"],
+                }
+            )
+    return rows
+
+
+def line(manifests: Manifests) -> str:
+    """One line on the state after the latest task."""
+    parts = [f"{protocol} {accuracy_matrix(manifests, protocol)[:, -1].mean():.2f}" for protocol in manifests[0]["metrics"]]
+    return f"After task {len(manifests)}: " + ", ".join(parts)
+
+
+def show(console: Console, benchmark: str, manifests: Manifests) -> None:
+    """Print the final table."""
+    table = Table(title=f"{benchmark} after {len(manifests)} tasks, percent", title_justify="left")
+    table.add_column("protocol", no_wrap=True)
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for protocol in manifests[0]["metrics"]:
+        values = figures(manifests, protocol)
+        table.add_row(TITLES[protocol], *(f"{values[column]:.2f}" for column in COLUMNS))
+    console.print(table)
+    console.print(f"{FOOTNOTE}\n{LEGEND}")
+    console.print(_time(manifests))
+
+
+def _time(manifests: Manifests) -> str:
+    train, evaluate = (sum(manifest["seconds"][part] for manifest in manifests) for part in ("train", "evaluate"))
+    return f"Time: {train:.0f} s training, {evaluate:.0f} s evaluation, compilation included."
+
+
+def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests, pictures: Sequence[str]) -> str:
+    """The report as Markdown."""
+    lines = [f"# {config['method']} on {benchmark}, seed {config['seed']}", ""]
+    lines += [f"After {len(manifests)} of {config['tasks']} tasks; percent of test images.", ""]
+    lines += ["| protocol | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for protocol in manifests[0]["metrics"]:
+        values = figures(manifests, protocol)
+        lines.append(f"| {_escaped(TITLES[protocol])} | " + " | ".join(f"{values[column]:.2f}" for column in COLUMNS) + " |")
+    lines += ["", _escaped(FOOTNOTE), "", f"({LEGEND}.)", "", _time(manifests), "", "## Size", ""]
+    adapter, shared = manifests[-1]["parameters"]["adapter"], manifests[-1]["parameters"]["shared"]
+    lines += [
+        f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all (G-prompt, classifier).",
+        f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
+        "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in sorted((root / "tasks").iterdir())) + ".",
+    ]
+    lines += ["", "## Accuracy by task (rows) after each task trained (columns)", ""]
+    for protocol in manifests[0]["metrics"]:
+        lines += [f"{_escaped(TITLES[protocol])}:", "", *_matrix(accuracy_matrix(manifests, protocol)), ""]
+    if rows := published(benchmark):
+        lines += [
+            "## Published figures",
+            "",
+            "All under batch_vote (one task id for a test batch that holds one task); with ViT-B/16 at 224 pixels.",
+            "",
+        ]
+        lines += ["| method | table | task id | final | forgetting |", "|---|---|---|---|---|"]
+        for row in rows:
+            value = row[benchmark]
+            forgetting = "–" if value["forgetting"] is None else f"{value['forgetting']:.2f}"
+            lines.append(f"| {row['method']} | {row['table']} | {row['task_id'] or '–'} | {value['accuracy']:.2f} | {forgetting} |")
+        lines.append("")
+    lines += [f"![{name}]({name})" for name in pictures]
+    backbone = manifests[-1]["backbone"]
+    settings = ", ".join(f"{key}={value}" for key, value in config.items())
+    lines += ["", f"Backbone {backbone['name']}, SHA-256 {backbone['sha256']}.", "", f"Settings: {settings}.", ""]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("*", "\\*")
+
+
+def _matrix(matrix: np.ndarray) -> list[str]:
+    stages = range(matrix.shape[1])
+    lines = ["| task | " + " | ".join(str(stage + 1) for stage in stages) + " |", "|---" * (len(stages) + 1) + "|"]
+    for task in stages:
+        lines.append(f"| {task + 1} | " + " | ".join(f"{matrix[task, s]:.1f}" if s >= task else "" for s in stages) + " |")
+    return lines
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def draw(root: Path, manifests: Manifests) -> list[str]:
+    """Draw the pictures into `root`; their file names."""
+    # Figures without pyplot: no display, no global state.
+    from matplotlib.figure import Figure
+
+    protocols, stages = list(manifests[0]["metrics"]), np.arange(1, len(manifests) + 1)
+    names = []
+
+    def save(figure: Figure, name: str) -> None:
+        figure.savefig(root / name, dpi=100)
+        names.append(name)
+
+    figure = Figure(figsize=(4 * len(protocols), 4), layout="constrained")
+    for axes, protocol in zip(figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True):
+        matrix = accuracy_matrix(manifests, protocol)
+        image = axes.imshow(np.ma.masked_array(matrix, np.tril(np.ones_like(matrix), -1)), vmin=0, vmax=100)
+        axes.set(title=protocol, xlabel="trained through task", ylabel="test images of task")
+        axes.set_xticks(stages - 1, stages)
+        axes.set_yticks(stages - 1, stages)
+    figure.colorbar(image, ax=figure.axes, label="accuracy (%)")
+    save(figure, "accuracy_matrix.png")
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, field, title in zip(figure.subplots(1, 2), ("final_average", "forgetting"), ("average accuracy", "forgetting"), strict=True):
+        for protocol in protocols:
+            values = [metrics.summarize(accuracy_matrix(manifests[:stage], protocol))[field] for stage in stages]
+            axes.plot(stages, values, marker="o", label=protocol)
+        axes.set(xlabel="tasks trained", ylabel=f"{title} (%)", xticks=stages)
+        axes.legend()
+    save(figure, "accuracy_and_forgetting.png")
+
+    if distances := manifests[-1]["mask_distance_from_one"]:
+        paths = sorted(distances, key=lambda path: (int(path.split("/")[0].split("_")[1]), path))
+        figure = Figure(figsize=(2 + 0.8 * len(stages), 1 + 0.4 * len(paths)), layout="constrained")
+        axes = figure.subplots()
+        values = np.array([[manifest["mask_distance_from_one"][path] for manifest in manifests] for path in paths])
+        image = axes.imshow(values, aspect="auto")
+        labels = [f"L{int(p.split('/')[0].split('_')[1]) + 1} {'/'.join(p.split('/')[1:-1])}" for p in paths]
+        axes.set_yticks(range(len(paths)), labels)
+        axes.set_xticks(stages - 1, stages)
+        axes.set(xlabel="task", title="how far each mask moved from 1")
+        figure.colorbar(image, ax=axes, label="root mean square of m − 1")
+        save(figure, "mask_distance.png")
+    return names

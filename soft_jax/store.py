@@ -1,0 +1,211 @@
+"""A run on disk: one Orbax checkpoint per finished task, the state of the task in training, and the run's config.
+
+    WORKDIR/config.json       what the run is; another config is refused
+    WORKDIR/tasks/000/        a task: adapter, shared part and manifest, written whole or not at all
+    WORKDIR/training/000-000500/   task 0 after its 500th step, until the task is finished
+
+Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from soft_jax import trees
+from soft_jax.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _checkpointer(items: Mapping[str, Any]) -> ocp.Checkpointer:
+    # One directory an array (no OCDBT): damage then has a name.
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in items}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers, manifest=ocp.JsonCheckpointHandler()))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted name, for any pytree; the name is also the array's directory on disk."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Save pytrees of jax arrays and a JSON manifest as one checkpoint, whole or not at all.
+
+    Raises UserError when it can't be written; nothing else on disk changes then.
+    """
+    named = {name: _named(tree) for name, tree in items.items()}
+    hashes = {f"{name}/{leaf}": trees.sha256(array) for name, leaves in named.items() for leaf, array in leaves.items()}
+    manifest = dict(manifest, sha256=hashes)
+    manifest["manifest_sha256"] = _digest(manifest)
+    args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
+    try:
+        with _checkpointer(items) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
+    except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
+        clean(path.parent)
+        raise UserError(
+            f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are as they were; "
+            f"make room or mend the disk, and give the same command again"
+        ) from error
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves that were cut off left behind."""
+    for partial in folder.glob("*orbax-checkpoint-tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises UserError when it is missing or damaged."""
+    try:
+        with _checkpointer({}) as checkpointer:
+            restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))
+        manifest = dict(restored.manifest)
+        expected = manifest.pop("manifest_sha256")
+    except Exception as error:  # missing files, bad JSON, bad UTF-8: all mean the same
+        raise UserError(f"{path}: the manifest can't be read ({type(error).__name__}); {_ADVICE}") from error
+    if _digest(manifest) != expected:
+        raise UserError(f"{path}: the manifest does not have the SHA-256 it was saved with; {_ADVICE}")
+    return manifest
+
+
+_ADVICE = "restore this folder from a copy, or move it and all later tasks away and give the same command again to retrain them"
+
+
+def load(path: Path, templates: Mapping[str, Any], sharding: Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Items like `templates` (pytrees of arrays or shapes), placed by `sharding`, and the manifest, all verified.
+
+    Raises UserError naming the array that is missing, of another shape, or not what was saved.
+    """
+    manifest = load_manifest(path)
+    out = {}
+    for item, template in templates.items():
+        leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in _named(template).items()}
+        expected = {key.removeprefix(f"{item}/"): value for key, value in manifest["sha256"].items() if key.startswith(f"{item}/")}
+        if odd := sorted(expected.keys() ^ leaves.keys()):
+            raise UserError(f"{path}: {item}/{odd[0]} is only in the {'checkpoint' if odd[0] in expected else 'configured method'}")
+        arrays = _restore(path, item, leaves)
+        for name, array in arrays.items():
+            if array.shape != leaves[name].shape or trees.sha256(array) != expected[name]:
+                raise UserError(f"{path}: array {item}/{name} is not what was saved (its SHA-256 differs); {_ADVICE}")
+        out[item] = jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in leaves])
+    return out, manifest
+
+
+def _restore(path: Path, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def read(part):
+        restore_args = ocp.checkpoint_utils.construct_restore_args(part)
+        args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
+        with _checkpointer({item: part}) as checkpointer:
+            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{item: args}))[item]
+
+    try:
+        return read(leaves)
+    except Exception as whole:  # find the array to blame, one by one
+        for name, leaf in leaves.items():
+            try:
+                read({name: leaf})
+            except Exception as error:
+                reason = str(error).splitlines()[0][:200]
+                raise UserError(f"{path}: array {item}/{name} can't be read ({reason}); {_ADVICE}") from whole
+        raise UserError(f"{path}: {item} can't be read ({str(whole).splitlines()[0][:200]}); {_ADVICE}") from whole
+
+
+class Store:
+    """The folder of one run. Opening it makes it, or checks that it holds this run."""
+
+    def __init__(self, workdir: str | Path, identity: Mapping[str, Any]):
+        """`identity` is what makes this run this one (config and backbone fingerprint), as JSON values.
+
+        Raises UserError when the folder can't be written, or holds another run.
+        """
+        self.root = Path(workdir).expanduser()
+        self.tasks, self.training = self.root / "tasks", self.root / "training"
+        config = self.root / "config.json"
+        identity = json.loads(json.dumps(identity))
+        try:
+            for folder in (self.tasks, self.training):
+                folder.mkdir(parents=True, exist_ok=True)
+                clean(folder)
+            if config.exists():
+                self._compare(config, identity)
+            elif self.finished():
+                raise UserError(f"workdir: {self.root} has tasks but no config.json; restore it, or take another workdir")
+            else:
+                write_text(config, json.dumps(identity, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"workdir: {self.root} can't be written ({error}); name another with --workdir=DIR") from error
+
+    def _compare(self, config: Path, identity: dict[str, Any]) -> None:
+        try:
+            there = json.loads(config.read_text())
+        except ValueError as error:
+            raise UserError(f"workdir: {config} is damaged ({error}); restore it, or take another workdir") from error
+        lines = [
+            f"  {key}: {there.get(key)!r} there, {identity.get(key)!r} now"
+            for key in sorted(there.keys() | identity.keys())
+            if there.get(key) != identity.get(key)
+        ]
+        if lines:
+            raise UserError(
+                f"workdir: {self.root} holds a run of another config; take another workdir or these settings:\n" + "\n".join(lines)
+            )
+
+    def task_path(self, task: int) -> Path:
+        """Where task `task` (from 0) is kept."""
+        return self.tasks / f"{task:03d}"
+
+    def finished(self) -> int:
+        """How many tasks are finished. Raises UserError where one is missing among them."""
+        there = sorted(int(path.name) for path in self.tasks.iterdir() if path.name.isdigit())
+        if there != list(range(len(there))):
+            missing = min(set(range(there[-1])) - set(there))
+            raise UserError(f"{self.task_path(missing)} is missing, later tasks are there; {_ADVICE}")
+        return len(there)
+
+    def save_task(self, task: int, adapter: Any, shared: Any, manifest: Mapping[str, Any]) -> None:
+        """Keep a finished task, and drop its training state."""
+        save(self.task_path(task), {"adapter": adapter, "shared": shared}, manifest)
+        self.drop_training()
+
+    def load_task(self, task: int, adapter: Any, shared: Any, sharding: Sharding) -> tuple[Any, Any, dict[str, Any]]:
+        """Adapter, shared part and manifest of a finished task, verified; `adapter` and `shared` are templates."""
+        items, manifest = load(self.task_path(task), {"adapter": adapter, "shared": shared}, sharding)
+        return items["adapter"], items["shared"], manifest
+
+    def save_training(self, task: int, step: int, state: Any) -> None:
+        """Keep the state of task `task` after `step` steps in the place of the one before."""
+        path = self.training / f"{task:03d}-{step:06d}"
+        if not path.exists():
+            save(path, {"state": state}, {"task": task, "step": step})
+        for other in self.training.iterdir():
+            if other != path:
+                shutil.rmtree(other)
+
+    def load_training(self, task: int, template: Any, sharding: Sharding) -> Any | None:
+        """The latest kept state of task `task`, None if there is none. Raises UserError when it is damaged."""
+        kept = sorted(self.training.glob(f"{task:03d}-*"))
+        return load(kept[-1], {"state": template}, sharding)[0]["state"] if kept else None
+
+    def drop_training(self) -> None:
+        """Remove every kept training state."""
+        for path in self.training.iterdir():
+            shutil.rmtree(path)

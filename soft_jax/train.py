@@ -1,0 +1,146 @@
+"""The training step: one jit-compiled, data-parallel function that serves every task."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from soft_jax import prompts, trees
+from soft_jax.augment import Augment, augment, to_unit
+from soft_jax.config import Config
+from soft_jax.methods import Adapter, Method, Shared
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything static of a training step. `learning_rate` is the optimizer's own; `augment` None takes images as they are."""
+
+    method: Method
+    learning_rate: float
+    clip_norm: float = 1.0
+    pull: float = 1.0
+    augment: Augment | None = None
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam(0.9, 0.999, eps 1e-8) with a constant learning rate."""
+        return optax.adam(self.learning_rate)
+
+
+class TrainState(NamedTuple):
+    """What a task's training carries from step to step. Nothing frozen is in it.
+
+    `trainable` is `{"adapter": ..., "shared": ...}`; `step` counts the task's steps.
+    """
+
+    step: jax.Array
+    trainable: dict[str, trees.Tree]
+    opt_state: optax.OptState
+
+
+def recipe_from_config(config: Config, method: Method) -> Recipe:
+    """The recipe that `config` asks for; the learning rate is scaled by batch size / 256."""
+    return Recipe(
+        method=method,
+        learning_rate=config.learning_rate * config.batch_size / 256,
+        clip_norm=config.clip_norm,
+        pull=config.pull,
+        augment=Augment(method.vit.image_size, config.crop_scale, config.crop_ratio, config.flip),
+    )
+
+
+def init_state(recipe: Recipe, adapter: Adapter, shared: Shared) -> TrainState:
+    """The state before a task's first step; the optimizer starts anew with each task."""
+    trainable = {"adapter": adapter, "shared": shared}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, recipe.optimizer().init(trainable))
+
+
+def stream(seed: int, name: str, task: int) -> jax.Array:
+    """The key of one named stream of randomness of one task; steps fold their own number in."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), task)
+
+
+def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of weight 1 (Soft-TF, section 3).
+
+    `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for padding, which
+    stands at the end), and `class_mask` bool `[classes]`, the task's classes. The second result names the terms.
+    """
+    method, weights = recipe.method, batch["weights"]
+    images, total = batch["images"], weights.sum()
+
+    def mean(x):
+        return jnp.sum(jnp.where(weights > 0, x * weights, 0)) / total
+
+    adapter, shared = trainable["adapter"], trainable["shared"]
+    query = jax.lax.stop_gradient(method.query(backbone, images))
+    positions = jnp.arange(len(weights))
+    sources = prompts.prefix_sources(method.prefix_layout, positions, total.astype(int))
+    logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images), sources)
+    masked = jnp.where(batch["class_mask"], logits, -jnp.inf)
+    cross_entropy = mean(optax.softmax_cross_entropy_with_integer_labels(masked, batch["labels"]))
+    query = query.astype(adapter["key"].dtype)
+    key_similarity = mean(prompts.similarity(query, adapter["key"][None])[:, 0])
+    loss = cross_entropy - recipe.pull * key_similarity
+    hits = mean((masked.argmax(axis=-1) == batch["labels"]).astype(weights.dtype))
+    terms = {"loss": loss, "cross_entropy": cross_entropy, "key_similarity": key_similarity, "accuracy": hits}
+    return loss, terms | {"query": query, "logits": logits}
+
+
+def gradients(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[trees.Tree, dict[str, Any]]:
+    """Gradients of every trained array, clipped to a global norm, with `loss_fn`'s terms and `grad_norm` (before clipping).
+
+    Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_` does (Optax divides by the norm alone).
+    """
+    grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, recipe)
+    norm = optax.global_norm(grads)
+    scale = jnp.minimum(recipe.clip_norm / (norm + 1e-6), 1)
+    return jax.tree.map(lambda g: g * scale, grads), terms | {"grad_norm": norm}
+
+
+def train_step(
+    state: TrainState, backbone: trees.Tree, batch: Batch, key: jax.Array, *, recipe: Recipe
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on uint8 images: augment, query, gradients, Adam. `key` is the task's augmentation stream.
+
+    Returns the new state and the scalars `loss`, `cross_entropy`, `key_similarity`, `accuracy` and `grad_norm`.
+    """
+    images = batch["images"]
+    if recipe.augment is not None:
+        images = augment(jax.random.fold_in(key, state.step), images, recipe.augment)
+    grads, terms = gradients(state.trainable, backbone, {**batch, "images": to_unit(images, batch["weights"].dtype)}, recipe)
+    updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    return TrainState(state.step + 1, trainable, opt_state), {k: v for k, v in terms.items() if v.ndim == 0}
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (or those given) on one axis, `data`."""
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole: backbone, adapters, state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Sharding of what is split over `data` along its first axis: images, labels, weights."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+@functools.cache
+def compile_step(recipe: Recipe, mesh: Mesh) -> Any:
+    """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
+    whole, rows = replicated(mesh), by_row(mesh)
+    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole}
+    step = functools.partial(train_step, recipe=recipe)
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)

@@ -1,0 +1,57 @@
+"""Parameter trees by path: nested dicts whose leaves are named "blocks_0/attn/qkv/kernel"."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+Tree = dict[str, Any]
+
+
+def flatten(tree: Mapping) -> dict[str, Any]:
+    """Nested dicts to one dict keyed by path, in sorted order."""
+    return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep="/")
+
+
+def select(tree: Mapping, paths: Iterable[str]) -> Tree:
+    """The subtree at `paths`. Raises KeyError naming the paths that the tree does not have."""
+    leaves = flatten(tree)
+    paths = list(paths)
+    if missing := [path for path in paths if path not in leaves]:
+        raise KeyError(f"no such parameters: {', '.join(missing)}")
+    return unflatten({path: leaves[path] for path in paths})
+
+
+def merge(tree: Mapping, overlay: Mapping) -> Tree:
+    """`tree` with the leaves of `overlay` in the place of its own. Raises KeyError for a path that `tree` lacks."""
+    leaves, over = flatten(tree), flatten(overlay)
+    if extra := over.keys() - leaves.keys():
+        raise KeyError(f"no such parameters: {', '.join(sorted(extra))}")
+    return unflatten(leaves | over)
+
+
+def count(tree: Any) -> int:
+    """Number of scalars in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def sha256(array: Any) -> str:
+    """Hex SHA-256 of an array's dtype, shape and little-endian C-order bytes."""
+    array = np.ascontiguousarray(array)
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return digest.hexdigest()
+
+
+def fingerprint(tree: Mapping) -> str:
+    """Hex SHA-256 of a whole tree: its paths and the hash of every array."""
+    lines = "".join(f"{path} {sha256(leaf)}\n" for path, leaf in flatten(jax.device_get(tree)).items())
+    return hashlib.sha256(lines.encode()).hexdigest()

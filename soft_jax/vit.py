@@ -1,0 +1,144 @@
+"""Vision Transformer (Dosovitskiy et al., 2021) in Flax linen, pre-norm, with optional key/value prefixes.
+
+The module knows nothing of masks or tasks: a method changes the parameter tree and fills `prefix` before `apply`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Prefix = Mapping[int, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a ViT. `dtype` is the dtype of its computation; parameters keep their own."""
+
+    image_size: int
+    patch_size: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    dtype: str = "float32"
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.heads
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of the backbone's patch size {self.patch_size}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; a prefix is put before the layer's own keys and values (prefix tuning)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, prefix: jax.Array | None = None) -> jax.Array:
+        """Tokens `[B, N, dim]` to the same; `prefix` is `[B or 1, 2, length, heads, head_dim]`."""
+        c = self.config
+        batch, tokens, _ = x.shape
+        qkv = nn.Dense(3 * c.dim, dtype=c.dtype, name="qkv")(x).reshape(batch, tokens, 3, c.heads, c.head_dim)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if prefix is not None:
+            prefix = jnp.broadcast_to(prefix.astype(k.dtype), (batch, *prefix.shape[1:]))
+            k = jnp.concatenate([prefix[:, 0], k], axis=1)
+            v = jnp.concatenate([prefix[:, 1], v], axis=1)
+        # Flax's keeps float64 (jax.nn's softmax is always float32); in bfloat16 the softmax is taken in float32.
+        out = nn.dot_product_attention(q, k, v, dtype=c.dtype, force_fp32_for_softmax=c.dtype == "bfloat16")
+        return nn.Dense(c.dim, dtype=c.dtype, name="proj")(out.reshape(batch, tokens, c.dim))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with the erf GELU between them."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Tokens `[B, N, dim]` to the same."""
+        c = self.config
+        x = nn.Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x)
+        return nn.Dense(c.dim, dtype=c.dtype, name="fc2")(nn.gelu(x, approximate=False))
+
+
+def _layer_norm(config: ViTConfig, name: str) -> nn.LayerNorm:
+    # The two-pass variance is what PyTorch computes; the one-pass form cancels in float32.
+    return nn.LayerNorm(epsilon=1e-6, dtype=config.dtype, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, prefix: jax.Array | None = None) -> jax.Array:
+        """Tokens `[B, N, dim]` to the same; `prefix` as for `Attention`."""
+        c = self.config
+        x = x + Attention(c, name="attn")(_layer_norm(c, "norm1")(x), prefix)
+        return x + Mlp(c, name="mlp")(_layer_norm(c, "norm2")(x))
+
+
+class ViT(nn.Module):
+    """The whole backbone, callable in parts so that layers which tasks share are computed once.
+
+    `__call__` is `embed`, then `run_blocks` over all layers, then `pool`. Layers count from 0 here.
+    """
+
+    config: ViTConfig
+
+    def setup(self):
+        """Name the parameters: patch_embed, cls_token, pos_embed, blocks_0 and on, norm."""
+        c = self.config
+        self.patch_embed = nn.Conv(c.dim, (c.patch_size, c.patch_size), (c.patch_size, c.patch_size), padding="VALID", dtype=c.dtype)
+        self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, c.dim))
+        self.pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, c.grid**2 + 1, c.dim))
+        self.blocks = [Block(c) for _ in range(c.depth)]
+        self.norm = _layer_norm(c, "norm")
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Images in [0, 1] `[B, H, W, 3]` to tokens `[B, 1 + patches, dim]`, [class] token first."""
+        c = self.config
+        with jax.default_matmul_precision(_precision(c)):
+            patches = self.patch_embed(images.astype(c.dtype)).reshape(images.shape[0], c.grid**2, c.dim)
+        cls = jnp.broadcast_to(self.cls_token.astype(c.dtype), (images.shape[0], 1, c.dim))
+        return jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
+
+    def run_blocks(self, tokens: jax.Array, prefix: Prefix | None = None, start: int = 0, stop: int | None = None) -> jax.Array:
+        """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`.
+
+        `prefix[layer]` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
+        """
+        prefix = prefix or {}
+        with jax.default_matmul_precision(_precision(self.config)):
+            for layer in range(self.config.depth)[start:stop]:
+                tokens = self.blocks[layer](tokens, prefix.get(layer))
+        return tokens
+
+    def pool(self, tokens: jax.Array) -> jax.Array:
+        """The [class] token after the final norm, `[B, dim]`."""
+        return self.norm(tokens[:, 0])
+
+    def __call__(self, images: jax.Array, prefix: Prefix | None = None) -> jax.Array:
+        """Features `[B, dim]` of images in [0, 1] `[B, H, W, 3]`."""
+        return self.pool(self.run_blocks(self.embed(images), prefix))
+
+
+def _precision(config: ViTConfig) -> str:
+    # TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32, and "float32" would not be what it says.
+    return "default" if config.dtype == "bfloat16" else "highest"

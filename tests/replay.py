@@ -1,0 +1,160 @@
+"""Replay a float64 trace of the published PyTorch code through our own functions: python -m tests.replay FILE.npz
+
+Prints the largest absolute error of each quantity. Sizes, layers, tasks and batches come from the trace.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from soft_jax import evaluate, methods, metrics, train, trees, weights
+from soft_jax.vit import ViTConfig
+
+
+def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> methods.Method:
+    """The method that a trace ran; the masked weights are those it has masks for."""
+    c = meta["config"]
+    vit = ViTConfig(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"], int(c["dim"] * c["mlp_ratio"]), "float64")
+    masked = [key.split("/")[1] for key in trace if key.startswith("init/blocks.")]
+    return methods.Method(
+        vit=vit,
+        classes=c["classes"],
+        mask_paths=tuple(_mask_path(name) for name in masked),
+        e_layers=tuple(c["e_layers"]),
+        e_length=c["e_length"],
+        g_layers=tuple(c["g_layers"]),
+        g_length=c["g_length"],
+        prefix_layout=meta["prefix_layout"],
+    )
+
+
+def _mask_path(name: str) -> str:
+    _, layer, part, dense, _ = name.split(".")
+    return f"blocks_{layer}/{part}/{dense}/kernel"
+
+
+def adapter_of(arrays: Mapping[str, np.ndarray], task: int) -> methods.Adapter:
+    """Task `task`'s adapter from a trace's arrays (names without their `init/` or `after_task{t}/`)."""
+    adapter = {"key": arrays["e_prompt.prompt_key"][task], "prompt": arrays["e_prompt.prompt"][:, :, task]}
+    masks = {_mask_path(name): arrays[name][task].T for name in arrays if name.endswith("ones_weight")}
+    return adapter | ({"mask": trees.unflatten(masks)} if masks else {})
+
+
+def shared_of(arrays: Mapping[str, np.ndarray]) -> methods.Shared:
+    """The shared part from a trace's arrays."""
+    return {"g_prompt": arrays["g_prompt"], "head": {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]}}
+
+
+def replay(path: str | Path) -> dict[str, float]:
+    """Largest absolute error of each quantity of the trace at `path`; ids and accuracies included. Needs float64 enabled."""
+    with np.load(path) as file:
+        trace = {key: file[key] for key in file.files}
+    meta = json.loads(str(trace["meta"]))
+    c, method = meta["config"], method_of(trace, meta)
+    params, left_out = weights.convert(_under(trace, "backbone/"), method.vit)
+    assert not left_out, left_out
+    recipe = train.Recipe(method, learning_rate=c["lr"] * c["batch"] / 256)
+    mesh = train.data_mesh(jax.devices()[:1])
+    step = train.compile_step(recipe, mesh)
+
+    init = _under(trace, "init/")
+    adapters = [adapter_of(init, task) for task in range(c["tasks"])]
+    shared = shared_of(init)
+    task_of_class = np.arange(c["classes"]) // (c["classes"] // c["tasks"])
+    errors: dict[str, float] = {}
+
+    def compare(name: str, ours, theirs) -> None:
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.shape == theirs.shape, (name, ours.shape, theirs.shape)
+        errors[name] = max(errors.get(name, 0.0), float(np.abs(ours - theirs).max(initial=0)))
+
+    def compare_trees(name: str, ours, theirs) -> None:
+        jax.tree.map(lambda a, b: compare(name, a, b), ours, theirs)
+
+    def batch_of(task: int, index: int) -> dict:
+        images, labels = trace["train_images"][task, index], trace["train_labels"][task, index]
+        return {
+            "images": images,
+            "labels": labels,
+            "weights": np.ones(len(labels)),
+            "class_mask": task_of_class == task,
+        }
+
+    settings = evaluate.Settings(mesh, c["eval_batch"], c["shots"], eval_batch_size=c["eval_batch"] * c["eval_batches"])
+    protocols = {
+        evaluate.VOTE_PROMPT: "prompt_id",
+        evaluate.VOTE_GRADIENT: "gradient_id",
+        evaluate.ORACLE: "task_incremental",
+    }
+    accuracy = {name: np.zeros((c["tasks"], c["tasks"])) for name in protocols.values()}
+    count = 0
+    for task in range(c["tasks"]):
+        if task:
+            adapters[task] = adapters[task] | {"prompt": adapters[task - 1]["prompt"]}
+        state = train.init_state(recipe, adapters[task], shared)
+        if task == 0:
+            batch = batch_of(0, 0)
+            first, terms = train.gradients(state.trainable, params, batch | {"images": batch["images"] / 255}, recipe)
+            compare("first_query", terms["query"], trace["first_query"])
+            compare("first_logits", terms["logits"], trace["first_logits"])
+            theirs = _under(trace, "first_grad/")
+            compare_trees("first_grad", first, {"adapter": adapter_of(theirs, 0), "shared": shared_of(theirs)})
+        for index in range(c["steps"]):
+            state, terms = step(state, params, batch_of(task, index), jax.random.key(0))
+            for name in ("loss", "cross_entropy", "key_similarity", "grad_norm"):
+                compare(name, terms[name], trace[name][count])
+            count += 1
+        adapters[task], shared = jax.device_get((state.trainable["adapter"], state.trainable["shared"]))
+        theirs = _under(trace, f"after_task{task}/")
+        compare_trees("trained_arrays", shared, shared_of(theirs))
+        for seen in range(task + 1):
+            compare_trees("trained_arrays", adapters[seen], adapter_of(theirs, seen))
+        model = evaluate.Model(method, params, shared, adapters, task + 1, task_of_class)
+        for seen in range(task + 1):
+            images = trace["eval_images"][seen].reshape(-1, *trace["eval_images"].shape[-3:])
+            labels = trace["eval_labels"][seen].reshape(-1)
+            query = evaluate.queries(method, params, images, settings)
+            answers = evaluate.answer(model, images, query, seen, settings)
+            for protocol, row in evaluate.evaluate_task(model, images, labels, query, seen, settings).items():
+                if name := protocols.get(protocol):
+                    accuracy[name][seen, task] = 100 * row.correct / row.total
+            batches = slice(0, None, c["eval_batch"])
+            for protocol in (evaluate.VOTE_PROMPT, evaluate.VOTE_GRADIENT):
+                if protocol not in answers.task_ids:
+                    continue
+                name = protocols[protocol]
+                compare(f"{name}s", answers.task_ids[protocol][batches], trace[f"{name}s"][task, seen])
+                if task == c["tasks"] - 1:
+                    ours = answers.logits[protocol].reshape(c["eval_batches"], c["eval_batch"], -1)
+                    for index in range(c["eval_batches"]):
+                        compare(f"eval_logits_{name}", ours[index], trace[f"eval_logits_{name}/{seen}/{index}"])
+            if answers.alpha_gradients is not None:
+                compare("alpha_gradients", answers.alpha_gradients, trace["alpha_gradients"][task, seen, :, : task + 1])
+    for name, matrix in accuracy.items():
+        if f"accuracy_{name}" in trace:
+            compare(f"accuracy_{name}", matrix, trace[f"accuracy_{name}"])
+            figures = metrics.summarize(matrix)
+            published = meta[name]
+            for ours, theirs in (
+                ("final_average", "average_accuracy"),
+                ("forgetting", "forgetting"),
+                ("backward_transfer", "backward"),
+            ):
+                compare(f"{ours}_{name}", figures[ours], published[theirs])
+    return errors
+
+
+def _under(trace: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): array for key, array in trace.items() if key.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    jax.config.update("jax_enable_x64", True)
+    for name, error in replay(sys.argv[1]).items():
+        print(f"{name:32s} {error:.2e}")
