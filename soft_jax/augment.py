@@ -41,21 +41,23 @@ def _bicubic(x: jax.Array) -> jax.Array:
 FILTERS = {"bilinear": _triangle, "bicubic": _bicubic}  # each vanishes outside its support
 
 
-def resize_weights(source: int, size: int, start: jax.Array, length: jax.Array, filter: str) -> jax.Array:
+def resize_weights(source: int, size: int, start: jax.Array | int, length: jax.Array | int, filter: str) -> jax.Array:
     """Weights `[size, source]` that resample `length` pixels from `start` on to `size` pixels, antialiased as Pillow does."""
     kernel = FILTERS[filter]
+    start, length = jnp.asarray(start, jnp.float32), jnp.asarray(length, jnp.float32)
     scale = length / size
     stretch = jnp.maximum(scale, 1.0)
-    centre = start + (jnp.arange(size) + 0.5) * scale
-    pixels = jnp.arange(source)
+    centre = start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * scale
+    pixels = jnp.arange(source, dtype=jnp.float32)
     inside = (pixels >= start) & (pixels < start + length)
-    weights = kernel((pixels[None] + 0.5 - centre[:, None]) / stretch) * inside[None]
+    weights = jnp.where(inside[None], kernel((pixels[None] + 0.5 - centre[:, None]) / stretch), 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     def levels(x):
-        return jnp.clip(jnp.round(x), 0, 255)
+        # Pillow rounds halves up, and halves are common: float32 must not fall just short of one.
+        return jnp.clip(jnp.floor(x + (0.5 + 1e-4)), 0, 255)
 
     wide = levels(jnp.einsum("hwc,xw->hxc", image.astype(jnp.float32), columns, precision="highest"))
     return levels(jnp.einsum("hxc,yh->yxc", wide, rows, precision="highest"))
@@ -115,8 +117,8 @@ def prepare_test(images: jax.Array, size: int) -> jax.Array:
     else:
         short = int(256 / 224 * size)
         resized = (short, short * width // height) if height <= width else (short * height // width, short)
-    rows = resize_weights(height, resized[0], jnp.zeros(()), jnp.asarray(float(height)), "bicubic")
-    columns = resize_weights(width, resized[1], jnp.zeros(()), jnp.asarray(float(width)), "bicubic")
+    rows = resize_weights(height, resized[0], 0, height, "bicubic")
+    columns = resize_weights(width, resized[1], 0, width, "bicubic")
     top, left = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
     rows, columns = rows[top : top + size], columns[left : left + size]
     return jax.vmap(lambda image: _resample(image, rows, columns))(images).astype(jnp.uint8)

@@ -65,7 +65,7 @@ def _tfds(name: str, data_dir: str) -> Dataset:
             f"dataset: {name} at {builder.data_dir} is stored as {builder.info.file_format}, which has no random access. "
             f"Prepare it with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
         ) from error
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # array_record and Pillow on missing or damaged files
         raise UserError(f"dataset: {name} at {builder.data_dir} can't be read ({error}); prepare it again") from error
     return Dataset(train, test, tuple(builder.info.features["label"].names))
 
@@ -74,7 +74,12 @@ def _prepare(name: str, data_dir: str, looked: str):
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        if name == "cifar100":
+            from soft_jax import cifar100
+
+            builder = cifar100.builder(data_dir or None)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
         builder.download_and_prepare()
     except Exception as error:  # whatever TFDS, its download manager or a missing TensorFlow raises
         raise UserError(

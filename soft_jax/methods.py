@@ -101,7 +101,7 @@ class Method:
         tokens = vit.apply({"params": params}, tokens, prefix, self.first_task_layer, method="run_blocks")
         features = vit.apply({"params": params}, tokens, method="pool")
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        return jnp.matmul(features, shared["head"]["kernel"], precision="highest") + shared["head"]["bias"]
+        return jnp.matmul(features, shared["head"]["kernel"], precision="highest") + shared["head"]["bias"][None]
 
 
 def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:

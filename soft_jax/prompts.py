@@ -29,7 +29,7 @@ def prefix_sources(layout: str, positions: jax.Array, batch: jax.Array) -> jax.A
     """
     if layout == "separate":
         return None
-    flat = 2 * positions[:, None] + jnp.arange(2)
+    flat = 2 * positions[:, None] + jnp.arange(2)[None]
     return jnp.clip(flat // jnp.maximum(jnp.broadcast_to(batch, positions.shape), 1)[:, None], 0, 1)
 
 

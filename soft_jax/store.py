@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,14 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
 
 def clean(folder: Path) -> None:
     """Remove what saves that were cut off left behind."""
-    for partial in folder.glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    # Threads of a save that just failed may still be writing: a few tries.
+    for _ in range(50):
+        partials = list(folder.glob("*orbax-checkpoint-tmp*"))
+        if not partials:
+            return
+        for partial in partials:
+            shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def load_manifest(path: Path) -> dict[str, Any]:

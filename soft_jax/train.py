@@ -84,7 +84,7 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
     positions = jnp.arange(len(weights))
     sources = prompts.prefix_sources(method.prefix_layout, positions, total.astype(int))
     logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images), sources)
-    masked = jnp.where(batch["class_mask"], logits, -jnp.inf)
+    masked = jnp.where(batch["class_mask"][None], logits, -jnp.inf)
     cross_entropy = mean(optax.softmax_cross_entropy_with_integer_labels(masked, batch["labels"]))
     query = query.astype(adapter["key"].dtype)
     key_similarity = mean(prompts.similarity(query, adapter["key"][None])[:, 0])
@@ -100,7 +100,7 @@ def gradients(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Bat
     Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_` does (Optax divides by the norm alone).
     """
     grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, recipe)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(recipe.clip_norm / (norm + 1e-6), 1)
     return jax.tree.map(lambda g: g * scale, grads), terms | {"grad_norm": norm}
 

@@ -6,6 +6,7 @@ Two namings are read from `.npz` files: Google's ViT releases (`Transformer/enco
 
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -119,7 +120,7 @@ def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32")
         raise UserError(f"image_size: {error}") from error
     try:
         raw = file.read_bytes()
-        with np.load(file) as archive:
+        with np.load(io.BytesIO(raw)) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"backbone: {file} is not a readable .npz file ({error}); fetch it again") from error

@@ -1,0 +1,47 @@
+"""Every test runs on four simulated devices, with strict dtypes and ranks; warnings are errors."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import numpy as np
+import pytest
+
+from soft_jax import methods, reparam
+from soft_jax.vit import ViT, ViTConfig
+
+TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=48)
+
+
+def tiny_method(**changes) -> methods.Method:
+    settings = {
+        "vit": TINY,
+        "classes": 6,
+        "mask_paths": reparam.mask_paths(("qkv", "proj"), (2, 3)),
+        "e_layers": (2, 3),
+        "e_length": 3,
+        "g_layers": (0,),
+        "g_length": 2,
+    }
+    return methods.Method(**settings | changes)
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    """Random frozen parameters of the tiny ViT, spread wide enough that nothing is nearly linear."""
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = jax.jit(ViT(TINY).init)(jax.random.key(0), images)["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(treedef, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,76 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from soft_jax.config import Config, config_dict, from_config_dict, parse_argument
+from soft_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def get_config(name, argument=None):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(argument))
+
+
+def test_the_papers_settings():
+    """Settings table and Table 7's row L[10,11,12] q,k,v,proj."""
+    c = get_config("vit_cil")
+    assert (c.dataset, c.tasks, c.epochs, c.batch_size, c.learning_rate, c.seed) == ("cifar100", 10, 20, 24, 0.03, 59)
+    assert (c.backbone, c.image_size, c.method, c.clip_norm, c.pull) == ("vit_b16", 0, "softtf", 1.0, 1.0)
+    assert (c.mask_layers, c.mask_weights, c.mask_init) == ((10, 11, 12), "qkv+proj", "uniform")
+    assert (c.e_prompt_layers, c.e_prompt_length, c.g_prompt_layers, c.g_prompt_length) == ((10, 11, 12), 5, (1, 2), 5)
+    assert (c.crop_scale, c.crop_ratio, c.flip, c.prefix_layout) == ((0.05, 1.0), (0.75, 4 / 3), True, "separate")
+    assert c.benchmark == "c100_10"
+
+
+def test_variants():
+    c = get_config("vit_cil", "tasks=20,method=dualprompt,layers=3-5")
+    assert (c.tasks, c.seed, c.method, c.mask_layers, c.e_prompt_layers) == (20, 42, "dualprompt", (3, 4, 5), (3, 4, 5))
+    assert get_config("vit_cil", "tasks=20,seed=7").seed == 7
+    assert get_config("vit_cil", "layers=3+5+7-9").mask_layers == (3, 5, 7, 8, 9)
+    assert get_config("vit_cil", "learning_rate=1,flip=false,crop_scale=0.5-1").crop_scale == (0.5, 1.0)
+    assert get_config("digits").dataset == "digits"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("taks=20", "unknown key 'taks'; known are layers, name, dataset"),
+        ("tasks=ten", "tasks='ten' is not of the type int"),
+        ("tasks=2.5", "tasks='2.5' is not of the type int"),
+        ("flip=2", "flip='2' is not of the type bool"),
+        ("layers=a-b", "layers='a-b' is not of the type layers such as 10-12"),
+        ("tasks", "'tasks': write key=value"),
+    ],
+)
+def test_bad_arguments(argument, message):
+    with pytest.raises(UserError, match=message):
+        parse_argument(argument)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "ewc"}, "method: 'ewc' is unknown; known are softtf, dualprompt"),
+        ({"mask_weights": "qkv+ffn"}, "mask_weights: 'ffn' is unknown; join any of qkv, proj, mlp"),
+        ({"mask_init": "zeros"}, "mask_init: 'zeros' is unknown"),
+        ({"prefix_layout": "x"}, "prefix_layout: 'x' is unknown"),
+        ({"dtype": "float16"}, "dtype: 'float16' is unknown"),
+        ({"tasks": 0}, "tasks: 0 is below 1"),
+        ({"learning_rate": 0.0}, "learning_rate: 0.0 is below"),
+        ({"crop_scale": (1.0, 0.5)}, r"crop_scale: \(1.0, 0.5\) is not a range"),
+        ({"g_prompt_layers": (9, 10)}, "both name layer 10; a layer takes one prompt"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        Config(**settings)
+
+
+def test_round_trip():
+    c = Config(mask_layers=(3, 4), tasks=5)
+    assert from_config_dict(config_dict(mask_layers=(3, 4), tasks=5)) == c

@@ -1,0 +1,197 @@
+"""The program as a user runs it: real images, the bundled backbone, and everything that can go wrong on the way."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Two tasks of five digits, six steps each: the smallest run that has a past and a future.
+SMALL = ("--config=configs/digits.py:tasks=2,epochs=1,batch_size=120,eval_batch_size=64,checkpoint_every=2",)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session")
+def launch(cache):
+    def run(*args, moment=None, expect=0):
+        program = ["launch.py"] if moment is None else ["-m", "tests.drive", moment]
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "COLUMNS": "120",
+        }
+        done = subprocess.run(
+            [sys.executable, *program, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+def contents(workdir):
+    """Hash of every array and the counts of every protocol, by task: all that a run amounts to."""
+    manifests = [json.loads((path / "manifest" / "metadata").read_text()) for path in sorted((workdir / "tasks").iterdir())]
+    return [(m["sha256"], m["metrics"]) for m in manifests]
+
+
+@pytest.fixture(scope="session")
+def finished(launch, tmp_path_factory):
+    """A run that nothing disturbed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, launch(*SMALL, f"--workdir={workdir}")
+
+
+def test_a_run_and_its_results(finished):
+    workdir, output = finished
+    for row in ("CIL per_sample, Prompt ID", "CIL batch_vote, Prompt ID", "CIL batch_vote, Gradient ID", "TIL oracle, task given", "Time:"):
+        assert row in output
+    rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:4]] == [
+        (1, "per_sample", "prompt_id"),
+        (1, "batch_vote", "prompt_id"),
+        (1, "batch_vote", "gradient_id"),
+        (1, "oracle", "task_given"),
+    ]
+    assert len(rows) == 8
+    assert rows[-1]["images"] == 364  # every test digit, once
+    assert rows[-1]["final_average"] > 30  # it learned: chance is 20
+    report = (workdir / "report.md").read_text()
+    parameters = json.loads((workdir / "tasks/000/manifest/metadata").read_text())["parameters"]
+    # Masks on q,k,v,proj of three layers, an E-prompt of length 5 in them, a key; G-prompts in two layers and the classifier.
+    assert parameters["adapter"] == 3 * (192 * 576 + 192 * 192) + 3 * 2 * 5 * 192 + 192
+    assert parameters["shared"] == 2 * 2 * 5 * 192 + 192 * 10 + 10
+    assert f"{parameters['adapter']:,}" in report
+    for picture in ("accuracy_matrix.png", "accuracy_and_forgetting.png", "mask_distance.png"):
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in report
+    manifest = json.loads((workdir / "tasks/001/manifest/metadata").read_text())
+    assert manifest["classes"] == [5, 6, 7, 8, 9]
+    assert manifest["backbone"]["sha256"] == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
+    assert manifest["config"]["epochs"] == 1
+    assert "jax" in manifest["versions"]
+    assert not any("backbone" in path.name for path in (workdir / "tasks/000/adapter").iterdir())
+
+
+def test_a_finished_run_prints_its_table_again(finished, launch):
+    workdir, _ = finished
+    before = contents(workdir)
+    output = launch(*SMALL, f"--workdir={workdir}")
+    assert "2 of 2 tasks are finished" in output
+    assert "TIL oracle" in output
+    assert contents(workdir) == before
+
+
+def test_old_adapters_never_change(finished):
+    """Task 1's training left task 0's arrays as they were saved; the shared part trained on."""
+    first, second = (hashes for hashes, _ in contents(finished[0]))
+    assert first["shared/g_prompt"] != second["shared/g_prompt"]
+    assert first["adapter/key"] != second["adapter/key"]
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ("kill-step:0:3", "kill-save:001-000004", "kill-evaluate:1"),
+        ("kill-save:000-000002", "kill-save:tasks/000", "term-step:1:2", "kill-save:tasks/001"),
+    ],
+)
+def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moments):
+    """SIGKILL in training, in a save and in evaluation, SIGTERM in training: same arrays to the bit, same counts."""
+    for moment in moments:
+        ended = 128 + signal.SIGTERM if moment.startswith("term") else -signal.SIGKILL
+        output = launch(*SMALL, f"--workdir={tmp_path}", moment=moment, expect=ended)
+        if moment == "term-step:1:2":
+            assert "Stopped after step 4 of task 2; the same command continues" in output
+            assert [path.name for path in (tmp_path / "training").iterdir()] == ["001-000004"]
+    launch(*SMALL, f"--workdir={tmp_path}")
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def test_a_damaged_training_state_costs_steps_not_the_run(finished, launch, tmp_path):
+    launch(*SMALL, f"--workdir={tmp_path}", moment="kill-step:0:3", expect=-signal.SIGKILL)
+    (kept,) = (tmp_path / "training").iterdir()
+    chunk = next(path for path in sorted((kept / "state").rglob("*")) if path.is_file() and "key" in path.parent.name and path.name == "0")
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+    output = launch(*SMALL, f"--workdir={tmp_path}")
+    assert "The kept training state is damaged, task 1 starts again" in output.replace("\n", " ")
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(launch, tmp_path):
+    output = launch(*SMALL, f"--workdir={tmp_path}", moment="nan-step:1:3", expect=1)
+    assert "error: task 2, step 4: loss is nan; training stopped, finished tasks are as they were" in output
+    before = contents(tmp_path)
+    assert len(before) == 1
+    launch(*SMALL, f"--workdir={tmp_path}")
+    assert contents(tmp_path)[0] == before[0]
+
+
+def test_a_damaged_task_is_named_and_nothing_is_lost(finished, launch, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    chunk = next((tmp_path / "copy/tasks/000/adapter/key").glob("0"))
+    bad = bytearray(chunk.read_bytes())
+    bad[len(bad) // 2] ^= 4
+    chunk.write_bytes(bad)
+    output = launch(*SMALL, f"--workdir={tmp_path / 'copy'}", expect=1)
+    assert re.search(r"error: .*tasks/000: array adapter/key .*restore this folder from a copy", output)
+    assert len(contents(tmp_path / "copy")) == 2
+
+
+def test_another_config_is_refused(finished, launch):
+    workdir, _ = finished
+    before = contents(workdir)
+    output = launch(*SMALL, f"--workdir={workdir}", "--config.seed=7", expect=1)
+    assert "holds a run of another config" in output
+    assert "seed: 59 there, 7 now" in output
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/digits.py:tasks=3"], "error: tasks: 10 classes can't be divided into 3 equal tasks"),
+        (["--config.mask_layers=(12,13)"], "error: mask_layers: layer 13 is not one of vit_ti8_32's layers 1 to 12"),
+        (["--config.backbone=vit_b99"], "error: backbone: 'vit_b99' is unknown"),
+        (["--config.backbone_path=/nowhere/x.npz"], "error: backbone_path: no file at /nowhere/x.npz"),
+        (["--config.image_size=30"], "error: image_size: image_size 30 is not a multiple"),
+        (["--config.dataset=nonesuch"], "error: dataset: TFDS does not know 'nonesuch'"),
+        (["--config=configs/digits.py:task=3"], "unknown key 'task'"),
+        (["--config.epochs=many"], "epochs"),
+        (["--config.epoch=3"], "epoch"),
+        (["--workdir=/proc/here"], "error: workdir: /proc/here can't be written"),
+    ],
+)
+def test_bad_input_is_one_clear_error(launch, tmp_path, monkeypatch, arguments, message):
+    if not any(a.startswith("--workdir") for a in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    output = launch(*arguments, expect=1)
+    assert message in output
+    if message.startswith("error:"):
+        assert "Traceback" not in output
+    assert not list((tmp_path).glob("run/tasks/*"))
+
+
+def test_dualprompt_and_interleaved_and_tensorboard(launch, tmp_path):
+    variant = SMALL[0] + ",method=dualprompt,prefix_layout=interleaved,tensorboard=true"
+    output = launch(variant, f"--workdir={tmp_path}")
+    assert "Gradient ID" not in output
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert not (tmp_path / "mask_distance.png").exists()
+
+
+def test_the_bundled_backbone_is_the_documented_file():
+    file = ROOT / "soft_jax/assets/vit_ti8_32.npz"
+    assert hashlib.sha256(file.read_bytes()).hexdigest().startswith("222bec5c")

@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soft_jax import methods, prompts, reparam, trees, weights
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from soft_jax.vit import ViT
+from tests.conftest import TINY, tiny_method
+
+
+def shapes(tree):
+    return {path: leaf.shape for path, leaf in trees.flatten(tree).items()}
+
+
+def test_literal_trees(backbone):
+    method = tiny_method()
+    assert shapes(method.init_adapter(jax.random.key(0), backbone)) == {
+        "key": (24,),
+        "mask/blocks_2/attn/proj/kernel": (24, 24),
+        "mask/blocks_2/attn/qkv/kernel": (24, 72),
+        "mask/blocks_3/attn/proj/kernel": (24, 24),
+        "mask/blocks_3/attn/qkv/kernel": (24, 72),
+        "prompt": (2, 2, 3, 3, 8),
+    }
+    assert shapes(method.init_shared(jax.random.key(0))) == {"g_prompt": (1, 2, 2, 3, 8), "head/bias": (6,), "head/kernel": (24, 6)}
+    assert "mask" not in tiny_method(mask_paths=()).init_adapter(jax.random.key(0), backbone)
+
+
+def test_initial_values(backbone):
+    adapter = tiny_method().init_adapter(jax.random.key(0), backbone)
+    masks = np.concatenate([m.ravel() for m in jax.tree.leaves(adapter["mask"])])
+    assert masks.dtype == np.float32
+    assert 0.99 <= masks.min() < 0.9901
+    assert 0.9999 < masks.max() <= 1
+    for drawn in (adapter["key"], adapter["prompt"]):
+        assert -1 <= drawn.min() < 0 < drawn.max() < 1
+    ones = tiny_method(mask_init="ones").init_adapter(jax.random.key(0), backbone)["mask"]
+    assert all((m == 1).all() for m in jax.tree.leaves(ones))
+
+
+def test_mask_of_ones_is_the_backbone_to_the_bit(backbone):
+    method = tiny_method(mask_init="ones")
+    adapter = method.init_adapter(jax.random.key(0), backbone)
+    params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1)))
+    jax.tree.map(np.testing.assert_array_equal, params, backbone)
+
+
+def test_mask_multiplies_kernels_and_nothing_else(backbone):
+    method = tiny_method()
+    adapter = method.init_adapter(jax.random.key(0), backbone)
+    params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1)))
+    before, after, masks = trees.flatten(backbone), trees.flatten(params), trees.flatten(adapter["mask"])
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(leaf, before[path] * masks[path] if path in masks else before[path])
+
+
+def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone, rng):
+    """One SGD step on m moves θ ⊙ m by −lr · θ² ⊙ the gradient of the effective weight."""
+    path = "blocks_2/attn/proj/kernel"
+    theta = trees.flatten(backbone)[path]
+    images = rng.random((2, 16, 16, 3), np.float32)
+
+    def loss(effective):
+        params = trees.merge(backbone, trees.unflatten({path: effective}))
+        return jnp.sum(ViT(TINY).apply({"params": params}, images)[:, 0])
+
+    mask = jnp.full(theta.shape, 0.995)
+    by_mask = jax.grad(lambda m: loss(trees.flatten(reparam.apply_masks(backbone, trees.unflatten({path: m})))[path]))(mask)
+    moved = theta * (mask - 0.1 * by_mask) - theta * mask
+    np.testing.assert_allclose(moved, -0.1 * theta**2 * jax.grad(loss)(theta * mask), atol=1e-6)
+
+
+def test_trunk_does_not_depend_on_the_task(backbone, rng):
+    method = tiny_method()
+    assert method.first_task_layer == 2
+    assert tiny_method(e_layers=(1, 3), mask_paths=()).first_task_layer == 1
+    images = rng.random((2, 16, 16, 3), np.float32)
+    shared = method.init_shared(jax.random.key(1))
+    adapter = method.init_adapter(jax.random.key(2), backbone)
+    logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images))
+    params, prefix = method.realize(backbone, adapter, shared)
+    features = ViT(TINY).apply({"params": params}, images, prefix)
+    np.testing.assert_allclose(logits, features @ shared["head"]["kernel"] + shared["head"]["bias"][None], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 6])
+def test_interleaved_sources_are_a_reshape(batch):
+    """The published look-up, spelt out: `[2, B]` reshaped to `[B, 2]`."""
+    halves = np.repeat(np.arange(2)[:, None], batch, axis=1)
+    sources = prompts.prefix_sources("interleaved", jnp.arange(batch + 2), jnp.asarray(batch))
+    np.testing.assert_array_equal(sources[:batch], halves.reshape(batch, 2))
+
+
+def test_layers_that_the_vit_does_not_have():
+    vit = weights.BACKBONES["vit_ti8_32"].vit
+    for field in ("mask_layers", "e_prompt_layers", "g_prompt_layers"):
+        with pytest.raises(UserError, match=f"{field}: layer 13 is not one of vit_b16's layers 1 to 12"):
+            methods.from_config(Config(**{field: (13,)}), vit, 10)
+
+
+def test_settings_reach_the_method():
+    vit = weights.BACKBONES["vit_ti8_32"].vit
+    method = methods.from_config(Config(mask_layers=(12,), mask_weights="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
+    assert method.mask_paths == ("blocks_11/attn/qkv/kernel", "blocks_11/mlp/fc1/kernel", "blocks_11/mlp/fc2/kernel")
+    assert method.e_layers == (2, 3)
+    assert method.g_layers == (0, 1)
+    assert methods.from_config(Config(method="dualprompt"), vit, 10).mask_paths == ()

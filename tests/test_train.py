@@ -1,0 +1,126 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soft_jax import train, trees
+from soft_jax.augment import Augment
+from tests.conftest import tiny_method
+
+CLASSES = np.arange(6)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes():
+    """Optax's Adam raises a float to an int step count."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def recipe():
+    return train.Recipe(tiny_method(), learning_rate=0.01, augment=Augment(16))
+
+
+def batch(rng, task=0, real=8, padded=8):
+    labels = np.zeros(padded, np.int32)
+    labels[:real] = rng.integers(2 * task, 2 * task + 2, real)
+    images = np.zeros((padded, 16, 16, 3), np.uint8)
+    images[:real] = rng.integers(0, 256, (real, 16, 16, 3))
+    weights = (np.arange(padded) < real).astype(np.float32)
+    return {"images": images, "labels": labels, "weights": weights, "class_mask": task == CLASSES // 2}
+
+
+def start(recipe, backbone, seed=0):
+    method = recipe.method
+    adapter = method.init_adapter(train.stream(seed, "adapter", 0), backbone)
+    return train.init_state(recipe, adapter, method.init_shared(train.stream(seed, "shared", 0)))
+
+
+def gradients(trainable, backbone, one, recipe):
+    one = one | {"images": one["images"] / np.float32(255)}
+    return jax.jit(train.gradients, static_argnums=3)(trainable, backbone, one, recipe)
+
+
+def run(recipe, backbone, batches, devices):
+    mesh = train.data_mesh(jax.devices()[:devices])
+    step = train.compile_step(recipe, mesh)
+    state = jax.device_put(start(recipe, backbone), train.replicated(mesh))
+    losses = []
+    for one in batches:
+        state, terms = step(state, backbone, one, train.stream(0, "augment", 0))
+        losses.append(float(terms["loss"]))
+    return jax.device_get(state), losses
+
+
+def test_one_and_four_devices_agree(recipe, backbone, rng):
+    batches = [batch(rng) for _ in range(5)]
+    (one, losses_one), (four, losses_four) = run(recipe, backbone, batches, 1), run(recipe, backbone, batches, 4)
+    np.testing.assert_allclose(losses_one, losses_four, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.trainable, four.trainable)
+    moved = np.abs(one.trainable["shared"]["g_prompt"] - start(recipe, backbone).trainable["shared"]["g_prompt"]).max()
+    assert moved > 0.01  # the tolerance is far below what was learned
+
+
+def test_one_compilation_serves_every_task_and_the_last_batch(recipe, backbone, rng):
+    mesh = train.data_mesh()
+    step = train.compile_step(recipe, mesh)
+    state = jax.device_put(start(recipe, backbone, seed=3), train.replicated(mesh))
+    before = step._cache_size()
+    for task, real in ((0, 8), (1, 8), (2, 5)):
+        data = jax.device_put({k: v for k, v in batch(rng, task, real).items() if k != "class_mask"}, train.by_row(mesh))
+        data["class_mask"] = jax.device_put(task == CLASSES // 2, train.replicated(mesh))
+        state, _ = step(state, backbone, data, train.stream(0, "augment", task))
+    assert step._cache_size() - before <= 1
+    assert train.compile_step(recipe, mesh) is step
+
+
+def test_state_is_donated(recipe, backbone, rng):
+    mesh = train.data_mesh()
+    state = jax.device_put(start(recipe, backbone), train.replicated(mesh))
+    after, _ = train.compile_step(recipe, mesh)(state, backbone, batch(rng), jax.random.key(0))
+    assert state.trainable["adapter"]["key"].is_deleted()
+    assert not after.trainable["adapter"]["key"].is_deleted()
+
+
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_padding_changes_nothing(backbone, rng, layout):
+    recipe = train.Recipe(tiny_method(prefix_layout=layout), learning_rate=0.01)
+    padded = batch(rng, real=5)
+    exact = {k: v if k == "class_mask" else v[:5] for k, v in padded.items()}
+    state = start(recipe, backbone)
+    results = []
+    for one in (exact, padded):
+        grads, terms = gradients(state.trainable, backbone, one, recipe)
+        results.append((grads, terms["loss"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
+def test_only_adapter_and_shared_part_are_trained(recipe, backbone):
+    state = start(recipe, backbone)
+    trained = trees.count(state.trainable)
+    assert trained == 24 + 2 * 2 * 3 * 24 + 2 * (24 * 72 + 24 * 24) + 1 * 2 * 2 * 24 + 24 * 6 + 6
+    assert trees.count(state.opt_state) == 2 * trained + 1  # two moments and a count
+
+
+def test_other_tasks_classes_get_no_gradient(recipe, backbone, rng):
+    state = start(recipe, backbone)
+    one = batch(rng, task=1)
+    grads, _ = gradients(state.trainable, backbone, one, recipe)
+    kernel = np.abs(grads["shared"]["head"]["kernel"]).max(axis=0)
+    assert (kernel[[0, 1, 4, 5]] == 0).all()
+    assert (kernel[[2, 3]] > 0).all()
+
+
+def test_gradients_are_clipped_to_the_global_norm(backbone, rng):
+    recipe = train.Recipe(tiny_method(), learning_rate=0.01, clip_norm=0.1)
+    one = batch(rng)
+    grads, terms = gradients(start(recipe, backbone).trainable, backbone, one, recipe)
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    assert terms["grad_norm"] > 0.1
+    assert norm == pytest.approx(0.1, rel=1e-3)
+
+
+def test_streams_differ_by_seed_name_and_task():
+    keys = [train.stream(*args) for args in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
