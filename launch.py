@@ -13,16 +13,6 @@ from ml_collections import config_flags
 from soft_jax import config as config_lib
 from soft_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parent / "configs" / "digits.py"),
-    "The run's settings; variants by argument (configs/vit_cil.py:tasks=20), any field by --config.field=value.",
-    lock_config=True,
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's folder; the same command continues it. Default: runs/NAME-METHOD-TASKSx-seedSEED."
-)
-
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -32,8 +22,8 @@ def main(argv: list[str]) -> None:
 
     logging.set_verbosity(logging.ERROR)
     try:
-        config = config_lib.from_config_dict(_CONFIG.value)
-        workdir = _WORKDIR.value or f"runs/{config.name}-{config.method}-{config.tasks}x-seed{config.seed}"
+        config = config_lib.from_config_dict(flags.FLAGS.config)
+        workdir = flags.FLAGS.workdir or f"runs/{config.name}-{config.method}-{config.tasks}x-seed{config.seed}"
         continual.run(config, workdir)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -44,5 +34,22 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + 15)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """The flags, and the config file that they name; what is wrong in either is one line."""
+    flags.DEFINE_string("workdir", None, "The run's folder; the same command continues it. Default: runs/NAME-METHOD-TASKSx-seedSEED.")
+    try:
+        # Defining it reads the file and the overrides of its fields.
+        config_flags.DEFINE_config_file(
+            "config",
+            str(Path(__file__).parent / "configs" / "digits.py"),
+            "The run's settings; variants by argument (configs/vit_cil.py:tasks=20), any field by --config.field=value.",
+        )
+        argv = app.parse_flags_with_usage(argv)
+        flags.FLAGS.config.lock()
+    except (UserError, OSError, AttributeError) as error:  # ml_collections answers a field it does not know with AttributeError
+        sys.exit(f"error: --config: {error}")
+    return argv
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

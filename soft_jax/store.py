@@ -7,6 +7,7 @@
 Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -149,8 +150,10 @@ class Store:
         config = self.root / "config.json"
         identity = json.loads(json.dumps(identity))
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock()
             for folder in (self.tasks, self.training):
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(exist_ok=True)
                 clean(folder)
             if config.exists():
                 self._compare(config, identity)
@@ -160,6 +163,19 @@ class Store:
                 write_text(config, json.dumps(identity, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"workdir: {self.root} can't be written ({error}); name another with --workdir=DIR") from error
+
+    def _lock(self) -> None:
+        # The kernel lets go of it when the process ends, however it ends.
+        self._locked = open(self.root / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._locked.close()
+            raise UserError(f"workdir: another process is running in {self.root}; wait for it, or take another workdir") from error
+
+    def close(self) -> None:
+        """Let others open the folder."""
+        self._locked.close()
 
     def _compare(self, config: Path, identity: dict[str, Any]) -> None:
         try:

@@ -1,6 +1,7 @@
 import gc
 import json
 import resource
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def sharding():
 
 @pytest.fixture
 def opened(tmp_path):
-    return store.Store(tmp_path / "run", IDENTITY)
+    with closing(store.Store(tmp_path / "run", IDENTITY)) as opened:
+        yield opened
 
 
 def keep(opened, task=0, **manifest):
@@ -128,9 +130,10 @@ def test_a_full_disk_loses_nothing(opened, sharding):
 def test_what_a_killed_save_left_is_removed(opened):
     partial = opened.tasks / "000.orbax-checkpoint-tmp"
     partial.mkdir()
-    again = store.Store(opened.root, IDENTITY)
-    assert not partial.exists()
-    assert again.finished() == 0
+    opened.close()
+    with closing(store.Store(opened.root, IDENTITY)) as again:
+        assert not partial.exists()
+        assert again.finished() == 0
 
 
 def test_a_task_missing_among_others(opened):
@@ -142,7 +145,8 @@ def test_a_task_missing_among_others(opened):
 
 
 def test_another_config_is_refused_with_the_difference(opened):
-    store.Store(opened.root, IDENTITY)  # the same: fine
+    opened.close()
+    store.Store(opened.root, IDENTITY).close()  # the same: fine
     with pytest.raises(UserError, match=r"another config.*\n  tasks: 2 there, 3 now"):
         store.Store(opened.root, IDENTITY | {"tasks": 3})
     (opened.root / "config.json").write_text("{")
@@ -170,6 +174,13 @@ def test_training_state(opened, sharding):
     assert opened.load_training(1, TREES, sharding) is None
     keep(opened)
     assert list(opened.training.iterdir()) == []
+
+
+def test_one_process_at_a_time(opened):
+    with pytest.raises(UserError, match="workdir: another process is running in"):
+        store.Store(opened.root, IDENTITY)
+    opened.close()
+    store.Store(opened.root, IDENTITY).close()
 
 
 def test_config_is_readable(opened):
