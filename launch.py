@@ -46,8 +46,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         )
         argv = app.parse_flags_with_usage(argv)
         flags.FLAGS.config.lock()
-    except (UserError, OSError, AttributeError) as error:  # ml_collections answers a field it does not know with AttributeError
+    except UserError as error:
         sys.exit(f"error: --config: {error}")
+    except (OSError, SyntaxError, AttributeError, KeyError) as error:  # no such file, no Python, no such field
+        sys.exit(f"error: --config: {type(error).__name__}: {error}")
     return argv
 
 

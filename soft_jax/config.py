@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import types
 from typing import Any
 
 import ml_collections
@@ -56,6 +55,9 @@ class Config:
     tensorboard: bool = False  # needs tensorboardX
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not _has_type(value := getattr(self, field.name), field.type):
+                raise UserError(f"{field.name}: {value!r} is not {_type_name(field.type)}")
         self._one_of("method", METHODS)
         self._one_of("prefix_layout", prompts.LAYOUTS)
         self._one_of("mask_init", reparam.MASK_INITS)
@@ -63,22 +65,18 @@ class Config:
         for weight in self.mask_weights.split("+"):
             if weight not in reparam.WEIGHTS:
                 raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparam.WEIGHTS)} with '+'")
-        for field in (
-            "tasks",
-            "epochs",
-            "batch_size",
-            "eval_batch_size",
-            "checkpoint_every",
-            "learning_rate",
-            "clip_norm",
-        ):
-            self._at_least(field, 1 if isinstance(getattr(self, field), int) else 1e-12)
-        for field in ("image_size", "shots", "e_prompt_length", "g_prompt_length", "pull", "seed"):
+        for field in ("tasks", "epochs", "batch_size", "eval_batch_size", "checkpoint_every", "e_prompt_length", "g_prompt_length"):
+            self._at_least(field, 1)
+        for field in ("learning_rate", "clip_norm"):
+            self._at_least(field, 1e-12)
+        for field in ("image_size", "shots", "pull", "seed"):
             self._at_least(field, 0)
         for field in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, field)
             if not 0 < low <= high:
                 raise UserError(f"{field}: {(low, high)} is not a range above 0")
+        if self.seed >= 2**31:
+            raise UserError(f"seed: {self.seed} is not below 2**31")
         if both := set(self.e_prompt_layers) & set(self.g_prompt_layers):
             raise UserError(f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; a layer takes one prompt")
 
@@ -132,19 +130,34 @@ def parse_argument(argument: str | None) -> dict[str, Any]:
     return settings
 
 
+def _has_type(value: Any, kind: Any) -> bool:
+    if kind == tuple[int, ...]:
+        return isinstance(value, tuple) and len(value) > 0 and all(type(v) is int for v in value)
+    if kind == tuple[float, float]:
+        return isinstance(value, tuple) and len(value) == 2 and all(type(v) in (int, float) for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _type_name(kind: Any) -> str:
+    names = {tuple[int, ...]: "one or more layers, such as 10-12 or 3+5", tuple[float, float]: "a range, such as 0.05-1"}
+    return names.get(kind) or f"of the type {kind.__name__}"
+
+
 def _parse(key: str, text: str, kind: Any) -> Any:
     try:
         if kind is str:
-            return text
-        if isinstance(kind, types.GenericAlias):
-            return _parse_layers(text) if kind == tuple[int, ...] else tuple(float(part) for part in text.split("-"))
-        value = ast.literal_eval(text.capitalize() if kind is bool else text)
-        if type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
+            value = text
+        elif kind == tuple[int, ...]:
+            value = _parse_layers(text)
+        elif kind == tuple[float, float]:
+            value = tuple(float(part) for part in text.split("-"))
+        else:
+            value = ast.literal_eval(text.capitalize() if kind is bool else text)
     except (ValueError, SyntaxError):
-        pass
-    name = "layers such as 10-12 or 3+5" if kind == tuple[int, ...] else getattr(kind, "__name__", str(kind))
-    raise UserError(f"config argument: {key}={text!r} is not of the type {name}")
+        value = None
+    if not _has_type(value, kind):
+        raise UserError(f"config argument: {key}={text!r} is not {_type_name(kind)}")
+    return float(value) if kind is float else value
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """The one outer loop: scenario → train → evaluate → store → report, task after task, resumable anywhere."""
 
 import dataclasses
-import functools
 import math
 import platform
 import signal
@@ -9,7 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ class Run:
     store: Store
     console: Console
     stop: threading.Event
-    log: Callable[[str, int, Mapping[str, float]], None]
+    log: Callable[[str, int, Mapping[str, float]], None] = lambda *_: None
+    queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by task: q(x) depends on nothing trained
 
     @property
     def settings(self) -> evaluate.Settings:
@@ -58,17 +58,17 @@ class Run:
         c = self.config
         return evaluate.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size)
 
-    @functools.cache  # noqa: B019 - one run a process
     def test_set(self, task: int) -> data.Split:
         """Task `task`'s test images."""
         test = self.dataset.test
         members = self.scenario.members(test.labels, task)
         return data.Split(test.images[members], test.labels[members])
 
-    @functools.cache  # noqa: B019 - q(x) depends on nothing that is trained: once per test image in a run
     def query(self, task: int) -> np.ndarray:
-        """q(x) of task `task`'s test images, `[N, dim]`."""
-        return evaluate.queries(self.method, self.params, self.test_set(task).images, self.settings)
+        """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run."""
+        if task not in self.queries:
+            self.queries[task] = evaluate.queries(self.method, self.params, self.test_set(task).images, self.settings)
+        return self.queries[task]
 
     def initial_adapter(self, task: int) -> methods.Adapter:
         """Task `task`'s adapter as it is drawn, on the devices."""
@@ -87,44 +87,53 @@ def run(config: Config, workdir: str | Path, console: Console | None = None) -> 
     Raises UserError for anything the user has to mend, Preempted after a SIGTERM.
     """
     console = console or Console()
-    with _sigterm() as stop, _tensorboard(config, workdir) as log:
-        this = prepare(config, workdir, console, stop, log)
-        adapters = [this.initial_adapter(task) for task in range(config.tasks)]
-        shared, manifests = this.initial_shared(), []
-        for task in range(this.store.finished()):
-            adapters[task], shared, manifest = this.store.load_task(task, adapters[task], shared, train.replicated(this.mesh))
-            manifests.append(manifest)
-        if manifests:
-            console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {this.store.root}")
-        for task in range(len(manifests), config.tasks):
-            if task:
-                adapters[task] = adapters[task] | {"prompt": adapters[task - 1]["prompt"]}
-            state, seconds = train_task(this, task, adapters[task], shared)
-            adapters[task], shared = state.trainable["adapter"], state.trainable["shared"]
-            model = evaluate.Model(this.method, this.params, shared, adapters, task + 1, this.scenario.task_of_class)
-            manifest = _manifest(this, task, adapters[task], shared, _evaluate(this, model), seconds)
-            this.store.save_task(task, adapters[task], shared, manifest)
-            manifests.append(manifest)
-            report.write(this.store.root, dataclasses.asdict(config), config.benchmark, manifests)
-            console.print(report.line(manifests))
-        report.write(this.store.root, dataclasses.asdict(config), config.benchmark, manifests)
-        report.show(console, config.benchmark, manifests)
-        console.print(f"Report: {this.store.root / 'report.md'}")
-        return manifests
+    with _sigterm() as stop, closing(Store(workdir)) as store:
+        this = prepare(config, store, console, stop)
+        with _tensorboard(config, store.root) as log:
+            manifests = _run_tasks(dataclasses.replace(this, log=log))
+    report.show(console, config.benchmark, manifests)
+    console.print(f"Report: {store.root / 'report.md'}")
+    return manifests
 
 
-def prepare(config: Config, workdir: str | Path, console: Console, stop: threading.Event, log: Callable[..., None]) -> Run:
-    """Find data and weights, check that everything fits, and open the workdir; cheap checks come first."""
+def _run_tasks(run: Run) -> list[dict[str, Any]]:
+    config, store, whole = run.config, run.store, train.replicated(run.mesh)
+    adapters = [run.initial_adapter(task) for task in range(config.tasks)]
+    shared, manifests = run.initial_shared(), []
+    for task in range(store.finished()):
+        adapters[task], shared, manifest = store.load_task(task, adapters[task], shared, whole)
+        manifests.append(manifest)
+    if manifests:
+        run.console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {store.root}")
+    for task in range(len(manifests), config.tasks):
+        adapters[task] = methods.begin(adapters[task], adapters[task - 1] if task else None)
+        state, seconds = train_task(run, task, adapters[task], shared)
+        adapters[task], shared = state.trainable["adapter"], state.trainable["shared"]
+        model = evaluate.Model(run.method, run.params, shared, adapters, task + 1, run.scenario.task_of_class)
+        manifest = _manifest(run, task, adapters[task], shared, evaluate_stage(run, model), seconds)
+        store.save_task(task, adapters[task], shared, manifest)
+        manifests.append(manifest)
+        report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
+        run.console.print(report.line(manifests))
+    report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
+    return manifests
+
+
+def prepare(config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None) -> Run:
+    """Find weights and data, check that everything fits, and make `store` this run's. `mesh` defaults to all devices."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    store.compare(settings)  # before anything is downloaded
     backbone = weights.load(config.backbone, config.backbone_path, config.image_size, config.dtype)
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in a ViT without a classifier; left out")
-    identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
     methods.from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
     dataset = data.load(config.dataset, config.data_dir)
     scenario = Scenario(len(dataset.class_names), config.tasks)
+    for split in (dataset.train, dataset.test):
+        scenario.check(split.labels)
     method = methods.from_config(config, backbone.vit, scenario.classes)
-    store = Store(workdir, identity | {"backbone_sha256": backbone.fingerprint})
-    mesh = train.data_mesh()
+    store.claim(settings | {"backbone_sha256": backbone.fingerprint, "dataset_sha256": dataset.fingerprint})
+    mesh = mesh or train.data_mesh()
     console.print(
         f"{config.method} on {config.dataset}, {config.tasks} tasks of {scenario.classes // config.tasks} classes; "
         f"{config.backbone} at {backbone.vit.image_size} pixels; {mesh.size} {jax.devices()[0].device_kind} device(s); {store.root}"
@@ -141,7 +150,6 @@ def prepare(config: Config, workdir: str | Path, console: Console, stop: threadi
         store=store,
         console=console,
         stop=stop,
-        log=log,
     )
 
 
@@ -154,12 +162,10 @@ def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Sh
     config, start = run.config, time.monotonic()
     # The step donates its state; the adapters and the shared part that others still hold are copied first.
     state = train.init_state(run.recipe, *jax.tree.map(jnp.copy, (adapter, shared)))
-    state = jax.device_put(state, train.replicated(run.mesh))
-    state = _continued(run, task, state)
+    state, before = _continued(run, task, jax.device_put(state, train.replicated(run.mesh)))
     step_fn, key = train.compile_step(run.recipe, run.mesh), train.stream(config.seed, "augment", task)
-    first = int(state.step)
+    first, total = int(state.step), config.epochs * _steps_per_epoch(run, task)
     last: tuple[int, dict[str, jax.Array]] | None = None
-    total = config.epochs * _steps_per_epoch(run, task)
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=first)
         for step, batch in batches(run, task, first):
@@ -169,23 +175,28 @@ def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Sh
                 _check(run, task, *last)
             last = step, terms
             progress.advance(bar)
-            if run.stop.is_set() or (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
+            stopping = run.stop.is_set()
+            if stopping or (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
                 _check(run, task, *last)
-                run.store.save_training(task, step + 1, state)
+                run.store.save_training(task, step + 1, state, before + time.monotonic() - start)
                 last = None
-            if run.stop.is_set():
+            if stopping:
                 raise Preempted(f"Stopped after step {step + 1} of task {task + 1}; the same command continues")
-    return state, time.monotonic() - start
+    return state, before + time.monotonic() - start
 
 
-def _continued(run: Run, task: int, state: train.TrainState) -> train.TrainState:
-    """The kept state of this task, or `state`. A damaged one costs its steps, not the run: the task starts again."""
+def _continued(run: Run, task: int, state: train.TrainState) -> tuple[train.TrainState, float]:
+    """The kept state of this task and its seconds, or `state`. A damaged one costs its steps, not the run: the task starts again."""
     try:
-        return run.store.load_training(task, state, train.replicated(run.mesh)) or state
+        kept = run.store.load_training(task, state, train.replicated(run.mesh))
     except UserError as error:
-        run.console.print(f"[bold]The kept training state is damaged, task {task + 1} starts again[/bold]: {error}")
-        run.store.drop_training()
-        return state
+        aside = run.store.set_aside_training()
+        run.console.print(f"The kept training state can't be used and is now in {aside}; task {task + 1} starts again. {error}")
+        return state, 0.0
+    if kept is None:
+        return state, 0.0
+    run.console.print(f"Task {task + 1} continues after step {int(kept[0].step)}")
+    return kept
 
 
 def _steps_per_epoch(run: Run, task: int) -> int:
@@ -221,11 +232,12 @@ def _check(run: Run, task: int, step: int, terms: dict[str, jax.Array]) -> None:
         if not math.isfinite(values[name]):
             raise UserError(
                 f"task {task + 1}, step {step + 1}: {name} is {values[name]}; training stopped, finished tasks are as they were. "
-                f"Try a lower learning_rate, or dtype=float32"
+                f"Try a lower learning_rate, or dtype=float32, in another workdir"
             )
 
 
-def _evaluate(run: Run, model: evaluate.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
+def evaluate_stage(run: Run, model: evaluate.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
+    """Every protocol over every task seen, as rows by task, and the seconds it took. Raises Preempted after a SIGTERM."""
     start = time.monotonic()
     table: dict[str, list[evaluate.Row]] = {protocol: [] for protocol in evaluate.protocols(run.method)}
     with _progress(run.console) as progress:
@@ -253,7 +265,6 @@ def _manifest(
     classes = run.scenario.classes_of(task)
     masks = trees.flatten(adapter.get("mask", {}))
     return {
-        "task": task,
         "classes": classes,
         "class_names": [run.dataset.class_names[c] for c in classes],
         "config": dataclasses.asdict(run.config),
@@ -284,7 +295,7 @@ def _sigterm() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _tensorboard(config: Config, workdir: str | Path) -> Iterator[Callable[..., None]]:
+def _tensorboard(config: Config, root: Path) -> Iterator[Callable[..., None]]:
     if not config.tensorboard:
         yield lambda *_: None
         return
@@ -292,7 +303,7 @@ def _tensorboard(config: Config, workdir: str | Path) -> Iterator[Callable[..., 
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError("tensorboard: tensorboardX is not installed; pip install tensorboardX, or leave the setting off") from error
-    with SummaryWriter(str(Path(workdir) / "tensorboard")) as writer:
+    with SummaryWriter(str(root / "tensorboard")) as writer:
 
         def log(group: str, step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():

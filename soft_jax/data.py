@@ -1,9 +1,11 @@
 """Image sets as uint8 arrays in memory: TFDS sets by name, and scikit-learn's bundled digits."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
+from soft_jax import trees
 from soft_jax.errors import UserError
 
 
@@ -22,6 +24,12 @@ class Dataset:
     train: Split
     test: Split
     class_names: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all images and labels."""
+        parts = (self.train.images, self.train.labels, self.test.images, self.test.labels)
+        return hashlib.sha256("".join(trees.sha256(part) for part in parts).encode()).hexdigest()
 
 
 def load(name: str, data_dir: str = "") -> Dataset:
@@ -52,8 +60,11 @@ def _tfds(name: str, data_dir: str) -> Dataset:
 
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
-    except tfds.core.DatasetNotFoundError as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # the last two: not a name, no such version
         raise UserError(f"dataset: TFDS does not know {name!r}; 'digits' is bundled, 'cifar100' is the paper's") from error
+    features = dict(builder.info.features.items()) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+    if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
+        raise UserError(f"dataset: {name} is not an image classification set: it has no 'image' with a class 'label'")
     if not builder.info.splits:
         builder = _prepare(name, data_dir, str(builder.data_dir))
     if missing := {"train", "test"} - set(builder.info.splits):

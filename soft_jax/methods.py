@@ -43,7 +43,7 @@ class Method:
         return min([*self.e_layers, *masked], default=self.vit.depth)
 
     def init_adapter(self, key: jax.Array, backbone: trees.Tree) -> Adapter:
-        """A new task's adapter; its prompt is replaced by the previous task's when training starts."""
+        """A task's adapter as it is drawn; `begin` tells what its training starts from."""
         prompt_key, key_key, mask_key = jax.random.split(key, 3)
         adapter = {
             "key": prompts.uniform(key_key, (self.vit.dim,)),
@@ -102,6 +102,11 @@ class Method:
         features = vit.apply({"params": params}, tokens, method="pool")
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         return jnp.matmul(features, shared["head"]["kernel"], precision="highest") + shared["head"]["bias"][None]
+
+
+def begin(initial: Adapter, previous: Adapter | None) -> Adapter:
+    """The adapter that a task's training starts from: as drawn, with the previous task's E-prompt."""
+    return initial if previous is None else initial | {"prompt": previous["prompt"]}
 
 
 def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:

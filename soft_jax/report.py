@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -96,7 +97,9 @@ def line(manifests: Manifests) -> str:
 
 def show(console: Console, benchmark: str, manifests: Manifests) -> None:
     """Print the final table."""
-    table = Table(title=f"{benchmark} after {len(manifests)} tasks, percent", title_justify="left")
+    table = Table(
+        box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{benchmark} after {len(manifests)} tasks, percent", title_justify="left"
+    )
     table.add_column("protocol", no_wrap=True)
     for title in COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
@@ -121,34 +124,51 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
     for protocol in manifests[0]["metrics"]:
         values = figures(manifests, protocol)
         lines.append(f"| {_escaped(TITLES[protocol])} | " + " | ".join(f"{values[column]:.2f}" for column in COLUMNS) + " |")
-    lines += ["", _escaped(FOOTNOTE), "", f"({LEGEND}.)", "", _time(manifests), "", "## Size", ""]
-    adapter, shared = manifests[-1]["parameters"]["adapter"], manifests[-1]["parameters"]["shared"]
-    lines += [
-        f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all (G-prompt, classifier).",
-        f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
-        "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in sorted((root / "tasks").iterdir())) + ".",
-    ]
-    lines += ["", "## Accuracy by task (rows) after each task trained (columns)", ""]
+    lines += ["", _escaped(FOOTNOTE), "", f"({LEGEND}.)", "", _time(manifests), "", *_size_lines(root, manifests)]
+    lines += ["## Accuracy by task (rows) after each task trained (columns)", ""]
     for protocol in manifests[0]["metrics"]:
         lines += [f"{_escaped(TITLES[protocol])}:", "", *_matrix(accuracy_matrix(manifests, protocol)), ""]
-    if rows := published(benchmark):
-        lines += [
-            "## Published figures",
-            "",
-            "All under batch_vote (one task id for a test batch that holds one task); with ViT-B/16 at 224 pixels.",
-            "",
-        ]
-        lines += ["| method | table | task id | final | forgetting |", "|---|---|---|---|---|"]
-        for row in rows:
-            value = row[benchmark]
-            forgetting = "–" if value["forgetting"] is None else f"{value['forgetting']:.2f}"
-            lines.append(f"| {row['method']} | {row['table']} | {row['task_id'] or '–'} | {value['accuracy']:.2f} | {forgetting} |")
-        lines.append("")
-    lines += [f"![{name}]({name})" for name in pictures]
+    lines += [*_published_lines(benchmark), *(f"![{name}]({name})" for name in pictures)]
     backbone = manifests[-1]["backbone"]
     settings = ", ".join(f"{key}={value}" for key, value in config.items())
     lines += ["", f"Backbone {backbone['name']}, SHA-256 {backbone['sha256']}.", "", f"Settings: {settings}.", ""]
     return "\n".join(lines)
+
+
+def _size_lines(root: Path, manifests: Manifests) -> list[str]:
+    adapter, shared = manifests[-1]["parameters"]["adapter"], manifests[-1]["parameters"]["shared"]
+    folders = sorted(path for path in (root / "tasks").iterdir() if path.name.isdigit())
+    return [
+        "## Size",
+        "",
+        f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all (G-prompt, classifier).",
+        f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
+        "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in folders) + ".",
+        "",
+    ]
+
+
+def _published_lines(benchmark: str) -> list[str]:
+    rows = published(benchmark)
+    if not rows:
+        return []
+    lines = [
+        "## Published figures",
+        "",
+        "From arXiv 2411.16073, ViT-B/16 at 224 pixels. Rows with a task id are under batch_vote (one id for a whole test batch).",
+        "",
+        "| method | table | protocol | task id | final | forgetting |",
+        "|---|---|---|---|---|---|",
+    ]
+    # What tells rows of one name apart.
+    qualifiers = {"exemplars": "{} exemplars", "pretraining": "pre-trained by {}", "mask_init": "masks drawn {}"}
+    for row in rows:
+        method = ", ".join([row["method"], *(text.format(row[key]) for key, text in qualifiers.items() if row.get(key))])
+        protocol = "batch_vote" if row["task_id"] else "–"
+        value = row[benchmark]
+        forgetting = "–" if value["forgetting"] is None else f"{value['forgetting']:.2f}"
+        lines.append(f"| {method} | {row['table']} | {protocol} | {row['task_id'] or '–'} | {value['accuracy']:.2f} | {forgetting} |")
+    return [*lines, ""]
 
 
 def _escaped(text: str) -> str:

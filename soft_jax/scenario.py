@@ -31,6 +31,14 @@ class Scenario:
         """Task `task`'s classes."""
         return np.flatnonzero(self.class_mask(task)).tolist()
 
+    def check(self, labels: np.ndarray) -> None:
+        """Raise UserError where a label is no class, or a task has no images."""
+        if labels.min(initial=0) < 0 or labels.max(initial=0) >= self.classes:
+            raise UserError(f"dataset: labels run from {labels.min()} to {labels.max()}, expected 0 to {self.classes - 1}")
+        for task in range(self.tasks):
+            if not len(self.members(labels, task)):
+                raise UserError(f"dataset: no images of the classes {self.classes_of(task)}, which make task {task + 1}")
+
     def members(self, labels: np.ndarray, task: int) -> np.ndarray:
         """Indices of the images of task `task`, in the order of `labels` int `[N]`."""
         return np.flatnonzero(self.task_of_class[labels] == task)

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -138,29 +139,19 @@ def _restore(path: Path, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> 
 
 
 class Store:
-    """The folder of one run. Opening it makes it, or checks that it holds this run."""
+    """The folder of one run, held by one process at a time."""
 
-    def __init__(self, workdir: str | Path, identity: Mapping[str, Any]):
-        """`identity` is what makes this run this one (config and backbone fingerprint), as JSON values.
-
-        Raises UserError when the folder can't be written, or holds another run.
-        """
+    def __init__(self, workdir: str | Path):
+        """Make the folder, or open it. Raises UserError when it can't be written, or another process runs in it."""
         self.root = Path(workdir).expanduser()
         self.tasks, self.training = self.root / "tasks", self.root / "training"
-        config = self.root / "config.json"
-        identity = json.loads(json.dumps(identity))
+        self.identity: dict[str, Any] = {}
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()
             for folder in (self.tasks, self.training):
                 folder.mkdir(exist_ok=True)
                 clean(folder)
-            if config.exists():
-                self._compare(config, identity)
-            elif self.finished():
-                raise UserError(f"workdir: {self.root} has tasks but no config.json; restore it, or take another workdir")
-            else:
-                write_text(config, json.dumps(identity, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"workdir: {self.root} can't be written ({error}); name another with --workdir=DIR") from error
 
@@ -177,20 +168,29 @@ class Store:
         """Let others open the folder."""
         self._locked.close()
 
-    def _compare(self, config: Path, identity: dict[str, Any]) -> None:
+    def compare(self, identity: Mapping[str, Any]) -> None:
+        """Raise UserError when the folder holds a run that differs in any of `identity`'s entries (JSON values)."""
+        config = self.root / "config.json"
+        if not config.exists():
+            if self.finished():
+                raise UserError(f"workdir: {self.root} has tasks but no config.json; restore it, or take another workdir")
+            return
         try:
             there = json.loads(config.read_text())
         except ValueError as error:
             raise UserError(f"workdir: {config} is damaged ({error}); restore it, or take another workdir") from error
-        lines = [
-            f"  {key}: {there.get(key)!r} there, {identity.get(key)!r} now"
-            for key in sorted(there.keys() | identity.keys())
-            if there.get(key) != identity.get(key)
-        ]
+        now = json.loads(json.dumps(identity))
+        lines = [f"  {key}: {there.get(key)!r} there, {value!r} now" for key, value in now.items() if there.get(key) != value]
         if lines:
             raise UserError(
-                f"workdir: {self.root} holds a run of another config; take another workdir or these settings:\n" + "\n".join(lines)
+                f"workdir: {self.root} holds a run of another config; take another workdir, or its settings:\n" + "\n".join(lines)
             )
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder this run's: `identity` is what makes it this one. Raises UserError as `compare` does."""
+        self.compare(identity)
+        self.identity = json.loads(json.dumps(identity))
+        write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
 
     def task_path(self, task: int) -> Path:
         """Where task `task` (from 0) is kept."""
@@ -206,29 +206,50 @@ class Store:
 
     def save_task(self, task: int, adapter: Any, shared: Any, manifest: Mapping[str, Any]) -> None:
         """Keep a finished task, and drop its training state."""
+        manifest = {"task": task, "run": self.identity, **manifest}
         save(self.task_path(task), {"adapter": adapter, "shared": shared}, manifest)
-        self.drop_training()
+        self._keep_only(None)
 
     def load_task(self, task: int, adapter: Any, shared: Any, sharding: Sharding) -> tuple[Any, Any, dict[str, Any]]:
-        """Adapter, shared part and manifest of a finished task, verified; `adapter` and `shared` are templates."""
-        items, manifest = load(self.task_path(task), {"adapter": adapter, "shared": shared}, sharding)
+        """Adapter, shared part and manifest of a finished task, verified; `adapter` and `shared` are templates.
+
+        Raises UserError when an array is damaged, or the task is another one, of another run or another backbone.
+        """
+        path = self.task_path(task)
+        items, manifest = load(path, {"adapter": adapter, "shared": shared}, sharding)
+        for key, now in {"task": task, **self.identity}.items():
+            there = manifest["task"] if key == "task" else manifest["run"].get(key)
+            if there != now:
+                raise UserError(f"{path}: {key} is {there!r}, expected {now!r}: this task is from elsewhere; {_ADVICE}")
         return items["adapter"], items["shared"], manifest
 
-    def save_training(self, task: int, step: int, state: Any) -> None:
-        """Keep the state of task `task` after `step` steps in the place of the one before."""
+    def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
+        """Keep the state of task `task` after `step` steps and `seconds` of training in the place of the one before."""
         path = self.training / f"{task:03d}-{step:06d}"
         if not path.exists():
-            save(path, {"state": state}, {"task": task, "step": step})
-        for other in self.training.iterdir():
+            save(path, {"state": state}, {"task": task, "step": step, "seconds": seconds})
+        self._keep_only(path)
+
+    def load_training(self, task: int, template: Any, sharding: Sharding) -> tuple[Any, float] | None:
+        """The latest kept state of task `task` and its seconds, None if there is none. Raises UserError when it is damaged."""
+        kept = [path for path in self._states() if path.name.startswith(f"{task:03d}-")]
+        if not kept:
+            return None
+        items, manifest = load(kept[-1], {"state": template}, sharding)
+        return items["state"], manifest["seconds"]
+
+    def set_aside_training(self) -> Path:
+        """Move every kept training state out of the way, never to be read again; returns where to."""
+        aside = self.root / "damaged"
+        aside.mkdir(exist_ok=True)
+        for path in self._states():
+            os.replace(path, aside / f"{path.name}-{time.time_ns()}")
+        return aside
+
+    def _states(self) -> list[Path]:
+        return sorted(path for path in self.training.iterdir() if re.fullmatch(r"\d+-\d+", path.name))
+
+    def _keep_only(self, path: Path | None) -> None:
+        for other in self._states():
             if other != path:
                 shutil.rmtree(other)
-
-    def load_training(self, task: int, template: Any, sharding: Sharding) -> Any | None:
-        """The latest kept state of task `task`, None if there is none. Raises UserError when it is damaged."""
-        kept = sorted(self.training.glob(f"{task:03d}-*"))
-        return load(kept[-1], {"state": template}, sharding)[0]["state"] if kept else None
-
-    def drop_training(self) -> None:
-        """Remove every kept training state."""
-        for path in self.training.iterdir():
-            shutil.rmtree(path)

@@ -14,7 +14,7 @@ from soft_jax.methods import Method, Shared
 @jax.jit
 def key_similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
     """cos(q(x), k) for queries `[N, dim]` and keys `[K, dim]`: `[N, K]`; Prompt ID is its argmax over the keys."""
-    return prompts.similarity(query, keys.astype(query.dtype))
+    return prompts.similarity(query.astype(keys.dtype), keys)
 
 
 def vote(ids: np.ndarray, pool: int) -> int:

@@ -49,9 +49,3 @@ def sha256(array: Any) -> str:
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
     return digest.hexdigest()
-
-
-def fingerprint(tree: Mapping) -> str:
-    """Hex SHA-256 of a whole tree: its paths and the hash of every array."""
-    lines = "".join(f"{path} {sha256(leaf)}\n" for path, leaf in flatten(jax.device_get(tree)).items())
-    return hashlib.sha256(lines.encode()).hexdigest()

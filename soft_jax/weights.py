@@ -12,7 +12,6 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -122,8 +121,8 @@ def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32")
         raw = file.read_bytes()
         with np.load(io.BytesIO(raw)) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"backbone: {file} is not a readable .npz file ({error}); fetch it again") from error
+    except Exception as error:  # zipfile, zlib and numpy each have their own for damaged bytes
+        raise UserError(f"backbone: {file} is not a readable .npz file ({type(error).__name__}: {error}); fetch it again") from error
     try:
         params, left_out = convert(arrays, native)
     except ValueError as error:

@@ -93,8 +93,7 @@ def replay(path: str | Path) -> dict[str, float]:
     accuracy = {name: np.zeros((c["tasks"], c["tasks"])) for name in protocols.values()}
     count = 0
     for task in range(c["tasks"]):
-        if task:
-            adapters[task] = adapters[task] | {"prompt": adapters[task - 1]["prompt"]}
+        adapters[task] = methods.begin(adapters[task], adapters[task - 1] if task else None)
         state = train.init_state(recipe, adapters[task], shared)
         if task == 0:
             batch = batch_of(0, 0)

@@ -87,6 +87,8 @@ def test_digits():
 def test_unknown_set():
     with pytest.raises(UserError, match="dataset: TFDS does not know 'nonesuch'"):
         data.load("nonesuch")
+    with pytest.raises(UserError, match="dataset: TFDS does not know 'my set'"):
+        data.load("my set")
 
 
 def test_set_that_can_not_be_had(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies
 from hypothesis.strategies import DataObject
 
-from soft_jax import evaluate, prompts, train
+from soft_jax import evaluate, prompts, task_id, train
+from soft_jax.vit import ViT
 from tests.conftest import tiny_method
 
 TASK_OF_CLASS = np.arange(6) // 2
@@ -26,15 +28,23 @@ def run_settings(batch_size=8, eval_batch_size=16, shots=5, devices=4):
     return evaluate.Settings(train.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size)
 
 
+def keys_that_split(query):
+    """Three keys, each towards one image from the mean of all, such that every task is some images' nearest."""
+    towards = query - query.mean(axis=0)
+    for chosen in itertools.combinations(range(COUNT), 3):
+        nearest = np.asarray(prompts.similarity(query, towards[list(chosen)])).argmax(axis=1)
+        if np.bincount(nearest, minlength=3).min() >= 5:
+            return [jax.numpy.asarray(towards[i]) for i in chosen]
+    raise AssertionError("no such keys")
+
+
 @pytest.fixture(scope="module")
 def world(backbone):
     rng = np.random.default_rng(5)
     images = rng.integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
     model = make_model(backbone, tiny_method())
     query = evaluate.queries(model.method, backbone, images, run_settings())
-    # Keys near some images' queries, so that several tasks are chosen.
-    adapters = [a | {"key": jax.numpy.asarray(query[t] - query.mean(axis=0))} for t, a in enumerate(model.adapters)]
-    query = query - query.mean(axis=0)
+    adapters = [a | {"key": key} for a, key in zip(model.adapters, keys_that_split(query), strict=True)]
     return dataclasses.replace(model, adapters=adapters), images, query
 
 
@@ -98,7 +108,8 @@ def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
     batching = run_settings(
         batch_size=data.draw(strategies.sampled_from([3, 8])), eval_batch_size=data.draw(strategies.sampled_from([16, 64]))
     )
-    part = evaluate.answer(model, images[chosen], query[chosen], data.draw(strategies.integers(0, 2)), batching)
+    alone = evaluate.queries(model.method, model.backbone, images[chosen], batching)
+    part = evaluate.answer(model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching)
     np.testing.assert_array_equal(part.task_ids[evaluate.PER_SAMPLE], whole.task_ids[evaluate.PER_SAMPLE][chosen])
     np.testing.assert_array_equal(part.logits[evaluate.PER_SAMPLE].argmax(axis=1), whole.logits[evaluate.PER_SAMPLE][chosen].argmax(axis=1))
 
@@ -142,3 +153,24 @@ def test_dualprompt_has_no_gradient_id(backbone, rng):
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
     query = evaluate.queries(method, backbone, images, run_settings())
     assert evaluate.answer(make_model(backbone, method), images, query, 0, run_settings()).alpha_gradients is None
+
+
+def test_bfloat16_names_the_same_tasks(world):
+    """q(x) comes in bfloat16 then, but is compared with the keys in float32: near 1 bfloat16 would tie."""
+    model, images, query = world
+    low = dataclasses.replace(model, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")))
+    with jax.numpy_dtype_promotion("standard"):
+        rounded = evaluate.queries(low.method, low.backbone, images, run_settings())
+        answers = evaluate.answer(low, images, query.astype(rounded.dtype), 1, run_settings())
+    assert rounded.dtype == jax.numpy.bfloat16
+    expected = evaluate.answer(model, images, query, 1, run_settings()).task_ids[evaluate.PER_SAMPLE]
+    assert (answers.task_ids[evaluate.PER_SAMPLE] == expected).mean() > 0.9
+    similarity = task_id.key_similarity(query.astype(rounded.dtype), model.keys)
+    assert similarity.dtype == np.float32
+    assert answers.logits[evaluate.ORACLE].dtype == np.float32
+
+
+def test_queries_are_those_of_the_plain_backbone(world):
+    model, images, query = world
+    expected = ViT(model.method.vit).apply({"params": model.backbone}, images.astype(np.float32) / 255)
+    np.testing.assert_allclose(query, expected, atol=1e-4)

@@ -30,7 +30,7 @@ def launch(cache):
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
             "JAX_NUM_CPU_DEVICES": "2",
-            "COLUMNS": "120",
+            "COLUMNS": "80",
         }
         done = subprocess.run(
             [sys.executable, *program, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -94,29 +94,28 @@ def test_a_finished_run_prints_its_table_again(finished, launch):
     assert contents(workdir) == before
 
 
-def test_old_adapters_never_change(finished):
-    """Task 1's training left task 0's arrays as they were saved; the shared part trained on."""
-    first, second = (hashes for hashes, _ in contents(finished[0]))
-    assert first["shared/g_prompt"] != second["shared/g_prompt"]
-    assert first["adapter/key"] != second["adapter/key"]
-
-
 @pytest.mark.parametrize(
     "moments",
     [
-        ("kill-step:0:3", "kill-save:001-000004", "kill-evaluate:1"),
-        ("kill-save:000-000002", "kill-save:tasks/000", "term-step:1:2", "kill-save:tasks/001"),
+        # The moment of the strike, and what the run says of the one before it.
+        (
+            ("kill-step:0:3", ""),
+            ("kill-save:001-000004", "Task 1 continues after step 2"),
+            ("kill-evaluate:1", "Task 2 continues after step 2"),
+        ),
+        (("kill-save:000-000002", ""), ("kill-save:tasks/000", ""), ("term-step:1:2", "Task 1 continues after step 7")),
     ],
 )
 def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moments):
     """SIGKILL in training, in a save and in evaluation, SIGTERM in training: same arrays to the bit, same counts."""
-    for moment in moments:
+    for moment, continues in moments:
         ended = 128 + signal.SIGTERM if moment.startswith("term") else -signal.SIGKILL
         output = launch(*SMALL, f"--workdir={tmp_path}", moment=moment, expect=ended)
-        if moment == "term-step:1:2":
+        if continues:
+            assert continues in output
+        if moment.startswith("term"):
             assert "Stopped after step 4 of task 2; the same command continues" in output
-            assert [path.name for path in (tmp_path / "training").iterdir()] == ["001-000004"]
-    launch(*SMALL, f"--workdir={tmp_path}")
+    output = launch(*SMALL, f"--workdir={tmp_path}")
     assert contents(tmp_path) == contents(finished[0])
 
 
@@ -126,7 +125,7 @@ def test_a_damaged_training_state_costs_steps_not_the_run(finished, launch, tmp_
     chunk = next(path for path in sorted((kept / "state").rglob("*")) if path.is_file() and "key" in path.parent.name and path.name == "0")
     chunk.write_bytes(chunk.read_bytes()[:-3])
     output = launch(*SMALL, f"--workdir={tmp_path}")
-    assert "The kept training state is damaged, task 1 starts again" in output.replace("\n", " ")
+    assert "The kept training state can't be used" in output
     assert contents(tmp_path) == contents(finished[0])
 
 

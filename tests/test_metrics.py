@@ -36,5 +36,10 @@ def test_scenario():
     assert scenario.classes_of(1) == [2, 3]
     np.testing.assert_array_equal(scenario.members(np.array([3, 0, 2, 5]), 1), [0, 2])
     np.testing.assert_array_equal(scenario.class_mask(2), [False] * 4 + [True] * 2)
+    scenario.check(np.arange(6))
+    with pytest.raises(UserError, match=r"no images of the classes \[2, 3\], which make task 2"):
+        scenario.check(np.array([0, 1, 4]))
+    with pytest.raises(UserError, match="labels run from -1 to 5, expected 0 to 5"):
+        scenario.check(np.arange(7) - 1)
     with pytest.raises(UserError, match="tasks: 10 classes can't be divided into 3 equal tasks"):
         Scenario(classes=10, tasks=3)

@@ -35,12 +35,13 @@ def sharding():
 
 @pytest.fixture
 def opened(tmp_path):
-    with closing(store.Store(tmp_path / "run", IDENTITY)) as opened:
+    with closing(store.Store(tmp_path / "run")) as opened:
+        opened.claim(IDENTITY)
         yield opened
 
 
 def keep(opened, task=0, **manifest):
-    opened.save_task(task, TREES["adapter"], TREES["shared"], {"task": task, **manifest})
+    opened.save_task(task, TREES["adapter"], TREES["shared"], manifest)
     return opened.task_path(task)
 
 
@@ -131,7 +132,7 @@ def test_what_a_killed_save_left_is_removed(opened):
     partial = opened.tasks / "000.orbax-checkpoint-tmp"
     partial.mkdir()
     opened.close()
-    with closing(store.Store(opened.root, IDENTITY)) as again:
+    with closing(store.Store(opened.root)) as again:
         assert not partial.exists()
         assert again.finished() == 0
 
@@ -145,42 +146,63 @@ def test_a_task_missing_among_others(opened):
 
 
 def test_another_config_is_refused_with_the_difference(opened):
-    opened.close()
-    store.Store(opened.root, IDENTITY).close()  # the same: fine
-    with pytest.raises(UserError, match=r"another config.*\n  tasks: 2 there, 3 now"):
-        store.Store(opened.root, IDENTITY | {"tasks": 3})
+    opened.compare(IDENTITY)  # the same: fine
+    opened.compare({"tasks": 2})  # as much as is known yet
+    for check in (opened.compare, opened.claim):
+        with pytest.raises(UserError, match=r"another config.*\n  tasks: 2 there, 3 now"):
+            check(IDENTITY | {"tasks": 3})
     (opened.root / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is damaged"):
-        store.Store(opened.root, IDENTITY)
+        opened.compare(IDENTITY)
     (opened.root / "config.json").unlink()
     keep(opened)
     with pytest.raises(UserError, match=r"has tasks but no config.json"):
-        store.Store(opened.root, IDENTITY)
+        opened.compare(IDENTITY)
+
+
+def test_a_task_from_elsewhere_is_refused(opened, sharding):
+    """Another task's folder, or another run's, in the place of this one: whole, but not this task."""
+    keep(opened, 0).rename(opened.task_path(1))
+    with pytest.raises(UserError, match=r"001: task is 0, expected 1: this task is from elsewhere"):
+        load(opened, sharding, 1)
+    opened.task_path(1).rename(opened.task_path(0))
+    opened.identity["backbone_sha256"] = "another"
+    with pytest.raises(UserError, match=r"000: backbone_sha256 is None, expected 'another'"):
+        load(opened, sharding, 0)
 
 
 def test_a_workdir_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="workdir: .*file/run can't be written .*--workdir"):
-        store.Store(tmp_path / "file" / "run", IDENTITY)
+    with pytest.raises(UserError, match=r"workdir: .*file/run can't be written .*--workdir"):
+        store.Store(tmp_path / "file" / "run")
 
 
 def test_training_state(opened, sharding):
     assert opened.load_training(0, TREES, sharding) is None
-    opened.save_training(0, 5, TREES)
-    opened.save_training(0, 10, jax.tree.map(lambda x: x + 1, TREES))
-    assert [path.name for path in opened.training.iterdir()] == ["000-000010"]
-    state = opened.load_training(0, TREES, sharding)
+    opened.save_training(0, 5, TREES, 1.5)
+    (opened.training / ".DS_Store").write_text("not ours")
+    opened.save_training(0, 10, jax.tree.map(lambda x: x + 1, TREES), 2.5)
+    assert sorted(path.name for path in opened.training.iterdir()) == [".DS_Store", "000-000010"]
+    state, seconds = opened.load_training(0, TREES, sharding)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1), state, TREES)
+    assert seconds == 2.5
     assert opened.load_training(1, TREES, sharding) is None
     keep(opened)
-    assert list(opened.training.iterdir()) == []
+    assert [path.name for path in opened.training.iterdir()] == [".DS_Store"]
+
+
+def test_a_damaged_training_state_is_moved_not_deleted(opened, sharding):
+    opened.save_training(0, 5, TREES, 1.0)
+    aside = opened.set_aside_training()
+    assert opened.load_training(0, TREES, sharding) is None
+    assert [path.name.startswith("000-000005-") for path in aside.iterdir()] == [True]
 
 
 def test_one_process_at_a_time(opened):
     with pytest.raises(UserError, match="workdir: another process is running in"):
-        store.Store(opened.root, IDENTITY)
+        store.Store(opened.root)
     opened.close()
-    store.Store(opened.root, IDENTITY).close()
+    store.Store(opened.root).close()
 
 
 def test_config_is_readable(opened):

@@ -86,7 +86,7 @@ def test_state_is_donated(recipe, backbone, rng):
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_padding_changes_nothing(backbone, rng, layout):
     recipe = train.Recipe(tiny_method(prefix_layout=layout), learning_rate=0.01)
-    padded = batch(rng, real=5)
+    padded = batch(rng, task=1, real=5)  # the padding's label, 0, is of another task
     exact = {k: v if k == "class_mask" else v[:5] for k, v in padded.items()}
     state = start(recipe, backbone)
     results = []

@@ -106,6 +106,9 @@ def test_files_that_can_not_be_read(tmp_path):
     short.write_bytes(weights.locate("vit_ti8_32").read_bytes()[:100_000])
     with pytest.raises(UserError, match=r"short.npz is not a readable .npz file"):
         weights.load("vit_ti8_32", str(short))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(UserError, match=r"array.npy is not a readable .npz file"):
+        weights.load("vit_ti8_32", str(tmp_path / "array.npy"))
     with pytest.raises(UserError, match="image_size: image_size 30 is not a multiple"):
         weights.load("vit_ti8_32", image_size=30)
 
