@@ -217,7 +217,7 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     alone = (np.zeros(len(images), int), np.ones(len(images), int))
     together = alone if method.prefix_layout == "separate" else (batches.position, batches.length)
     places = {protocol: alone if protocol == PER_SAMPLE else together for protocol in ids}
-    return Answers(ids, _logits_of_pairs(model, tokens, ids, places, settings.sizes), gradients)
+    return Answers(ids, _logits_of_pairs(model, tokens, ids, places, settings), gradients)
 
 
 def evaluate_task(model: Model, images: np.ndarray, labels: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> dict[str, Row]:
@@ -249,7 +249,7 @@ def _logits_of_pairs(
     tokens: jax.Array,
     ids: dict[str, np.ndarray],
     places: dict[str, tuple[np.ndarray, np.ndarray]],
-    sizes: tuple[int, ...],
+    settings: Settings,
 ) -> dict[str, np.ndarray]:
     """Logits `[N, classes]` of each protocol, every distinct (task, image, place in batch) run once."""
     count = len(next(iter(ids.values())))
@@ -259,16 +259,12 @@ def _logits_of_pairs(
     pending: list[tuple[np.ndarray, jax.Array]] = []
     for task in np.unique(pairs[:, 0]):
         members = np.flatnonzero(pairs[:, 0] == task)
-        for start, stop, size in _pieces(len(members), sizes):
+        for start, stop, size in _pieces(len(members), settings.sizes):
             chosen = members[start:stop]
-            _, rows, position, length = _pad(pairs[chosen], size).T
-            pending.append(
-                (
-                    chosen,
-                    _logits(model.method, model.backbone, model.adapters[task], model.shared, tokens, rows, position, length),
-                )
-            )
-    for chosen, values in pending:
+            _, rows, position, length = jax.device_put(_pad(pairs[chosen], size), train.by_row(settings.mesh)).T
+            values = _logits(model.method, model.backbone, model.adapters[task], model.shared, tokens, rows, position, length)
+            pending.append((chosen, values))
+    for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
         logits[chosen] = np.asarray(values)[: len(chosen)]
     return {p: logits[part] for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)}
 
