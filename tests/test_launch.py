@@ -103,7 +103,7 @@ def test_a_finished_run_prints_its_table_again(finished, launch):
             ("kill-save:001-000004", "Task 1 continues after step 2"),
             ("kill-evaluate:1", "Task 2 continues after step 2"),
         ),
-        (("kill-save:000-000002", ""), ("kill-save:tasks/000", ""), ("term-step:1:2", "Task 1 continues after step 7")),
+        (("kill-save:000-000002", ""), ("kill-save:tasks/000", ""), ("term-step:1:2", "Task 1 continues after step 6")),
     ],
 )
 def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moments):
