@@ -105,6 +105,8 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         manifests.append(manifest)
     if manifests:
         run.console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {store.root}")
+        # A kill may have come between the last task's commit and its report.
+        report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
     for task in range(len(manifests), config.tasks):
         adapters[task] = methods.begin(adapters[task], adapters[task - 1] if task else None)
         state, seconds = train_task(run, task, adapters[task], shared)
@@ -115,7 +117,6 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         manifests.append(manifest)
         report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
         run.console.print(report.line(manifests))
-    report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
     return manifests
 
 
