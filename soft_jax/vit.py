@@ -48,19 +48,22 @@ class Attention(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, prefix: jax.Array | None = None) -> jax.Array:
-        """Tokens `[B, N, dim]` to the same; `prefix` is `[B or 1, 2, length, heads, head_dim]`."""
+    def __call__(self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None) -> jax.Array:
+        """Tokens `[B, N, dim]` to the same, the first `queries` of them (all by default).
+
+        `prefix` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
+        """
         c = self.config
         batch, tokens, _ = x.shape
         qkv = nn.Dense(3 * c.dim, dtype=c.dtype, name="qkv")(x).reshape(batch, tokens, 3, c.heads, c.head_dim)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = qkv[:, :queries, 0], qkv[:, :, 1], qkv[:, :, 2]
         if prefix is not None:
             prefix = jnp.broadcast_to(prefix.astype(k.dtype), (batch, *prefix.shape[1:]))
             k = jnp.concatenate([prefix[:, 0], k], axis=1)
             v = jnp.concatenate([prefix[:, 1], v], axis=1)
         # Flax's keeps float64 (jax.nn's softmax is always float32); in bfloat16 the softmax is taken in float32.
         out = nn.dot_product_attention(q, k, v, dtype=c.dtype, force_fp32_for_softmax=c.dtype == "bfloat16")
-        return nn.Dense(c.dim, dtype=c.dtype, name="proj")(out.reshape(batch, tokens, c.dim))
+        return nn.Dense(c.dim, dtype=c.dtype, name="proj")(out.reshape(batch, -1, c.dim))
 
 
 class Mlp(nn.Module):
@@ -87,10 +90,10 @@ class Block(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, prefix: jax.Array | None = None) -> jax.Array:
-        """Tokens `[B, N, dim]` to the same; `prefix` as for `Attention`."""
+    def __call__(self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None) -> jax.Array:
+        """Tokens `[B, N, dim]` to the same; `prefix` and `queries` as for `Attention`."""
         c = self.config
-        x = x + Attention(c, name="attn")(_layer_norm(c, "norm1")(x), prefix)
+        x = x[:, :queries] + Attention(c, name="attn")(_layer_norm(c, "norm1")(x), prefix, queries)
         return x + Mlp(c, name="mlp")(_layer_norm(c, "norm2")(x))
 
 
@@ -120,14 +123,15 @@ class ViT(nn.Module):
         return jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
 
     def run_blocks(self, tokens: jax.Array, prefix: Prefix | None = None, start: int = 0, stop: int | None = None) -> jax.Array:
-        """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`.
+        """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`; after the last layer only the [class] token, `[B, 1, dim]`.
 
         `prefix[layer]` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
         """
         prefix = prefix or {}
         with jax.default_matmul_precision(_precision(self.config)):
             for layer in range(self.config.depth)[start:stop]:
-                tokens = self.blocks[layer](tokens, prefix.get(layer))
+                # Nothing reads the other tokens of the last layer.
+                tokens = self.blocks[layer](tokens, prefix.get(layer), queries=1 if layer == self.config.depth - 1 else None)
         return tokens
 
     def pool(self, tokens: jax.Array) -> jax.Array:
