@@ -103,23 +103,27 @@ def augment(key: jax.Array, images: jax.Array, spec: Augment) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
 
 
-def prepare_test(images: jax.Array, size: int) -> jax.Array:
-    """Test images uint8 `[B, H, W, 3]` to uint8 `[B, size, size, 3]`.
+def tested_geometry(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How a test image is prepared: the (height, width) it is resized to (bicubic), then the (top, left) of the cut of `size`.
 
-    As the published code: above 32 pixels the short side is resized to 256/224 × size (bicubic) and the centre cut
-    out; up to 32 pixels images are taken as they are, and only resized where their size is another.
+    As the published code: above 32 pixels the short side is resized to 256/224 × size and the centre cut out; up to 32
+    pixels images are only resized where their size is another.
     """
-    height, width = images.shape[1:3]
     if size <= 32:
-        if (height, width) == (size, size):
-            return images
-        resized = (size, size)
-    else:
-        short = int(256 / 224 * size)
-        resized = (short, short * width // height) if height <= width else (short * height // width, short)
+        return (size, size), (0, 0)
+    short = int(256 / 224 * size)
+    resized = (short, short * width // height) if height <= width else (short * height // width, short)
+    return resized, (round((resized[0] - size) / 2), round((resized[1] - size) / 2))
+
+
+def prepare_test(images: jax.Array, size: int) -> jax.Array:
+    """Test images uint8 `[B, H, W, 3]` to uint8 `[B, size, size, 3]`, by `tested_geometry`."""
+    height, width = images.shape[1:3]
+    resized, (top, left) = tested_geometry(height, width, size)
+    if (height, width) == resized == (size, size):
+        return images
     rows = resize_weights(height, resized[0], 0, height, "bicubic")
     columns = resize_weights(width, resized[1], 0, width, "bicubic")
-    top, left = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
     rows, columns = rows[top : top + size], columns[left : left + size]
     return jax.vmap(lambda image: _resample(image, rows, columns))(images).astype(jnp.uint8)
 

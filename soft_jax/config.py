@@ -39,6 +39,7 @@ class Config:
     g_prompt_length: int = 5
     prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
     pull: float = 1.0  # λ of the key-matching term
+    hold_g_prompt: bool = False  # train the G-prompt in the first task only; the paper trains it on, and old tasks drift with it
     # Training
     epochs: int = 20
     batch_size: int = 24  # over all devices
@@ -50,6 +51,8 @@ class Config:
     # Evaluation: "per_sample", "batch_vote" (the published one) and "oracle" are always reported together
     shots: int = 7  # images of a test batch that batch_vote's Gradient ID looks at; 0: all of them
     eval_batch_size: int = 256  # of the forward passes; no figure depends on it
+    weights_cache_mb: int = 1024  # of the devices' memory for tasks' θ ⊙ m; what does not fit is read from the workdir again
+    prototype_features: int = 2000  # random features M of q(x) for prototype task identity; a task keeps 2 M² bytes of statistics
     # Running
     checkpoint_every: int = 500  # steps between saves inside a task
     tensorboard: bool = False  # needs tensorboardX
@@ -65,11 +68,20 @@ class Config:
         for weight in self.mask_weights.split("+"):
             if weight not in reparam.WEIGHTS:
                 raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparam.WEIGHTS)} with '+'")
-        for field in ("tasks", "epochs", "batch_size", "eval_batch_size", "checkpoint_every", "e_prompt_length", "g_prompt_length"):
+        for field in (
+            "tasks",
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "checkpoint_every",
+            "e_prompt_length",
+            "g_prompt_length",
+            "prototype_features",
+        ):
             self._at_least(field, 1)
         for field in ("learning_rate", "clip_norm"):
             self._at_least(field, 1e-12)
-        for field in ("image_size", "shots", "pull", "seed"):
+        for field in ("image_size", "shots", "pull", "seed", "weights_cache_mb"):
             self._at_least(field, 0)
         for field in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, field)

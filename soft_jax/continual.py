@@ -1,6 +1,7 @@
 """The one outer loop: scenario → train → evaluate → store → report, task after task, resumable anywhere."""
 
 import dataclasses
+import functools
 import math
 import platform
 import signal
@@ -20,14 +21,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from soft_jax import data, evaluate, methods, report, train, trees, weights
+from soft_jax import data, evaluate, inference, methods, prototype, report, train, trees, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
 from soft_jax.store import Store
 
 # Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
-_FREE = ("data_dir", "backbone_path", "eval_batch_size", "checkpoint_every", "tensorboard")
+_FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
 
 
 class Preempted(Exception):
@@ -67,18 +68,34 @@ class Run:
     def query(self, task: int) -> np.ndarray:
         """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run."""
         if task not in self.queries:
-            self.queries[task] = evaluate.queries(self.method, self.params, self.test_set(task).images, self.settings)
+            self.queries[task] = inference.queries(self.method, self.params, self.test_set(task).images, self.settings.batching)
         return self.queries[task]
+
+    @functools.cached_property
+    def projection(self) -> np.ndarray:
+        """The random projection of every task's statistics."""
+        return prototype.projection(self.config.seed, self.method.vit.dim, self.config.prototype_features)
 
     def initial_adapter(self, task: int) -> methods.Adapter:
         """Task `task`'s adapter as it is drawn, on the devices."""
         adapter = self.method.init_adapter(train.stream(self.config.seed, "adapter", task), self.params)
         return jax.device_put(adapter, train.replicated(self.mesh))
 
+    def initial_prompts(self, task: int) -> methods.Adapter:
+        """Key and E-prompt of `initial_adapter`."""
+        return _init_prompts(self.method, train.stream(self.config.seed, "adapter", task))
+
+    def statistics_shapes(self, task: int) -> trees.Tree:
+        """Shapes and dtypes of `task_statistics`."""
+        return prototype.shapes(self.config.prototype_features, len(self.scenario.classes_of(task)))
+
     def initial_shared(self) -> methods.Shared:
         """The shared part before the first task, on the devices."""
         shared = self.method.init_shared(train.stream(self.config.seed, "shared", 0))
         return jax.device_put(shared, train.replicated(self.mesh))
+
+
+_init_prompts = jax.jit(methods.Method.init_prompts, static_argnums=0)
 
 
 def run(config: Config, workdir: str | Path, console: Console | None = None) -> list[dict[str, Any]]:
@@ -97,27 +114,100 @@ def run(config: Config, workdir: str | Path, console: Console | None = None) -> 
 
 
 def _run_tasks(run: Run) -> list[dict[str, Any]]:
-    config, store, whole = run.config, run.store, train.replicated(run.mesh)
-    adapters = [run.initial_adapter(task) for task in range(config.tasks)]
+    config, store, learned = run.config, run.store, Learned(run)
     shared, manifests = run.initial_shared(), []
     for task in range(store.finished()):
-        adapters[task], shared, manifest = store.load_task(task, adapters[task], shared, whole)
+        templates = {"adapter": learned.template, "shared": shared, "statistics": run.statistics_shapes(task)}
+        items, manifest = store.load_task(task, templates, train.replicated(run.mesh))
+        learned.add(task, items["adapter"], items["statistics"])
+        shared = items["shared"]
         manifests.append(manifest)
     if manifests:
         run.console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {store.root}")
         # A kill may have come between the last task's commit and its report.
         report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
     for task in range(len(manifests), config.tasks):
-        adapters[task] = methods.begin(adapters[task], adapters[task - 1] if task else None)
-        state, seconds = train_task(run, task, adapters[task], shared)
-        adapters[task], shared = state.trainable["adapter"], state.trainable["shared"]
-        model = evaluate.Model(run.method, run.params, shared, adapters, task + 1, run.scenario.task_of_class)
-        manifest = _manifest(run, task, adapters[task], shared, evaluate_stage(run, model), seconds)
-        store.save_task(task, adapters[task], shared, manifest)
+        adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
+        state, train_seconds = train_task(run, task, adapter, shared)
+        start = time.monotonic()
+        items = {**state.trainable, "statistics": task_statistics(run, task)}
+        seconds = {"train": train_seconds, "statistics": time.monotonic() - start}
+        shared = items["shared"]
+        learned.add(task, items["adapter"], items["statistics"])
+        table, seconds["evaluate"] = evaluate_stage(run, learned.model(shared))
+        manifest = _manifest(run, task, items, table, seconds)
+        store.save_task(task, items, manifest)
+        learned.stored(task)
         manifests.append(manifest)
         report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
         run.console.print(report.line(manifests))
     return manifests
+
+
+class Learned:
+    """What the tasks so far have left behind, as evaluation needs it: keys and prompts of all tasks, untrained ones as they are drawn,
+    masks within a budget, and the sums of the statistics."""
+
+    def __init__(self, run: Run):
+        self._run, self.tasks = run, 0
+        drawn = [jax.device_get(run.initial_prompts(task)) for task in range(run.config.tasks)]
+        self._keys, self._prompts = (np.stack([adapter[name] for adapter in drawn]) for name in ("key", "prompt"))
+        self._in_memory: dict[int, methods.Adapter] = {}
+        self._weights = inference.TaskWeights(run.method, run.params, self._load, run.config.weights_cache_mb * 2**20)
+        self._sums = prototype.Sums(run.scenario.classes, run.projection)
+
+    @functools.cached_property
+    def template(self) -> methods.Adapter:
+        """Shapes and dtypes of an adapter."""
+        return jax.eval_shape(self._run.method.init_adapter, jax.random.key(0), self._run.params)
+
+    def prompt(self, task: int) -> methods.Adapter:
+        """Key and E-prompt of task `task`."""
+        return {"key": self._keys[task], "prompt": self._prompts[task]}
+
+    def add(self, task: int, adapter: methods.Adapter, statistics: trees.Tree) -> None:
+        """Take in the next task, which `stored` tells has come to the store."""
+        assert task == self.tasks
+        self._keys[task], self._prompts[task] = adapter["key"], adapter["prompt"]
+        self._in_memory = {task: adapter}
+        self._weights.put(task, adapter)
+        self._sums.add(self._run.scenario.classes_of(task), statistics)
+        self.tasks += 1
+
+    def stored(self, task: int) -> None:
+        """Task `task` can be read from the store from now on."""
+        self._in_memory.pop(task)
+
+    def model(self, shared: methods.Shared) -> inference.Model:
+        """The model of the tasks so far."""
+        keys, prompts = jax.device_put((self._keys, self._prompts), train.replicated(self._run.mesh))
+        return inference.Model(
+            method=self._run.method,
+            backbone=self._run.params,
+            shared=shared,
+            keys=keys,
+            prompts=prompts,
+            weights=self._weights,
+            tasks=tuple(range(self.tasks)),
+            task_of_class=self._run.scenario.task_of_class,
+            prototypes=jax.device_put(self._sums.solve(), train.replicated(self._run.mesh)),
+        )
+
+    def _load(self, task: int) -> methods.Adapter:
+        if task in self._in_memory:
+            return self._in_memory[task]
+        if task >= self.tasks:
+            return self._run.initial_adapter(task)
+        items, _ = self._run.store.load_task(task, {"adapter": self.template}, train.replicated(self._run.mesh))
+        return items["adapter"]
+
+
+def task_statistics(run: Run, task: int) -> trees.Tree:
+    """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are."""
+    split = run.dataset.train
+    members = run.scenario.members(split.labels, task)
+    query = inference.queries(run.method, run.params, split.images[members], run.settings.batching)
+    return prototype.statistics(query, split.labels[members], run.scenario.classes_of(task), run.projection)
 
 
 def prepare(config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None) -> Run:
@@ -214,7 +304,7 @@ def batches(run: Run, task: int, first: int) -> Iterator[tuple[int, dict[str, ja
     steps = _steps_per_epoch(run, task)
     padded = math.ceil(config.batch_size / run.mesh.size) * run.mesh.size
     rows, whole = train.by_row(run.mesh), train.replicated(run.mesh)
-    class_mask = jax.device_put(run.scenario.class_mask(task), whole)
+    fixed = jax.device_put({"class_mask": run.scenario.class_mask(task), "hold_g_prompt": config.hold_g_prompt and task > 0}, whole)
     for epoch in range(first // steps, config.epochs):
         order = np.random.default_rng([config.seed, zlib.crc32(b"shuffle"), task, epoch]).permutation(members)
         for index in range(first - epoch * steps if epoch == first // steps else 0, steps):
@@ -223,7 +313,7 @@ def batches(run: Run, task: int, first: int) -> Iterator[tuple[int, dict[str, ja
             weights_ = np.concatenate([np.ones(len(chosen), np.float32), pad.astype(np.float32)])
             chosen = np.concatenate([chosen, pad])
             batch = jax.device_put({"images": split.images[chosen], "labels": split.labels[chosen], "weights": weights_}, rows)
-            yield epoch * steps + index, batch | {"class_mask": class_mask}
+            yield epoch * steps + index, batch | fixed
 
 
 def _check(run: Run, task: int, step: int, terms: dict[str, jax.Array]) -> None:
@@ -237,15 +327,16 @@ def _check(run: Run, task: int, step: int, terms: dict[str, jax.Array]) -> None:
             )
 
 
-def evaluate_stage(run: Run, model: evaluate.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
+def evaluate_stage(run: Run, model: inference.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
     """Every protocol over every task seen, as rows by task, and the seconds it took. Raises Preempted after a SIGTERM."""
     start = time.monotonic()
     table: dict[str, list[evaluate.Row]] = {protocol: [] for protocol in evaluate.protocols(run.method)}
+    seen = len(model.tasks)
     with _progress(run.console) as progress:
-        bar = progress.add_task(f"Evaluate {model.seen}/{run.config.tasks}", total=model.seen)
-        for task in range(model.seen):
+        bar = progress.add_task(f"Evaluate {seen}/{run.config.tasks}", total=seen)
+        for task in model.tasks:
             if run.stop.is_set():
-                raise Preempted(f"Stopped while evaluating after task {model.seen}; the same command continues")
+                raise Preempted(f"Stopped while evaluating after task {seen}; the same command continues")
             split = run.test_set(task)
             rows = evaluate.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
             for protocol, row in rows.items():
@@ -255,24 +346,19 @@ def evaluate_stage(run: Run, model: evaluate.Model) -> tuple[dict[str, list[eval
 
 
 def _manifest(
-    run: Run,
-    task: int,
-    adapter: methods.Adapter,
-    shared: methods.Shared,
-    evaluated: tuple[dict[str, list[evaluate.Row]], float],
-    train_seconds: float,
+    run: Run, task: int, items: Mapping[str, trees.Tree], table: Mapping[str, list[evaluate.Row]], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    table, eval_seconds = evaluated
     classes = run.scenario.classes_of(task)
-    masks = trees.flatten(adapter.get("mask", {}))
+    masks = trees.flatten(items["adapter"].get("mask", {}))
     return {
         "classes": classes,
         "class_names": [run.dataset.class_names[c] for c in classes],
         "config": dataclasses.asdict(run.config),
         "backbone": {"name": run.backbone.name, "sha256": run.backbone.fingerprint},
         "metrics": {protocol: [dataclasses.asdict(row) for row in rows] for protocol, rows in table.items()},
-        "seconds": {"train": train_seconds, "evaluate": eval_seconds},
-        "parameters": {"adapter": trees.count(adapter), "shared": trees.count(shared)},
+        "seconds": dict(seconds),
+        "parameters": {name: trees.count(items[name]) for name in ("adapter", "shared")},
+        "bytes": {name: trees.nbytes(tree) for name, tree in items.items()},
         "mask_distance_from_one": {path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }

@@ -3,73 +3,53 @@
 Protocols, each a row of its own:
 
 - `per_sample` / `prompt_id`: each image by itself; the nearest key of the tasks seen, then the classes seen. The default.
+- `per_sample` / `gradient_id`: each image by itself; the task by ∂H/∂α, then the classes seen.
+- `per_sample` / `prototype`: each image by itself; the task by the statistics of the frozen features that every task leaves
+  behind, then that task's classes, by the classifier and the statistics together (log p + logits).
 - `batch_vote` / `prompt_id`: the published one. Test batches hold one task, and all of a batch goes by its majority, over
   every key and every output of the head, untrained ones included. The batch leaks the task.
 - `batch_vote` / `gradient_id`: the same batches; the task by ∂H/∂α on the batch's first `shots` images.
 - `oracle` / `task_given`: the task is given and the logits are restricted to its classes (task-incremental learning).
 
-Every distinct (image, task) pair is run once, whichever protocols ask for it, and the layers that come before any
-task-specific one are run once per image.
+The engine is `inference`'s, the same as for users' images. Every distinct (image, task) pair is run once, whichever protocols ask for it.
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
-from soft_jax import prompts, task_id, train, trees
-from soft_jax.augment import prepare_test, to_unit
-from soft_jax.methods import Adapter, Method, Shared
+from soft_jax import inference, task_id
+from soft_jax.inference import Batching, Model
+from soft_jax.methods import Method
 
 PER_SAMPLE = "per_sample/prompt_id"
+PER_SAMPLE_GRADIENT = "per_sample/gradient_id"
+PROTOTYPE = "per_sample/prototype"
 VOTE_PROMPT = "batch_vote/prompt_id"
 VOTE_GRADIENT = "batch_vote/gradient_id"
 ORACLE = "oracle/task_given"
 
-GROUPS = 8  # test batches whose mask gradients are held at once
+_BATCHED = (VOTE_PROMPT, VOTE_GRADIENT, ORACLE)  # under the interleaved layout, an image's prefix is that of its test batch
 
 
-def protocols(method: Method) -> tuple[str, ...]:
+def protocols(method: Method, prototypes: bool = True) -> tuple[str, ...]:
     """The protocols that apply to `method`; Gradient ID needs masks."""
-    return (PER_SAMPLE, VOTE_PROMPT, *((VOTE_GRADIENT,) if method.mask_paths else ()), ORACLE)
+    masked = bool(method.mask_paths)
+    known = {PER_SAMPLE: True, PER_SAMPLE_GRADIENT: masked, PROTOTYPE: prototypes, VOTE_PROMPT: True, VOTE_GRADIENT: masked, ORACLE: True}
+    return tuple(protocol for protocol, applies in known.items() if applies)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One protocol's counts on one task's test images."""
+    """One protocol's counts on one task's test images; `identified` counts them by the task they were given to."""
 
     correct: int
     task_correct: int
     total: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What a stage is evaluated with: the adapters of all tasks, those not yet trained as they are initialised.
-
-    `adapters` has one entry a task of the scenario, `seen` of them trained; `task_of_class` is int `[classes]`.
-    """
-
-    method: Method
-    backbone: trees.Tree
-    shared: Shared
-    adapters: Sequence[Adapter]
-    seen: int
-    task_of_class: np.ndarray
-
-    @functools.cached_property
-    def keys(self) -> jax.Array:
-        """Prompt keys of all tasks, `[tasks, dim]`."""
-        return jnp.stack([adapter["key"] for adapter in self.adapters])
-
-    @functools.cached_property
-    def superposed(self) -> trees.Tree:
-        """The mean of the masks seen."""
-        return task_id.mean_mask(adapter["mask"] for adapter in self.adapters[: self.seen])
+    identified: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,70 +62,14 @@ class Settings:
     eval_batch_size: int
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """A few fixed sizes of forward passes, largest first, multiples of the device count: no group recompiles anything."""
-        n = self.mesh.size
-        return tuple(sorted({-(-max(self.eval_batch_size // share, 1) // n) * n for share in (1, 4, 16)}, reverse=True))
+    def batching(self) -> Batching:
+        """Sizes of forward passes."""
+        return Batching(self.mesh, self.eval_batch_size)
 
     @property
     def chunk(self) -> int:
         """Images whose tokens are held at once: whole test batches, about four forward passes."""
-        return self.batch_size * max(4 * self.eval_batch_size // self.batch_size, 1)
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def _query(method: Method, backbone: trees.Tree, images: jax.Array) -> jax.Array:
-    return method.query(backbone, _prepared(method, backbone, images))
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def _trunk(method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array) -> jax.Array:
-    return method.trunk(backbone, shared, _prepared(method, backbone, images))
-
-
-@functools.partial(jax.jit, static_argnames="method")
-def _logits(
-    method: Method,
-    backbone: trees.Tree,
-    adapter: Adapter,
-    shared: Shared,
-    tokens: jax.Array,
-    rows: jax.Array,
-    position: jax.Array,
-    size: jax.Array,
-) -> jax.Array:
-    sources = prompts.prefix_sources(method.prefix_layout, position, size)
-    return method.logits(backbone, adapter, shared, tokens[rows], sources)
-
-
-def _prepared(method: Method, backbone: trees.Tree, images: jax.Array) -> jax.Array:
-    return to_unit(prepare_test(images, method.vit.image_size), backbone["cls_token"].dtype)
-
-
-def _pad(array: np.ndarray, length: int) -> np.ndarray:
-    return np.concatenate([array, np.zeros((length - len(array), *array.shape[1:]), array.dtype)])
-
-
-def _pieces(count: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """Cut `count` rows into (start, stop, padded size) pieces, padding less than the smallest size."""
-    start = 0
-    while start < count:
-        size = next((size for size in sizes if size <= count - start), sizes[-1])
-        yield start, min(start + size, count), size
-        start += size
-
-
-def queries(method: Method, backbone: trees.Tree, images: np.ndarray, settings: Settings) -> np.ndarray:
-    """q(x) `[N, dim]` of test images uint8 `[N, H, W, 3]`. It depends on nothing that is trained: once per run is enough."""
-    out = []
-    for start, stop, size in _pieces(len(images), settings.sizes):
-        batch = jax.device_put(_pad(images[start:stop], size), train.by_row(settings.mesh))
-        out.append(np.asarray(_query(method, backbone, batch))[: stop - start])
-    return np.concatenate(out)
-
-
-def _at_least_float32(dtype: np.dtype) -> np.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+        return self.batch_size * max(self.batching.chunk // self.batch_size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +99,13 @@ class Batches:
 class Answers:
     """What the protocols made of one task's test images.
 
-    `task_ids` int `[N]` and `logits` `[N, classes]` by protocol; `alpha_gradients` `[batches, seen]`, None without masks.
+    By protocol: `task_ids` int `[N]`, `logits` `[N, classes]` of that task's network, and `scores`, those with -inf for classes that
+    the protocol does not let win. `alpha_gradients` are the test batches', `[batches, seen]`; None without masks.
     """
 
     task_ids: dict[str, np.ndarray]
     logits: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
     alpha_gradients: np.ndarray | None
 
     @classmethod
@@ -190,7 +116,7 @@ class Answers:
             return {protocol: np.concatenate([getattr(p, field)[protocol] for p in parts]) for protocol in parts[0].task_ids}
 
         gradients = [p.alpha_gradients for p in parts if p.alpha_gradients is not None]
-        return cls(joined("task_ids"), joined("logits"), np.concatenate(gradients) if gradients else None)
+        return cls(joined("task_ids"), joined("logits"), joined("scores"), np.concatenate(gradients) if gradients else None)
 
 
 def answer(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
@@ -200,101 +126,71 @@ def answer(model: Model, images: np.ndarray, query: np.ndarray, task: int, setti
 
 
 def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
-    method, batches = model.method, Batches(len(images), settings.batch_size)
-    tokens = _trunk_tokens(model, images, settings)
-    similarity = np.asarray(task_id.key_similarity(query, model.keys))
-    nearest = similarity.argmax(axis=1)
+    batching, batches = settings.batching, Batches(len(images), settings.batch_size)
+    tokens, _ = inference.encode(model, inference.prepare(model.method, images, batching), batching, queried=False)
+    similarity = inference.key_similarity(model, query, batching)
+    nearest = similarity.argmax(axis=1)  # of the whole pool
     ids = {
-        PER_SAMPLE: similarity[:, : model.seen].argmax(axis=1),
-        VOTE_PROMPT: task_id.majority(nearest, batches.index, len(model.adapters)),
+        PER_SAMPLE: inference.nearest_key(model, similarity),
+        VOTE_PROMPT: task_id.majority(nearest, batches.index, len(model.keys)),
         ORACLE: np.full(len(images), task),
     }
-    gradients = None
-    if method.mask_paths:
-        gradients = alpha_gradients(model, tokens, nearest, batches, settings.shots or settings.batch_size)
-        ids[VOTE_GRADIENT] = gradients.argmin(axis=1)[batches.index]
-    # Under the interleaved layout an image's prefix depends on its place in its batch; per_sample is a batch of one.
-    alone = (np.zeros(len(images), int), np.ones(len(images), int))
-    together = alone if method.prefix_layout == "separate" else (batches.position, batches.length)
-    places = {protocol: alone if protocol == PER_SAMPLE else together for protocol in ids}
-    return Answers(ids, _logits_of_pairs(model, tokens, ids, places, settings), gradients)
+    gradients = posterior = None
+    if model.method.mask_paths:
+        ids[PER_SAMPLE_GRADIENT] = inference.gradient_id(model, tokens, ids[PER_SAMPLE], batching)
+        gradients = batch_alpha_gradients(model, tokens, nearest, batches, settings)
+        ids[VOTE_GRADIENT] = np.asarray(model.tasks)[gradients.argmin(axis=1)[batches.index]]
+    if model.prototypes:
+        posterior = inference.log_posterior(model, query, batching)
+        ids[PROTOTYPE] = inference.prototype_id(model, posterior)
+    logits = _logits(model, tokens, ids, batches, batching)
+    scores = {
+        PER_SAMPLE: lambda: inference.among_known(model, logits[PER_SAMPLE]),
+        PER_SAMPLE_GRADIENT: lambda: inference.among_known(model, logits[PER_SAMPLE_GRADIENT]),
+        PROTOTYPE: lambda: inference.within_tasks(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
+        ORACLE: lambda: inference.within_tasks(model, logits[ORACLE], ids[ORACLE]),
+    }
+    return Answers(ids, logits, {p: scores[p]() if p in scores else logits[p] for p in ids}, gradients)
+
+
+def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Batches, batching: Batching) -> dict[str, np.ndarray]:
+    """Logits `[N, classes]` of each protocol, every distinct (task, image, place in its batch) run once."""
+    place = np.stack([batches.position, batches.length], axis=1)
+    columns = []
+    for protocol, tasks in ids.items():
+        pairs = inference.alone(tasks)
+        if model.method.prefix_layout == "interleaved" and protocol in _BATCHED:
+            pairs[:, 2:] = place
+        columns.append(pairs)
+    pairs, inverse = np.unique(np.concatenate(columns), axis=0, return_inverse=True)
+    logits = inference.logits(model, tokens, pairs, batching)
+    return {p: logits[part] for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)}
+
+
+def batch_alpha_gradients(model: Model, tokens: Array, nearest: np.ndarray, batches: Batches, settings: Settings) -> np.ndarray:
+    """∂H/∂α at uniform α, `[batches, seen]`, of the first `settings.shots` images of each published test batch.
+
+    The superposed pass uses the E-prompt that the majority of those images is nearest to (`nearest`, int `[N]`).
+    """
+    shots = min(settings.shots or batches.size, batches.size)
+    starts = np.arange(0, batches.count, batches.size)
+    counts = np.minimum(np.minimum(batches.count - starts, batches.size), shots)
+    taken = starts[:, None] + np.arange(shots)
+    voted = np.array([task_id.vote(nearest[row[:n]], len(model.keys)) for row, n in zip(taken, counts, strict=True)])
+    taken, weights = np.minimum(taken, batches.count - 1), np.arange(shots) < counts[:, None]
+    return inference.alpha_gradients(model, tokens, taken, weights, voted, settings.batching)
 
 
 def evaluate_task(model: Model, images: np.ndarray, labels: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> dict[str, Row]:
     """Every protocol's counts on the test images of one task; arguments as for `answer`, `labels` int `[N]`."""
     answers = answer(model, images, query, task, settings)
-    allowed = {PER_SAMPLE: model.task_of_class < model.seen, ORACLE: model.task_of_class == task}
     rows = {}
-    for protocol in protocols(model.method):
-        logits = np.where(allowed.get(protocol, True), answers.logits[protocol], -np.inf)
+    for protocol in protocols(model.method, prototypes=model.prototypes is not None):
+        tasks = answers.task_ids[protocol]
         rows[protocol] = Row(
-            correct=int((logits.argmax(axis=1) == labels).sum()),
-            task_correct=int((answers.task_ids[protocol] == task).sum()),
+            correct=int((answers.scores[protocol].argmax(axis=1) == labels).sum()),
+            task_correct=int((tasks == task).sum()),
             total=len(labels),
+            identified=tuple(np.bincount(tasks, minlength=len(model.keys)).tolist()),
         )
     return rows
-
-
-def _trunk_tokens(model: Model, images: np.ndarray, settings: Settings) -> jax.Array:
-    """Tokens `[N rounded up, tokens, dim]` on the devices; rounded to the largest size, so that nothing recompiles."""
-    parts = []
-    for start, stop, size in _pieces(len(images), settings.sizes[:1]):
-        batch = jax.device_put(_pad(images[start:stop], size), train.by_row(settings.mesh))
-        parts.append(_trunk(model.method, model.backbone, model.shared, batch))
-    return jnp.concatenate(parts)
-
-
-def _logits_of_pairs(
-    model: Model,
-    tokens: jax.Array,
-    ids: dict[str, np.ndarray],
-    places: dict[str, tuple[np.ndarray, np.ndarray]],
-    settings: Settings,
-) -> dict[str, np.ndarray]:
-    """Logits `[N, classes]` of each protocol, every distinct (task, image, place in batch) run once."""
-    count = len(next(iter(ids.values())))
-    columns = [np.stack([ids[p], np.arange(count), *places[p]], axis=1) for p in ids]
-    pairs, inverse = np.unique(np.concatenate(columns), axis=0, return_inverse=True)
-    logits = np.empty((len(pairs), model.method.classes), _at_least_float32(tokens.dtype))
-    pending: list[tuple[np.ndarray, jax.Array]] = []
-    for task in np.unique(pairs[:, 0]):
-        members = np.flatnonzero(pairs[:, 0] == task)
-        for start, stop, size in _pieces(len(members), settings.sizes):
-            chosen = members[start:stop]
-            _, rows, position, length = jax.device_put(_pad(pairs[chosen], size), train.by_row(settings.mesh)).T
-            values = _logits(model.method, model.backbone, model.adapters[task], model.shared, tokens, rows, position, length)
-            pending.append((chosen, values))
-    for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
-        logits[chosen] = np.asarray(values)[: len(chosen)]
-    return {p: logits[part] for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)}
-
-
-def alpha_gradients(model: Model, tokens: jax.Array, nearest: np.ndarray, batches: Batches, shots: int) -> np.ndarray:
-    """∂H/∂α at uniform α, `[batches, seen]`, of the first `shots` images of each published test batch.
-
-    The superposed pass uses the E-prompt that the majority of those images is nearest to (`nearest`, int `[N]`).
-    """
-    starts = np.arange(0, batches.count, batches.size)
-    counts = np.minimum(np.minimum(batches.count - starts, batches.size), shots)
-    shots = min(shots, batches.size)
-    taken = starts[:, None] + np.arange(shots)
-    weights = (np.arange(shots) < counts[:, None]).astype(_at_least_float32(tokens.dtype))
-    voted = [task_id.vote(nearest[row[:n]], len(model.adapters)) for row, n in zip(taken, counts, strict=True)]
-    taken = np.minimum(taken, batches.count - 1)
-    out = []
-    for start in range(0, len(starts), GROUPS):
-        part = slice(start, start + GROUPS)
-        prompt = jnp.stack([model.adapters[t]["prompt"] for t in [*voted[part], *[0] * GROUPS][:GROUPS]])
-        gradient = task_id.mask_gradients(
-            model.method,
-            model.backbone,
-            model.superposed,
-            prompt,
-            model.shared,
-            tokens[_pad(taken[part], GROUPS)],
-            _pad(weights[part], GROUPS),
-            model.seen,
-        )
-        columns = [task_id.alpha_gradient(gradient, adapter["mask"]) for adapter in model.adapters[: model.seen]]
-        out.append(np.stack([np.asarray(column) for column in columns], axis=1)[: len(starts[part])])
-    return np.concatenate(out)

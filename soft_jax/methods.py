@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from soft_jax import prompts, reparam, trees
 from soft_jax.config import Config
 from soft_jax.errors import UserError
-from soft_jax.vit import ViT, ViTConfig
+from soft_jax.vit import Prefix, ViT, ViTConfig
 
 Adapter = trees.Tree
 Shared = trees.Tree
@@ -42,15 +42,19 @@ class Method:
         masked = [int(path.split("/")[0].removeprefix("blocks_")) for path in self.mask_paths]
         return min([*self.e_layers, *masked], default=self.vit.depth)
 
-    def init_adapter(self, key: jax.Array, backbone: trees.Tree) -> Adapter:
-        """A task's adapter as it is drawn; `begin` tells what its training starts from."""
-        prompt_key, key_key, mask_key = jax.random.split(key, 3)
-        adapter = {
+    def init_prompts(self, key: jax.Array) -> Adapter:
+        """The part of a task's adapter that all tasks' identification needs, as it is drawn: key and E-prompt."""
+        prompt_key, key_key, _ = jax.random.split(key, 3)
+        return {
             "key": prompts.uniform(key_key, (self.vit.dim,)),
             "prompt": prompts.uniform(prompt_key, self._prompt_shape(self.e_layers, self.e_length)),
         }
+
+    def init_adapter(self, key: jax.Array, backbone: trees.Tree) -> Adapter:
+        """A task's adapter as it is drawn; `begin` tells what its training starts from."""
+        adapter = self.init_prompts(key)
         if self.mask_paths:
-            adapter["mask"] = reparam.init_masks(mask_key, backbone, self.mask_paths, self.mask_init)
+            adapter["mask"] = reparam.init_masks(jax.random.split(key, 3)[2], backbone, self.mask_paths, self.mask_init)
         return adapter
 
     def init_shared(self, key: jax.Array) -> Shared:
@@ -72,9 +76,12 @@ class Method:
 
         `sources` is `prompts.prefix_sources`' answer for the batch: None, or int `[B, 2]`.
         """
-        params = reparam.apply_masks(backbone, adapter["mask"]) if self.mask_paths else backbone
         prefix = prompts.prefixes(shared["g_prompt"], self.g_layers)
-        return params, prefix | prompts.prefixes(adapter["prompt"], self.e_layers, sources)
+        return trees.merge(backbone, self.weights(backbone, adapter)), prefix | prompts.prefixes(adapter["prompt"], self.e_layers, sources)
+
+    def weights(self, backbone: trees.Tree, adapter: Adapter) -> trees.Tree:
+        """The parameters that the task of `adapter` changes, θ ⊙ m, as a subtree of the backbone; empty without masks."""
+        return reparam.effective_weights(backbone, adapter["mask"]) if self.mask_paths else {}
 
     def query(self, backbone: trees.Tree, images: jax.Array) -> jax.Array:
         """q(x) `[B, dim]`: the [class] feature of the frozen, prompt-free backbone, for images in [0, 1]."""
@@ -96,7 +103,10 @@ class Method:
         sources: jax.Array | None = None,
     ) -> jax.Array:
         """Logits `[B, classes]` in float32 or wider, for the task of `adapter`, from what `trunk` returned."""
-        params, prefix = self.realize(backbone, adapter, shared, sources)
+        return self.classify(*self.realize(backbone, adapter, shared, sources), shared, tokens)
+
+    def classify(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
+        """As `logits`, for parameters and prefixes that are at hand."""
         vit = ViT(self.vit)
         tokens = vit.apply({"params": params}, tokens, prefix, self.first_task_layer, method="run_blocks")
         features = vit.apply({"params": params}, tokens, method="pool")

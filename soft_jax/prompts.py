@@ -39,6 +39,13 @@ def prefixes(prompt: jax.Array, layers: tuple[int, ...], sources: jax.Array | No
     return dict(zip(layers, rows, strict=True))
 
 
+def row_prefixes(rows: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None) -> dict[int, jax.Array]:
+    """As `prefixes` for a prompt of its own per image, `[B, layers, 2, length, heads, head_dim]`."""
+    if sources is not None:
+        rows = jnp.take_along_axis(rows, sources[:, None, :, None, None, None], axis=2)
+    return {layer: rows[:, i] for i, layer in enumerate(layers)}
+
+
 def normalize(x: jax.Array) -> jax.Array:
     """`x / |x|` over the last axis."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))

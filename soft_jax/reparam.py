@@ -31,10 +31,10 @@ def init_masks(key: jax.Array, backbone: trees.Tree, paths: tuple[str, ...], kin
     return trees.unflatten(masks)
 
 
-def apply_masks(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
-    """θ ⊙ m on the masked kernels (Soft-TF, section 3), the rest as it is.
+def effective_weights(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
+    """The masked kernels alone, θ ⊙ m (Soft-TF, section 3).
 
     The product is taken in float32: bfloat16 steps by 0.004 near 1, which is where masks are.
     """
     kernels = trees.select(backbone, trees.flatten(masks))
-    return trees.merge(backbone, jax.tree.map(jnp.multiply, kernels, masks))
+    return jax.tree.map(jnp.multiply, kernels, masks)

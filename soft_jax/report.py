@@ -18,6 +18,8 @@ Manifests = Sequence[Mapping[str, Any]]
 
 TITLES = {
     "per_sample/prompt_id": "CIL per_sample, Prompt ID",
+    "per_sample/gradient_id": "CIL per_sample, Gradient ID",
+    "per_sample/prototype": "CIL per_sample, prototype",
     "batch_vote/prompt_id": "CIL batch_vote, Prompt ID *",
     "batch_vote/gradient_id": "CIL batch_vote, Gradient ID *",
     "oracle/task_given": "TIL oracle, task given",
@@ -45,6 +47,12 @@ def accuracy_matrix(manifests: Manifests, protocol: str, field: str = "correct")
         for task, row in enumerate(manifest["metrics"][protocol]):
             matrix[task, stage] = 100 * row[field] / row["total"]
     return matrix
+
+
+def task_confusion(manifests: Manifests, protocol: str) -> np.ndarray:
+    """Percent `[task, task given to]` of each task's test images after the last task trained."""
+    rows = manifests[-1]["metrics"][protocol]
+    return np.array([100 * np.array(row["identified"]) / row["total"] for row in rows])
 
 
 def figures(manifests: Manifests, protocol: str) -> dict[str, float]:
@@ -112,8 +120,8 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
 
 
 def _time(manifests: Manifests) -> str:
-    train, evaluate = (sum(manifest["seconds"][part] for manifest in manifests) for part in ("train", "evaluate"))
-    return f"Time: {train:.0f} s training, {evaluate:.0f} s evaluation, compilation included."
+    train, statistics, evaluate = (sum(manifest["seconds"][part] for manifest in manifests) for part in ("train", "statistics", "evaluate"))
+    return f"Time: {train:.0f} s training, {statistics:.0f} s statistics, {evaluate:.0f} s evaluation, compilation included."
 
 
 def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests, pictures: Sequence[str]) -> str:
@@ -137,12 +145,15 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
 
 def _size_lines(root: Path, manifests: Manifests) -> list[str]:
     adapter, shared = manifests[-1]["parameters"]["adapter"], manifests[-1]["parameters"]["shared"]
+    sizes = manifests[-1]["bytes"]
     folders = sorted(path for path in (root / "tasks").iterdir() if path.name.isdigit())
     return [
         "## Size",
         "",
         f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all (G-prompt, classifier).",
         f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
+        f"- Bytes that one task keeps: {sizes['adapter']:,} adapter, {sizes['statistics']:,} statistics for prototype task identity, "
+        f"{sizes['shared']:,} shared part.",
         "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in folders) + ".",
         "",
     ]
@@ -208,6 +219,17 @@ def draw(root: Path, manifests: Manifests) -> list[str]:
         axes.set_yticks(stages - 1, stages)
     figure.colorbar(image, ax=figure.axes, label="accuracy (%)")
     save(figure, "accuracy_matrix.png")
+
+    identifying = [protocol for protocol in protocols if not protocol.startswith("oracle/")]
+    figure = Figure(figsize=(4 * len(identifying), 4), layout="constrained")
+    for axes, protocol in zip(figure.subplots(1, len(identifying), squeeze=False)[0], identifying, strict=True):
+        confusion = task_confusion(manifests, protocol)
+        image = axes.imshow(confusion, vmin=0, vmax=100)
+        axes.set(title=protocol, xlabel="given to task", ylabel="test images of task")
+        axes.set_xticks(np.arange(confusion.shape[1]), np.arange(confusion.shape[1]) + 1)
+        axes.set_yticks(stages - 1, stages)
+    figure.colorbar(image, ax=figure.axes, label="test images (%)")
+    save(figure, "task_confusion.png")
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, field, title in zip(figure.subplots(1, 2), ("final_average", "forgetting"), ("average accuracy", "forgetting"), strict=True):

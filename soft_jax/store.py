@@ -1,7 +1,7 @@
 """A run on disk: one Orbax checkpoint per finished task, the state of the task in training, and the run's config.
 
     WORKDIR/config.json       what the run is; another config is refused
-    WORKDIR/tasks/000/        a task: adapter, shared part and manifest, written whole or not at all
+    WORKDIR/tasks/000/        a task: adapter, shared part, statistics and manifest, written whole or not at all
     WORKDIR/training/000-000500/   task 0 after its 500th step, until the task is finished
 
 Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
@@ -99,9 +99,10 @@ def load_manifest(path: Path) -> dict[str, Any]:
 _ADVICE = "restore this folder from a copy, or move it and all later tasks away and give the same command again to retrain them"
 
 
-def load(path: Path, templates: Mapping[str, Any], sharding: Sharding) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: Path, templates: Mapping[str, Any], sharding: Sharding, part: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Items like `templates` (pytrees of arrays or shapes), placed by `sharding`, and the manifest, all verified.
 
+    With `part`, a template may leave arrays of its item out: they are neither read nor verified.
     Raises UserError naming the array that is missing, of another shape, or not what was saved.
     """
     manifest = load_manifest(path)
@@ -109,7 +110,7 @@ def load(path: Path, templates: Mapping[str, Any], sharding: Sharding) -> tuple[
     for item, template in templates.items():
         leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in _named(template).items()}
         expected = {key.removeprefix(f"{item}/"): value for key, value in manifest["sha256"].items() if key.startswith(f"{item}/")}
-        if odd := sorted(expected.keys() ^ leaves.keys()):
+        if odd := sorted(leaves.keys() - expected.keys() if part else leaves.keys() ^ expected.keys()):
             raise UserError(f"{path}: {item}/{odd[0]} is only in the {'checkpoint' if odd[0] in expected else 'configured method'}")
         arrays = _restore(path, item, leaves)
         for name, array in arrays.items():
@@ -138,14 +139,74 @@ def _restore(path: Path, item: str, leaves: dict[str, jax.ShapeDtypeStruct]) -> 
         raise UserError(f"{path}: {item} can't be read ({str(whole).splitlines()[0][:200]}); {_ADVICE}") from whole
 
 
-class Store:
+class Reader:
+    """The folder of one run, to read from: finished tasks are whole, also while another process trains more."""
+
+    def __init__(self, workdir: str | Path):
+        self.root = Path(workdir).expanduser()
+        self.tasks, self.training = self.root / "tasks", self.root / "training"
+        self.identity: dict[str, Any] = {}
+
+    def read_identity(self) -> dict[str, Any]:
+        """What makes the run this one (`config.json`); every task is checked against it. Raises UserError where there is no run."""
+        config = self.root / "config.json"
+        try:
+            self.identity = json.loads(config.read_text())
+        except OSError as error:
+            raise UserError(f"workdir: {self.root} holds no run ({config.name} can't be read: {error.strerror})") from error
+        except ValueError as error:
+            raise UserError(f"workdir: {config} is damaged ({error}); restore it, or take another workdir") from error
+        return self.identity
+
+    def task_path(self, task: int) -> Path:
+        """Where task `task` (from 0) is kept."""
+        return self.tasks / f"{task:03d}"
+
+    def present(self) -> list[int]:
+        """The tasks that are there, in order."""
+        return sorted(int(path.name) for path in self.tasks.iterdir() if path.name.isdigit()) if self.tasks.is_dir() else []
+
+    def finished(self) -> int:
+        """How many tasks are finished. Raises UserError where one is missing among them."""
+        there = self.present()
+        if there != list(range(len(there))):
+            missing = min(set(range(there[-1])) - set(there))
+            raise UserError(f"{self.task_path(missing)} is missing, later tasks are there; {_ADVICE}")
+        return len(there)
+
+    def load_task(
+        self, task: int, templates: Mapping[str, Any], sharding: Sharding, part: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Items of a finished task (of "adapter", "shared" and "statistics") like `templates`, and its manifest, verified as by `load`.
+
+        Raises UserError when an array is damaged, or the task is missing, another one, of another run or another backbone.
+        """
+        path = self.task_path(task)
+        if not path.is_dir():
+            raise UserError(f"{path} is missing; {_ADVICE}")
+        items, manifest = load(path, templates, sharding, part)
+        self._check_origin(task, manifest)
+        return items, manifest
+
+    def load_task_manifest(self, task: int) -> dict[str, Any]:
+        """A finished task's manifest alone. Raises UserError as `load_task`."""
+        manifest = load_manifest(self.task_path(task))
+        self._check_origin(task, manifest)
+        return manifest
+
+    def _check_origin(self, task: int, manifest: Mapping[str, Any]) -> None:
+        for key, now in {"task": task, **self.identity}.items():
+            there = manifest["task"] if key == "task" else manifest["run"].get(key)
+            if there != now:
+                raise UserError(f"{self.task_path(task)}: {key} is {there!r}, expected {now!r}: this task is from elsewhere; {_ADVICE}")
+
+
+class Store(Reader):
     """The folder of one run, held by one process at a time."""
 
     def __init__(self, workdir: str | Path):
         """Make the folder, or open it. Raises UserError when it can't be written, or another process runs in it."""
-        self.root = Path(workdir).expanduser()
-        self.tasks, self.training = self.root / "tasks", self.root / "training"
-        self.identity: dict[str, Any] = {}
+        super().__init__(workdir)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -175,10 +236,7 @@ class Store:
             if self.finished():
                 raise UserError(f"workdir: {self.root} has tasks but no config.json; restore it, or take another workdir")
             return
-        try:
-            there = json.loads(config.read_text())
-        except ValueError as error:
-            raise UserError(f"workdir: {config} is damaged ({error}); restore it, or take another workdir") from error
+        there = self.read_identity()
         now = json.loads(json.dumps(identity))
         lines = [f"  {key}: {there.get(key)!r} there, {value!r} now" for key, value in now.items() if there.get(key) != value]
         if lines:
@@ -192,36 +250,10 @@ class Store:
         self.identity = json.loads(json.dumps(identity))
         write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
 
-    def task_path(self, task: int) -> Path:
-        """Where task `task` (from 0) is kept."""
-        return self.tasks / f"{task:03d}"
-
-    def finished(self) -> int:
-        """How many tasks are finished. Raises UserError where one is missing among them."""
-        there = sorted(int(path.name) for path in self.tasks.iterdir() if path.name.isdigit())
-        if there != list(range(len(there))):
-            missing = min(set(range(there[-1])) - set(there))
-            raise UserError(f"{self.task_path(missing)} is missing, later tasks are there; {_ADVICE}")
-        return len(there)
-
-    def save_task(self, task: int, adapter: Any, shared: Any, manifest: Mapping[str, Any]) -> None:
-        """Keep a finished task, and drop its training state."""
-        manifest = {"task": task, "run": self.identity, **manifest}
-        save(self.task_path(task), {"adapter": adapter, "shared": shared}, manifest)
+    def save_task(self, task: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Keep a finished task's `items` ("adapter", "shared", "statistics"), and drop its training state."""
+        save(self.task_path(task), items, {"task": task, "run": self.identity, **manifest})
         self._keep_only(None)
-
-    def load_task(self, task: int, adapter: Any, shared: Any, sharding: Sharding) -> tuple[Any, Any, dict[str, Any]]:
-        """Adapter, shared part and manifest of a finished task, verified; `adapter` and `shared` are templates.
-
-        Raises UserError when an array is damaged, or the task is another one, of another run or another backbone.
-        """
-        path = self.task_path(task)
-        items, manifest = load(path, {"adapter": adapter, "shared": shared}, sharding)
-        for key, now in {"task": task, **self.identity}.items():
-            there = manifest["task"] if key == "task" else manifest["run"].get(key)
-            if there != now:
-                raise UserError(f"{path}: {key} is {there!r}, expected {now!r}: this task is from elsewhere; {_ADVICE}")
-        return items["adapter"], items["shared"], manifest
 
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
         """Keep the state of task `task` after `step` steps and `seconds` of training in the place of the one before."""

@@ -1,14 +1,18 @@
 """Task identity at test time: Prompt ID from the keys, Gradient ID from the superposed mask, and the published batch vote."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import prompts, trees
 from soft_jax.methods import Method, Shared
+
+BLOCK_BYTES = 2**26  # of kernel gradients, one per group of images, that are multiplied out at once
 
 
 @jax.jit
@@ -86,59 +90,119 @@ def entropy_of_top(logits: jax.Array, top: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.where(kept, jnp.exp(log_p) * jnp.where(kept, log_p, 0), 0), axis=-1)
 
 
+class Factors(NamedTuple):
+    """∂H/∂W of a kernel y = xW for G groups of images, not multiplied out: Σ over a group's tokens of x ⊗ ∂H/∂y.
+
+    `inputs` `[G, tokens, in]` and `gradients` `[G, tokens, out]`.
+    """
+
+    inputs: jax.Array
+    gradients: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames="method")
-def mask_gradients(
+def entropy_gradients(
     method: Method,
     backbone: trees.Tree,
-    mask: trees.Tree,
+    mean: trees.Tree,
     prompt: jax.Array,
     shared: Shared,
     tokens: jax.Array,
     weights: jax.Array,
     tasks: jax.Array,
-) -> trees.Tree:
-    """∂H/∂M of several test batches at once, each by itself, at the superposed mask M = Σ α_t m_t.
+) -> dict[str, Factors]:
+    """∂H/∂(θ ⊙ M) of several groups of images at once, each by itself, at the superposed mask M = Σ α_t m_t.
 
-    H is the batch mean of the entropy over the top C/T logits, C classes of the head and T tasks seen. At any α,
-    ∂H/∂α_t = ⟨∂H/∂M, m_t⟩, so one backward pass serves all tasks.
+    H is the group's mean entropy over the top C/T logits, C classes of the head and T tasks to choose from. At any α,
+    ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves all tasks (`alpha_gradients`).
 
     Args:
         method: the method, which has masks.
         backbone: frozen parameters.
-        mask: M, a mask tree.
-        prompt: each batch's E-prompt, `[G, layers, 2, length, heads, head_dim]`.
+        mean: θ ⊙ M, the tree of `Method.weights`.
+        prompt: each group's E-prompt, `[G, layers, 2, length, heads, head_dim]`.
         shared: the shared part.
         tokens: trunk tokens `[G, S, N, dim]`.
         weights: `[G, S]`, 0 for padding, which stands at the end.
         tasks: T, int.
 
     Returns:
-        A mask tree with a leading axis G.
+        The masked kernels' gradients by path.
     """
+    groups, size, count, dim = tokens.shape
+    totals = jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
+    shares = (weights / totals).reshape(-1)
+    positions, sizes = (jnp.broadcast_to(x, weights.shape).reshape(-1) for x in (jnp.arange(size)[None], totals.astype(int)))
+    sources = prompts.prefix_sources(method.prefix_layout, positions, sizes)
+    prefix = prompts.prefixes(shared["g_prompt"], method.g_layers)
+    prefix |= prompts.row_prefixes(jnp.repeat(prompt, size, axis=0), method.e_layers, sources)
+    params = trees.merge(backbone, mean)
 
-    def entropy(mask, prompt, tokens, weights):
-        total = jnp.maximum(weights.sum(), 1)
-        sources = prompts.prefix_sources(method.prefix_layout, jnp.arange(len(weights)), total.astype(int))
-        logits = method.logits(backbone, {"prompt": prompt, "mask": mask}, shared, tokens, sources)
-        return jnp.sum(entropy_of_top(logits, method.classes // tasks) * weights) / total
+    def entropy(shifts):
+        inputs = {}
 
-    return jax.vmap(jax.grad(entropy), (None, 0, 0, 0))(mask, prompt, tokens, weights)
+        def shifted(call, args, kwargs, context):
+            path = "/".join((*context.module.path, "kernel"))
+            if context.method_name != "__call__" or path not in shifts:
+                return call(*args, **kwargs)
+            inputs[path] = args[0]
+            return call(*args, **kwargs) + shifts[path]
+
+        with nn.intercept_methods(shifted):
+            logits = method.classify(params, prefix, shared, tokens.reshape(-1, count, dim))
+        return jnp.sum(entropy_of_top(logits, method.classes // tasks) * shares), inputs
+
+    # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be as large as the kernel, per group.
+    outs = {path: kernel.shape[1] for path, kernel in trees.flatten(mean).items()}
+    zeros = {path: jnp.zeros((groups * size, 1, out), method.vit.dtype) for path, out in outs.items()}
+    _, inputs = jax.eval_shape(entropy, zeros)
+    zeros = {path: jnp.zeros((groups * size, inputs[path].shape[1], outs[path]), method.vit.dtype) for path in outs}
+    gradients, inputs = jax.grad(entropy, has_aux=True)(zeros)
+
+    def by_group(rows):
+        return rows.astype(shares.dtype).reshape(groups, -1, rows.shape[-1])
+
+    return {path: Factors(by_group(inputs[path]), by_group(gradients[path])) for path in outs}
 
 
 @jax.jit
-def alpha_gradient(gradient: trees.Tree, mask: trees.Tree) -> jax.Array:
-    """⟨∂H/∂M, m_t⟩ = ∂H/∂α_t for gradients with a leading axis G and one task's mask: `[G]`."""
-    products = jax.tree.map(lambda g, m: jnp.tensordot(g, m, m.ndim, precision="highest"), gradient, mask)
-    return sum(jax.tree.leaves(products))
+def alpha_gradients(gradient: dict[str, Factors], weights: tuple[trees.Tree, ...]) -> jax.Array:
+    """⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each group, for the weights θ ⊙ m_t of K tasks: `[G, K]`.
+
+    The gradient is multiplied out for a few of a kernel's rows at a time, for all K: in all that is one product of the masked
+    layers' size, and K inner products.
+    """
+    kernels = [trees.flatten(tree) for tree in weights]
+    return sum(_inner_products(factors, jnp.stack([kernel[path] for kernel in kernels])) for path, factors in gradient.items())
+
+
+def _inner_products(factors: Factors, kernels: jax.Array) -> jax.Array:
+    """⟨Σ x ⊗ g, W_k⟩ for kernels `[K, in, out]`: `[G, K]`."""
+    inputs, gradients = factors
+    (groups, tokens, width), out = inputs.shape, gradients.shape[2]
+    rows = max(1, BLOCK_BYTES // (groups * out * gradients.dtype.itemsize))
+    rows = next(size for size in range(min(rows, width), 0, -1) if width % size == 0)
+
+    def add(total, block):
+        x, w = block
+        product = jnp.einsum("gnr,gno->gro", x, gradients, precision="highest")
+        return total + jnp.einsum("gro,kro->gk", product, w, precision="highest"), None
+
+    blocks = (
+        jnp.moveaxis(inputs.reshape(groups, tokens, -1, rows), 2, 0),
+        jnp.moveaxis(kernels.reshape(len(kernels), -1, rows, out), 1, 0),
+    )
+    return jax.lax.scan(add, jnp.zeros((groups, len(kernels)), gradients.dtype), blocks)[0]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(total: trees.Tree, mask: trees.Tree) -> trees.Tree:
-    return jax.tree.map(jnp.add, total, mask)
+def _add(total: trees.Tree, weights: trees.Tree) -> trees.Tree:
+    return jax.tree.map(jnp.add, total, weights)
 
 
-def mean_mask(masks: Iterable[trees.Tree]) -> trees.Tree:
-    """The superposed mask at uniform α, (1/T) Σ m_t, added up one by one."""
-    masks = list(masks)
-    total = functools.reduce(_add, masks, jax.tree.map(jnp.zeros_like, masks[0]))
-    return jax.tree.map(lambda leaf: leaf / len(masks), total)
+def mean_weights(weights: Iterator[trees.Tree], count: int) -> trees.Tree:
+    """θ ⊙ M at uniform α, (1/T) Σ θ ⊙ m_t for T = `count`, added up one by one: two are held at a time."""
+    total = jax.tree.map(jnp.copy, next(weights))
+    for tree in weights:
+        total = _add(total, tree)
+    return jax.tree.map(lambda leaf: leaf / count, total)

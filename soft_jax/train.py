@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,9 +97,12 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
 def gradients(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[trees.Tree, dict[str, Any]]:
     """Gradients of every trained array, clipped to a global norm, with `loss_fn`'s terms and `grad_norm` (before clipping).
 
+    Where `batch["hold_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then leaves it as it is, to the bit.
     Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_` does (Optax divides by the norm alone).
     """
     grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, recipe)
+    g_prompt = jnp.where(batch["hold_g_prompt"], 0, grads["shared"]["g_prompt"])
+    grads = grads | {"shared": grads["shared"] | {"g_prompt": g_prompt}}
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(recipe.clip_norm / (norm + 1e-6), 1)
     return jax.tree.map(lambda g: g * scale, grads), terms | {"grad_norm": norm}
@@ -121,7 +124,7 @@ def train_step(
     return TrainState(state.step + 1, trainable, opt_state), {k: v for k, v in terms.items() if v.ndim == 0}
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices (or those given) on one axis, `data`."""
     devices = devices or jax.devices()
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -141,6 +144,6 @@ def by_row(mesh: Mesh) -> NamedSharding:
 def compile_step(recipe: Recipe, mesh: Mesh) -> Any:
     """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
     whole, rows = replicated(mesh), by_row(mesh)
-    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole}
+    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "hold_g_prompt": whole}
     step = functools.partial(train_step, recipe=recipe)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)

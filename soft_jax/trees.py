@@ -43,6 +43,11 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree of arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def sha256(array: Any) -> str:
     """Hex SHA-256 of an array's dtype, shape and little-endian C-order bytes."""
     array = np.ascontiguousarray(array)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from soft_jax import evaluate, methods, metrics, train, trees, weights
+from soft_jax import evaluate, inference, methods, metrics, train, trees, weights
 from soft_jax.vit import ViTConfig
 
 
@@ -49,6 +49,13 @@ def shared_of(arrays: Mapping[str, np.ndarray]) -> methods.Shared:
     return {"g_prompt": arrays["g_prompt"], "head": {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]}}
 
 
+def model_of(method, backbone, shared, adapters, tasks, task_of_class, budget=2**30, **others) -> inference.Model:
+    """A model of adapters that are all in memory."""
+    keys, prompts = (jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt"))
+    weights_ = inference.TaskWeights(method, backbone, adapters.__getitem__, budget)
+    return inference.Model(method, backbone, shared, keys, prompts, weights_, tasks, task_of_class, **others)
+
+
 def replay(path: str | Path) -> dict[str, float]:
     """Largest absolute error of each quantity of the trace at `path`; ids and accuracies included. Needs float64 enabled."""
     with np.load(path) as file:
@@ -82,6 +89,7 @@ def replay(path: str | Path) -> dict[str, float]:
             "labels": labels,
             "weights": np.ones(len(labels)),
             "class_mask": task_of_class == task,
+            "hold_g_prompt": False,
         }
 
     settings = evaluate.Settings(mesh, c["eval_batch"], c["shots"], eval_batch_size=c["eval_batch"] * c["eval_batches"])
@@ -112,11 +120,11 @@ def replay(path: str | Path) -> dict[str, float]:
         compare_trees("trained_arrays", shared, shared_of(theirs))
         for seen in range(task + 1):
             compare_trees("trained_arrays", adapters[seen], adapter_of(theirs, seen))
-        model = evaluate.Model(method, params, shared, adapters, task + 1, task_of_class)
+        model = model_of(method, params, shared, adapters, tuple(range(task + 1)), task_of_class)
         for seen in range(task + 1):
             images = trace["eval_images"][seen].reshape(-1, *trace["eval_images"].shape[-3:])
             labels = trace["eval_labels"][seen].reshape(-1)
-            query = evaluate.queries(method, params, images, settings)
+            query = inference.queries(method, params, images, settings.batching)
             answers = evaluate.answer(model, images, query, seen, settings)
             for protocol, row in evaluate.evaluate_task(model, images, labels, query, seen, settings).items():
                 if name := protocols.get(protocol):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import continual, data, evaluate, methods, train, trees, weights
+from soft_jax import continual, data, inference, methods, train, trees, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
@@ -75,7 +75,7 @@ def test_batches_from_any_step_are_those_of_the_whole(run, first):
 
 def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
     calls = []
-    monkeypatch.setattr(evaluate, "queries", lambda method, params, images, settings: calls.append(len(images)) or images.sum((1, 2)))
+    monkeypatch.setattr(inference, "queries", lambda method, params, images, batching: calls.append(len(images)) or images.sum((1, 2)))
     for _ in range(3):
         assert run.query(0).shape == (6, 3)
         run.query(1)
@@ -90,47 +90,73 @@ def small(backbone, tmp_path, monkeypatch):
     few = data.Dataset(*(data.Split(s.images[:60], s.labels[:60]) for s in (digits.train, digits.test)), digits.class_names)
     monkeypatch.setattr(data, "load", lambda *_: few)
     layers = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
-    config = Config(dataset="digits", tasks=2, batch_size=6, epochs=1, eval_batch_size=16, **layers)
+    config = Config(dataset="digits", tasks=2, batch_size=6, epochs=1, eval_batch_size=16, prototype_features=50, **layers)
 
-    def prepare(devices=4):
+    def prepare(devices=4, **changes):
         with closing(Store(tmp_path / f"on{devices}")) as store:
             mesh = train.data_mesh(jax.devices()[:devices])
-            return continual.prepare(config, store, Console(quiet=True), threading.Event(), mesh)
+            return continual.prepare(dataclasses.replace(config, **changes), store, Console(quiet=True), threading.Event(), mesh)
 
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int step count
         yield prepare
 
 
 def run_two_tasks(run):
-    """Both tasks as `continual.run` trains them: the adapters after each task, the shared part, the rows of the last stage."""
-    adapters, shared, history = [run.initial_adapter(t) for t in range(2)], run.initial_shared(), []
+    """Both tasks as `continual.run` trains them: adapters and model after each task, and the rows of the last stage."""
+    learned, shared, adapters, models = continual.Learned(run), run.initial_shared(), [], []
     for task in range(2):
-        adapters[task] = methods.begin(adapters[task], adapters[task - 1] if task else None)
-        state, _ = continual.train_task(run, task, adapters[task], shared)
-        adapters[task], shared = state.trainable["adapter"], state.trainable["shared"]
-        history.append(jax.device_get(adapters))
-    model = evaluate.Model(run.method, run.params, shared, adapters, 2, run.scenario.task_of_class)
-    return history, jax.device_get(shared), continual.evaluate_stage(run, model)[0]
+        adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
+        state, _ = continual.train_task(run, task, adapter, shared)
+        adapters.append(state.trainable["adapter"])
+        shared = state.trainable["shared"]
+        learned.add(task, adapters[-1], continual.task_statistics(run, task))
+        models.append(learned.model(shared))
+    return adapters, models, continual.evaluate_stage(run, models[-1])[0]
 
 
 def test_the_same_run_on_one_and_on_four_devices(small):
-    (history, shared, rows), (history_4, shared_4, rows_4) = (run_two_tasks(small(devices)) for devices in (1, 4))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), (history, shared), (history_4, shared_4))
+    (adapters, models, rows), (adapters_4, models_4, rows_4) = (run_two_tasks(small(devices)) for devices in (1, 4))
+    ours, theirs = (jax.device_get((a, m[-1].shared)) for a, m in ((adapters, models), (adapters_4, models_4)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), ours, theirs)
     for protocol, by_task in rows.items():
         for row, row_4 in zip(by_task, rows_4[protocol], strict=True):
             assert row.total == row_4.total
             assert abs(row.correct - row_4.correct) <= 1, protocol
 
 
-def test_an_old_adapter_keeps_its_bits_while_a_new_task_trains(small):
+def test_an_old_task_keeps_its_bits_while_a_new_one_trains(small):
+    """Its key, its E-prompt, its θ ⊙ m, its statistics."""
     run = small()
-    history, _, _ = run_two_tasks(run)
-    before, after = trees.flatten(history[0][0]), trees.flatten(history[1][0])
-    for path, array in before.items():
-        assert trees.sha256(array) == trees.sha256(after[path]), path
-    drawn = trees.flatten(jax.device_get(run.initial_adapter(1)))
-    trained = trees.flatten(history[1][1])
+    learned = continual.Learned(run)
+    adapter, statistics = run.initial_adapter(0), continual.task_statistics(run, 0)
+    before = {name: trees.sha256(leaf) for name, leaf in trees.flatten({"adapter": adapter, "statistics": statistics}).items()}
+    learned.add(0, adapter, statistics)
+    model = learned.model(run.initial_shared())
+    first = jax.device_get((model.keys[0], model.prompts[0], model.weights[0]))
+    state, _ = continual.train_task(run, 1, methods.begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared())
+    learned.add(1, state.trainable["adapter"], continual.task_statistics(run, 1))
+    later = learned.model(state.trainable["shared"])
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((later.keys[0], later.prompts[0], later.weights[0])), first)
+    after = {name: trees.sha256(leaf) for name, leaf in trees.flatten({"adapter": adapter, "statistics": statistics}).items()}
+    assert after == before
+    drawn, trained = (trees.flatten(jax.device_get(a)) for a in (run.initial_adapter(1), state.trainable["adapter"]))
     assert all((trained[path] != drawn[path]).any() for path in drawn)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_only_the_g_prompt_drifts(small, held):
+    """With the G-prompt held after the first task, a later task changes no logit of an older one's classes, to the bit."""
+    run = small(hold_g_prompt=held)
+    _, (first, second), _ = run_two_tasks(run)
+    batching = run.settings.batching
+    images = inference.prepare(run.method, run.test_set(0).images, batching)
+    logits = []
+    for model in (first, second):
+        tokens, _ = inference.encode(model, images, batching, queried=False)
+        pairs = inference.alone(np.zeros(len(images), int))
+        logits.append(inference.logits(model, tokens, pairs, batching)[:, run.scenario.class_mask(0)])
+    assert (logits[0] == logits[1]).all() == held
+    assert (np.asarray(first.shared["g_prompt"]) == np.asarray(second.shared["g_prompt"])).all() == held
 
 
 def test_a_new_prompt_starts_as_the_old_one_and_its_key_does_not(small):

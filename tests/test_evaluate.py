@@ -7,21 +7,26 @@ import pytest
 from hypothesis import given, settings, strategies
 from hypothesis.strategies import DataObject
 
-from soft_jax import evaluate, prompts, task_id, train
+from soft_jax import evaluate, inference, prompts, prototype, task_id, train
 from soft_jax.vit import ViT
 from tests.conftest import tiny_method
+from tests.replay import model_of
 
 TASK_OF_CLASS = np.arange(6) // 2
 COUNT = 37
 
 
-def make_model(backbone, method, seen=3):
+def make_adapters(backbone, method):
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(3)]
     if method.mask_paths:  # spread, so that tasks disagree
         adapters = [a | {"mask": jax.tree.map(lambda m, t=t: m * (1 + t), a["mask"])} for t, a in enumerate(adapters)]
+    return adapters
+
+
+def make_model(backbone, method, adapters, seen=3, **others):
     shared = method.init_shared(jax.random.key(9))
     shared = shared | {"head": jax.tree.map(lambda x: 20 * x, shared["head"])}
-    return evaluate.Model(method, backbone, shared, adapters, seen, TASK_OF_CLASS)
+    return model_of(method, backbone, shared, adapters, tuple(range(seen)), TASK_OF_CLASS, **others)
 
 
 def run_settings(batch_size=8, eval_batch_size=16, shots=5, devices=4):
@@ -40,25 +45,43 @@ def keys_that_split(query):
 
 @pytest.fixture(scope="module")
 def world(backbone):
-    rng = np.random.default_rng(5)
+    """A model of three tasks, its adapters, images, and their q(x)."""
+    rng, method = np.random.default_rng(5), tiny_method()
     images = rng.integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
-    model = make_model(backbone, tiny_method())
-    query = evaluate.queries(model.method, backbone, images, run_settings())
-    adapters = [a | {"key": key} for a, key in zip(model.adapters, keys_that_split(query), strict=True)]
-    return dataclasses.replace(model, adapters=adapters), images, query
+    query = inference.queries(method, backbone, images, run_settings().batching)
+    adapters = [a | {"key": key} for a, key in zip(make_adapters(backbone, method), keys_that_split(query), strict=True)]
+    projection = prototype.projection(0, 24, 40)
+    sums = prototype.Sums(6, projection)
+    for task in range(3):
+        labels = 2 * task + np.arange(COUNT) % 2
+        part = slice(task, None, 3)
+        sums.add((2 * task, 2 * task + 1), prototype.statistics(query[part], labels[part], (2 * task, 2 * task + 1), projection))
+    return make_model(backbone, method, adapters, prototypes=sums.solve()), adapters, images, query
 
 
-def by_hand(model, image, query, task, sources=None):
+def by_hand(model, adapter, image, sources=None):
     """One image through one task, the plain way."""
     batch = image[None].astype(np.float32) / 255
     tokens = model.method.trunk(model.backbone, model.shared, batch)
-    return np.asarray(model.method.logits(model.backbone, model.adapters[task], model.shared, tokens, sources))[0]
+    return np.asarray(model.method.logits(model.backbone, adapter, model.shared, tokens, sources))[0]
+
+
+def gradient_by_hand(model, adapters, image, nearest):
+    """∂H/∂α of one image by jax.grad over explicit α."""
+    tokens = model.method.trunk(model.backbone, model.shared, image[None].astype(np.float32) / 255)
+
+    def entropy(alpha):
+        mask = jax.tree.map(lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *[a["mask"] for a in adapters])
+        logits = model.method.logits(model.backbone, adapters[nearest] | {"mask": mask}, model.shared, tokens)
+        return task_id.entropy_of_top(logits, 2).sum()
+
+    return np.asarray(jax.grad(entropy)(jax.numpy.full(3, 1 / 3)))
 
 
 def test_every_protocol_against_a_plain_loop(world):
-    model, images, query = world
+    model, adapters, images, query = world
     answers = evaluate.answer(model, images, query, 1, run_settings())
-    keys = np.stack([a["key"] for a in model.adapters])
+    keys = np.stack([a["key"] for a in adapters])
     nearest = np.asarray(prompts.similarity(query, keys)).argmax(axis=1)
     assert len(set(nearest.tolist())) == 3
     np.testing.assert_array_equal(answers.task_ids[evaluate.PER_SAMPLE], nearest)
@@ -66,21 +89,41 @@ def test_every_protocol_against_a_plain_loop(world):
     assert answers.alpha_gradients.shape == (5, 3)
     voted = answers.alpha_gradients.argmin(axis=1)
     np.testing.assert_array_equal(answers.task_ids[evaluate.VOTE_GRADIENT], voted[np.arange(COUNT) // 8])
-    for protocol, logits in answers.logits.items():
-        assert logits.shape == (COUNT, 6)
-        for i in (0, 7, 8, 36):
-            expected = by_hand(model, images[i], query[i], answers.task_ids[protocol][i])
+    assert set(answers.logits) == set(evaluate.protocols(model.method))
+    for i in (0, 36):
+        for protocol, logits in answers.logits.items():
+            assert logits.shape == (COUNT, 6)
+            expected = by_hand(model, adapters[answers.task_ids[protocol][i]], images[i])
             np.testing.assert_allclose(logits[i], expected, atol=2e-4, err_msg=protocol)
+        assert answers.task_ids[evaluate.PER_SAMPLE_GRADIENT][i] == gradient_by_hand(model, adapters, images[i], nearest[i]).argmin()
+    assert len(set(answers.task_ids[evaluate.PER_SAMPLE_GRADIENT].tolist())) > 1
+
+
+def test_prototypes_name_the_task_and_weigh_the_logits(world):
+    model, _, images, query = world
+    answers = evaluate.answer(model, images, query, 1, run_settings())
+    posterior = np.asarray(prototype.log_posterior(query, model.prototypes))
+    by_task = np.exp(posterior).reshape(COUNT, 3, 2).sum(axis=2)
+    tasks = answers.task_ids[evaluate.PROTOTYPE]
+    np.testing.assert_array_equal(tasks, by_task.argmax(axis=1))
+    assert len(set(tasks.tolist())) == 3
+    scores = answers.scores[evaluate.PROTOTYPE]
+    expected = (posterior + answers.logits[evaluate.PROTOTYPE]).reshape(COUNT, 3, 2)[np.arange(COUNT), tasks]
+    np.testing.assert_allclose(scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, atol=1e-5)
+    assert np.isinf(scores).sum() == 4 * COUNT
 
 
 def test_images_are_counted_exactly(world):
     """37 images in batches of 8: the last one holds 5; under oracle only the task's classes can win."""
-    model, images, query = world
+    model, _, images, query = world
     labels = np.full(COUNT, 2)
-    rows = evaluate.evaluate_task(model, images, labels, query, 1, run_settings())
     answers = evaluate.answer(model, images, query, 1, run_settings())
+    rows = evaluate.evaluate_task(model, images, labels, query, 1, run_settings())
     assert set(rows) == set(evaluate.protocols(model.method))
-    assert all(row.total == COUNT for row in rows.values())
+    for protocol, row in rows.items():
+        assert row.total == COUNT == sum(row.identified)
+        assert row.identified == tuple(np.bincount(answers.task_ids[protocol], minlength=3))
+        assert row.task_correct == row.identified[1]
     logits = answers.logits[evaluate.ORACLE]
     assert rows[evaluate.ORACLE].correct == (logits[:, 2] > logits[:, 3]).sum()
     assert rows[evaluate.ORACLE].task_correct == COUNT
@@ -88,8 +131,8 @@ def test_images_are_counted_exactly(world):
 
 
 def test_unseen_tasks_and_classes_only_under_batch_vote(world):
-    model, images, query = world
-    early = dataclasses.replace(model, seen=1)
+    model, _, images, query = world
+    early = dataclasses.replace(model, tasks=(0,), prototypes=None)
     answers = evaluate.answer(early, images, query, 0, run_settings())
     assert (answers.task_ids[evaluate.PER_SAMPLE] == 0).all()
     assert answers.task_ids[evaluate.VOTE_PROMPT].max() > 0
@@ -102,20 +145,21 @@ def test_unseen_tasks_and_classes_only_under_batch_vote(world):
 @settings(max_examples=15, deadline=None)
 def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
     """Any choice of the images, in any order, under any batch size: the same task and class for each."""
-    model, images, query = world
+    model, _, images, query = world
     whole = evaluate.answer(model, images, query, 0, run_settings())
     chosen = np.array(data.draw(strategies.lists(strategies.integers(0, COUNT - 1), min_size=1, max_size=COUNT)))
     batching = run_settings(
         batch_size=data.draw(strategies.sampled_from([3, 8])), eval_batch_size=data.draw(strategies.sampled_from([16, 64]))
     )
-    alone = evaluate.queries(model.method, model.backbone, images[chosen], batching)
+    alone = inference.queries(model.method, model.backbone, images[chosen], batching.batching)
     part = evaluate.answer(model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching)
-    np.testing.assert_array_equal(part.task_ids[evaluate.PER_SAMPLE], whole.task_ids[evaluate.PER_SAMPLE][chosen])
-    np.testing.assert_array_equal(part.logits[evaluate.PER_SAMPLE].argmax(axis=1), whole.logits[evaluate.PER_SAMPLE][chosen].argmax(axis=1))
+    for protocol in (evaluate.PER_SAMPLE, evaluate.PER_SAMPLE_GRADIENT, evaluate.PROTOTYPE):
+        np.testing.assert_array_equal(part.task_ids[protocol], whole.task_ids[protocol][chosen])
+        np.testing.assert_array_equal(part.scores[protocol].argmax(axis=1), whole.scores[protocol][chosen].argmax(axis=1))
 
 
 def test_one_and_four_devices_agree(world):
-    model, images, query = world
+    model, _, images, query = world
     one, four = (evaluate.answer(model, images, query, 2, run_settings(devices=n)) for n in (1, 4))
     for protocol in one.logits:
         np.testing.assert_array_equal(one.task_ids[protocol], four.task_ids[protocol])
@@ -124,21 +168,21 @@ def test_one_and_four_devices_agree(world):
 
 def test_interleaved_prefixes_follow_the_published_batches(world):
     """An image's prefix depends on its place in its batch, but under per_sample it is alone."""
-    model, images, query = world
+    model, adapters, images, query = world
     model = dataclasses.replace(model, method=dataclasses.replace(model.method, prefix_layout="interleaved"))
     answers = evaluate.answer(model, images, query, 0, run_settings())
     separate = np.array([[0, 1]])
     # The last batch holds images 32 to 36: 34 stands in its middle.
     for i, sources in ((0, [[0, 0]]), (3, [[0, 0]]), (4, [[1, 1]]), (32, [[0, 0]]), (34, [[0, 1]]), (36, [[1, 1]])):
-        expected = by_hand(model, images[i], query[i], 0, np.array(sources))
+        expected = by_hand(model, adapters[0], images[i], np.array(sources))
         np.testing.assert_allclose(answers.logits[evaluate.ORACLE][i], expected, atol=2e-4)
-        expected = by_hand(model, images[i], query[i], answers.task_ids[evaluate.PER_SAMPLE][i], separate)
+        expected = by_hand(model, adapters[answers.task_ids[evaluate.PER_SAMPLE][i]], images[i], separate)
         np.testing.assert_allclose(answers.logits[evaluate.PER_SAMPLE][i], expected, atol=2e-4)
 
 
 def test_chunks_are_joined(world):
     """More images than are held at once give what one chunk gives."""
-    model, images, query = world
+    model, _, images, query = world
     many = run_settings(eval_batch_size=4)
     assert many.chunk == 16
     pieces, whole = evaluate.answer(model, images, query, 0, many), evaluate.answer(model, images, query, 0, run_settings())
@@ -151,16 +195,29 @@ def test_dualprompt_has_no_gradient_id(backbone, rng):
     method = tiny_method(mask_paths=())
     assert evaluate.VOTE_GRADIENT not in evaluate.protocols(method)
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
-    query = evaluate.queries(method, backbone, images, run_settings())
-    assert evaluate.answer(make_model(backbone, method), images, query, 0, run_settings()).alpha_gradients is None
+    query = inference.queries(method, backbone, images, run_settings().batching)
+    adapters = make_adapters(backbone, method)
+    model = make_model(backbone, method, adapters)
+    answers = evaluate.answer(model, images, query, 0, run_settings())
+    assert answers.alpha_gradients is None
+    assert set(answers.scores) == set(evaluate.protocols(method, prototypes=False))
+    # Images of all tasks run together, each with its own prompt.
+    tasks = np.array([2, 0, 1, 1, 0])
+    batching = run_settings().batching
+    tokens, _ = inference.encode(model, images, batching, queried=False)
+    logits = inference.logits(model, tokens, inference.alone(tasks), batching)
+    for i, task in enumerate(tasks):
+        np.testing.assert_allclose(logits[i], by_hand(model, adapters[task], images[i]), atol=2e-4)
 
 
 def test_bfloat16_names_the_same_tasks(world):
     """q(x) comes in bfloat16 then, but is compared with the keys in float32: near 1 bfloat16 would tie."""
-    model, images, query = world
-    low = dataclasses.replace(model, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")))
+    model, _, images, query = world
+    low = dataclasses.replace(
+        model, prototypes=None, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16"))
+    )
     with jax.numpy_dtype_promotion("standard"):
-        rounded = evaluate.queries(low.method, low.backbone, images, run_settings())
+        rounded = inference.queries(low.method, low.backbone, images, run_settings().batching)
         answers = evaluate.answer(low, images, query.astype(rounded.dtype), 1, run_settings())
     assert rounded.dtype == jax.numpy.bfloat16
     expected = evaluate.answer(model, images, query, 1, run_settings()).task_ids[evaluate.PER_SAMPLE]
@@ -171,6 +228,6 @@ def test_bfloat16_names_the_same_tasks(world):
 
 
 def test_queries_are_those_of_the_plain_backbone(world):
-    model, images, query = world
+    model, _, images, query = world
     expected = ViT(model.method.vit).apply({"params": model.backbone}, images.astype(np.float32) / 255)
     np.testing.assert_allclose(query, expected, atol=1e-4)

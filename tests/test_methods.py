@@ -67,7 +67,7 @@ def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone
         return jnp.sum(ViT(TINY).apply({"params": params}, images)[:, 0])
 
     mask = jnp.full(theta.shape, 0.995)
-    by_mask = jax.grad(lambda m: loss(trees.flatten(reparam.apply_masks(backbone, trees.unflatten({path: m})))[path]))(mask)
+    by_mask = jax.grad(lambda m: loss(trees.flatten(reparam.effective_weights(backbone, trees.unflatten({path: m})))[path]))(mask)
     moved = theta * (mask - 0.1 * by_mask) - theta * mask
     np.testing.assert_allclose(moved, -0.1 * theta**2 * jax.grad(loss)(theta * mask), atol=1e-6)
 

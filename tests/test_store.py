@@ -41,12 +41,12 @@ def opened(tmp_path):
 
 
 def keep(opened, task=0, **manifest):
-    opened.save_task(task, TREES["adapter"], TREES["shared"], manifest)
+    opened.save_task(task, TREES, manifest)
     return opened.task_path(task)
 
 
 def load(opened, sharding, task=0):
-    return opened.load_task(task, TREES["adapter"], TREES["shared"], sharding)
+    return opened.load_task(task, TREES, sharding)
 
 
 def chunk(path, array="mask.blocks_0.kernel"):
@@ -55,9 +55,9 @@ def chunk(path, array="mask.blocks_0.kernel"):
 
 def test_a_task_comes_back_to_the_bit(opened, sharding):
     keep(opened, note="grüße", metrics={"a": [1, 2.5]})
-    adapter, shared, manifest = load(opened, sharding)
-    jax.tree.map(np.testing.assert_array_equal, {"adapter": adapter, "shared": shared}, TREES)
-    assert adapter["key"].sharding == sharding
+    items, manifest = load(opened, sharding)
+    jax.tree.map(np.testing.assert_array_equal, items, TREES)
+    assert items["adapter"]["key"].sharding == sharding
     assert (manifest["note"], manifest["metrics"]) == ("grüße", {"a": [1, 2.5]})
     assert set(manifest["sha256"]) == {"adapter/key", "adapter/mask.blocks_0.kernel", "shared/head.bias"}
     assert opened.finished() == 1
@@ -105,11 +105,34 @@ def test_damaged_manifest(opened, sharding):
 def test_another_method_or_shape(opened, sharding):
     keep(opened)
     with pytest.raises(UserError, match="adapter/mask.blocks_0.kernel is only in the checkpoint"):
-        opened.load_task(0, {"key": TREES["adapter"]["key"]}, TREES["shared"], sharding)
+        opened.load_task(0, {"adapter": {"key": TREES["adapter"]["key"]}}, sharding)
     with pytest.raises(UserError, match="adapter/extra is only in the configured method"):
-        opened.load_task(0, TREES["adapter"] | {"extra": jnp.ones(1)}, TREES["shared"], sharding)
+        opened.load_task(0, {"adapter": TREES["adapter"] | {"extra": jnp.ones(1)}}, sharding)
     with pytest.raises(UserError, match="array adapter/key"):
-        opened.load_task(0, TREES["adapter"] | {"key": jnp.ones(4)}, TREES["shared"], sharding)
+        opened.load_task(0, {"adapter": TREES["adapter"] | {"key": jnp.ones(4)}}, sharding)
+
+
+def test_a_part_of_a_task(opened, sharding):
+    """Only what is asked for is read: a damaged array beside it does no harm."""
+    path = keep(opened)
+    chunk(path).unlink()
+    part = {"adapter": {"key": TREES["adapter"]["key"]}}
+    items, _ = opened.load_task(0, part, sharding, part=True)
+    jax.tree.map(np.testing.assert_array_equal, items, part)
+    with pytest.raises(UserError, match="adapter/extra is only in the configured method"):
+        opened.load_task(0, {"adapter": {"extra": jnp.ones(1)}}, sharding, part=True)
+    with pytest.raises(UserError, match=r"tasks/001 is missing"):
+        opened.load_task(1, part, sharding, part=True)
+
+
+def test_reading_beside_a_running_process(opened):
+    keep(opened)
+    reader = store.Reader(opened.root)
+    assert reader.read_identity() == opened.identity
+    assert reader.present() == [0]
+    with pytest.raises(UserError, match=r"holds no run \(config.json can't be read: No such file"):
+        store.Reader(opened.root / "tasks").read_identity()
+    assert store.Reader(opened.root / "none").present() == []
 
 
 def test_a_full_disk_loses_nothing(opened, sharding):
@@ -120,7 +143,7 @@ def test_a_full_disk_loses_nothing(opened, sharding):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"tasks/001 could not be saved .*Finished tasks are as they were"):
-            opened.save_task(1, large, TREES["shared"], {})
+            opened.save_task(1, TREES | {"adapter": large}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in opened.tasks.iterdir()] == ["000"]

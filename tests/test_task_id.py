@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -6,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import task_id
-from tests.conftest import tiny_method
+from soft_jax import prompts, reparam, task_id
+from soft_jax.vit import ViT
+from tests.conftest import TINY, tiny_method
 
 DATA = Path(__file__).parent / "data"
+
+
+def init_tiny():
+    return ViT(TINY).init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
 
 
 def test_vote_ties_go_where_pytorchs_do():
@@ -32,25 +38,38 @@ def test_entropy_of_top(rng, top):
     assert np.isfinite(jax.grad(lambda x: task_id.entropy_of_top(x, jnp.asarray(top)).sum())(logits)).all()
 
 
-def test_alpha_gradient_is_the_gradient_over_explicit_alpha(backbone, rng):
-    """⟨∂H/∂M, m_t⟩ against jax.grad through Σ α_t m_t, for two batches at once."""
-    method = tiny_method()
-    adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(3)]
-    adapters = [a | {"mask": jax.tree.map(lambda m, t=t: m + 0.3 * t, a["mask"])} for t, a in enumerate(adapters)]
-    shared = method.init_shared(jax.random.key(9))
-    tokens = method.trunk(backbone, shared, rng.random((8, 16, 16, 3), np.float32)).reshape(2, 4, 17, 24)
-    weights = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch):
+    """In float64, for single images and for batches, the last one partial, against jax.grad through Σ α_t m_t."""
+    monkeypatch.setattr(task_id, "BLOCK_BYTES", 3 * 8 * 72 * 8)  # a few rows of a kernel at a time
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
+        rng = np.random.default_rng(0)
+        vit = dataclasses.replace(TINY, dtype="float64")
+        paths = reparam.mask_paths(("qkv", "proj", "mlp"), (2, 3))
+        method = tiny_method(vit=vit, mask_paths=paths, prefix_layout=layout)
+        backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), jax.eval_shape(init_tiny))
+        adapters = [jax.tree.map(lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)) for t in range(3)]
+        adapters = [a | {"mask": jax.tree.map(lambda m: m + rng.normal(0, 0.3, m.shape), a["mask"])} for a in adapters]
+        shared = jax.tree.map(lambda x: np.asarray(x, float), method.init_shared(jax.random.key(9)))
+        shared["head"] = jax.tree.map(lambda x: 50 * x, shared["head"])
+        groups = 3
+        tokens = method.trunk(backbone, shared, rng.random((groups * size, 16, 16, 3))).reshape(groups, size, 17, 24)
+        weights = (np.arange(size) < np.array([[size], [size], [(size + 1) // 2]])).astype(float)
 
-    def entropy(alpha, g):
-        mask = jax.tree.map(lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *[a["mask"] for a in adapters])
-        kept = tokens[g, : int(weights[g].sum())]
-        logits = method.logits(backbone, adapters[g] | {"mask": mask}, shared, kept)
-        return task_id.entropy_of_top(logits, 2).mean()
+        def entropy(alpha, g):
+            mask = jax.tree.map(lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *[a["mask"] for a in adapters])
+            kept = tokens[g, : int(weights[g].sum())]
+            sources = prompts.prefix_sources(layout, jnp.arange(len(kept)), len(kept))
+            logits = method.logits(backbone, adapters[g] | {"mask": mask}, shared, kept, sources)
+            return task_id.entropy_of_top(logits, 2).mean()
 
-    expected = [jax.grad(entropy)(jnp.full(3, 1 / 3), g) for g in range(2)]
-    superposed = task_id.mean_mask(a["mask"] for a in adapters)
-    prompt = jnp.stack([a["prompt"] for a in adapters[:2]])
-    gradient = task_id.mask_gradients(method, backbone, superposed, prompt, shared, tokens, weights, 3)
-    ours = np.stack([task_id.alpha_gradient(gradient, a["mask"]) for a in adapters], axis=1)
-    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5)
-    assert np.ptp(ours, axis=1).min() > 1e-4  # tasks differ, so the comparison says something
+        expected = np.stack([jax.grad(entropy)(jnp.full(3, 1 / 3), g) for g in range(groups)])
+        effective = [method.weights(backbone, adapter) for adapter in adapters]
+        mean = task_id.mean_weights(iter(effective), 3)
+        prompt = jnp.stack([a["prompt"] for a in adapters])
+        gradient = task_id.entropy_gradients(method, backbone, mean, prompt, shared, tokens, weights, 3)
+        ours = task_id.alpha_gradients(gradient, tuple(effective))
+        assert ours.dtype == np.float64
+        np.testing.assert_allclose(ours, expected, atol=1e-12 * np.abs(expected).max())
+    assert np.ptp(expected, axis=1).min() > 1e-3  # tasks differ, so the comparison says something

@@ -8,6 +8,7 @@ from soft_jax.augment import Augment
 from tests.conftest import tiny_method
 
 CLASSES = np.arange(6)
+FIXED = ("class_mask", "hold_g_prompt")  # the same for every image of a task
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +23,13 @@ def recipe():
     return train.Recipe(tiny_method(), learning_rate=0.01, augment=Augment(16))
 
 
-def batch(rng, task=0, real=8, padded=8):
+def batch(rng, task=0, real=8, padded=8, hold=False):
     labels = np.zeros(padded, np.int32)
     labels[:real] = rng.integers(2 * task, 2 * task + 2, real)
     images = np.zeros((padded, 16, 16, 3), np.uint8)
     images[:real] = rng.integers(0, 256, (real, 16, 16, 3))
     weights = (np.arange(padded) < real).astype(np.float32)
-    return {"images": images, "labels": labels, "weights": weights, "class_mask": task == CLASSES // 2}
+    return {"images": images, "labels": labels, "weights": weights, "class_mask": task == CLASSES // 2, "hold_g_prompt": hold}
 
 
 def start(recipe, backbone, seed=0):
@@ -68,8 +69,8 @@ def test_one_compilation_serves_every_task_and_the_last_batch(recipe, backbone, 
     state = jax.device_put(start(recipe, backbone, seed=3), train.replicated(mesh))
     before = step._cache_size()
     for task, real in ((0, 8), (1, 8), (2, 5)):
-        data = jax.device_put({k: v for k, v in batch(rng, task, real).items() if k != "class_mask"}, train.by_row(mesh))
-        data["class_mask"] = jax.device_put(task == CLASSES // 2, train.replicated(mesh))
+        data = batch(rng, task, real, hold=task > 0)
+        data = {k: jax.device_put(v, train.replicated(mesh) if k in FIXED else train.by_row(mesh)) for k, v in data.items()}
         state, _ = step(state, backbone, data, train.stream(0, "augment", task))
     assert step._cache_size() - before <= 1
     assert train.compile_step(recipe, mesh) is step
@@ -87,7 +88,7 @@ def test_state_is_donated(recipe, backbone, rng):
 def test_padding_changes_nothing(backbone, rng, layout):
     recipe = train.Recipe(tiny_method(prefix_layout=layout), learning_rate=0.01)
     padded = batch(rng, task=1, real=5)  # the padding's label, 0, is of another task
-    exact = {k: v if k == "class_mask" else v[:5] for k, v in padded.items()}
+    exact = {k: v if k in FIXED else v[:5] for k, v in padded.items()}
     state = start(recipe, backbone)
     results = []
     for one in (exact, padded):
@@ -124,3 +125,18 @@ def test_gradients_are_clipped_to_the_global_norm(backbone, rng):
 def test_streams_differ_by_seed_name_and_task():
     keys = [train.stream(*args) for args in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
+
+
+def test_a_held_g_prompt_keeps_its_bits(recipe, backbone, rng):
+    """All else is trained; and what is held does not count in the norm that gradients are clipped to."""
+    before = start(recipe, backbone)
+    after, _ = run(recipe, backbone, [batch(rng, hold=True) for _ in range(3)], 1)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.trainable, after.trainable)
+    assert changed["shared"] == {"g_prompt": False, "head": {"kernel": True, "bias": True}}
+    assert all(jax.tree.leaves(changed["adapter"]))
+    one = batch(rng)
+    free, terms = gradients(before.trainable, backbone, one, recipe)
+    held, held_terms = gradients(before.trainable, backbone, one | {"hold_g_prompt": True}, recipe)
+    assert not np.asarray(held["shared"]["g_prompt"]).any()
+    assert np.asarray(free["shared"]["g_prompt"]).any()
+    assert held_terms["grad_norm"] < terms["grad_norm"]

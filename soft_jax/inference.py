@@ -1,0 +1,339 @@
+"""The one engine that identifies and classifies images, whatever their tasks: for evaluation and for `Predictor`.
+
+Images come mixed. The layers before the first task-specific one run once per image (`trunk_tokens`); the rest is dispatched by task
+(`logits`): images are grouped by task, each group is cut into pieces of a few fixed sizes, so that nothing recompiles as the mix changes,
+and the answers are put back in order. A task's θ ⊙ m is made once and kept while a byte budget allows (`TaskWeights`).
+"""
+
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from soft_jax import prompts, prototype, task_id, train, trees
+from soft_jax.augment import prepare_test, to_unit
+from soft_jax.methods import Adapter, Method, Shared
+
+GRADIENT_BYTES = 2**30  # of the masked layers' inputs and output gradients that Gradient ID holds at once
+TASKS_AT_ONCE = 32  # whose θ ⊙ m are multiplied with them in one program
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How many rows a forward pass takes: `largest`, or a few smaller fixed sizes, over the devices of `mesh`."""
+
+    mesh: Mesh
+    largest: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes, largest first, each about a quarter of the one before; multiples of the device count."""
+        n, sizes, size = self.mesh.size, [], self.largest
+        while size > 1:
+            sizes.append(-(-size // n) * n)
+            size //= 4
+        return tuple(dict.fromkeys([*sizes, n]))
+
+    @property
+    def chunk(self) -> int:
+        """Images whose tokens are held at once."""
+        return 4 * self.sizes[0]
+
+    def pieces(self, count: int, largest: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """Cut `count` rows into (start, stop, padded size) pieces: few of them, and at most half of each is padding."""
+        sizes = [size for size in self.sizes if largest is None or size <= largest] or self.sizes[-1:]
+        start = 0
+        while start < count:
+            rest = count - start
+            size = next((size for size in reversed(sizes) if size >= rest), sizes[0])
+            if 2 * rest < size:
+                size = next((smaller for smaller in sizes if smaller <= rest), sizes[-1])
+            yield start, min(start + size, count), size
+            start += size
+
+    def put(self, rows: np.ndarray, size: int) -> jax.Array:
+        """`rows` padded with zeros to `size` and split over the devices."""
+        return jax.device_put(pad(rows, size), train.by_row(self.mesh))
+
+    def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
+        """`function` of all rows, called on pieces. The rows of its results must not depend on each other."""
+        out = [(function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))]
+        return np.concatenate([np.asarray(values)[:count] for values, count in out])
+
+
+def pad(rows: np.ndarray, length: int) -> np.ndarray:
+    """`rows` with zeros after them, `length` in all."""
+    return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+class TaskWeights:
+    """θ ⊙ m by task, on the devices: those used last, up to `budget` bytes; the rest is loaded when it is asked for.
+
+    `load(task)` gives a task's adapter, from the store or from memory. Without masks there is nothing to load or to keep.
+    """
+
+    def __init__(self, method: Method, backbone: trees.Tree, load: Callable[[int], Adapter], budget: int):
+        self._method, self._backbone, self._load, self._budget = method, backbone, load, budget
+        self._kept: OrderedDict[int, trees.Tree] = OrderedDict()
+        self.bytes_each = trees.nbytes(trees.select(backbone, method.mask_paths))
+
+    def __contains__(self, task: int) -> bool:
+        return not self._method.mask_paths or task in self._kept
+
+    def __getitem__(self, task: int) -> trees.Tree:
+        if not self._method.mask_paths:
+            return {}
+        if task not in self._kept:
+            self._make_room()
+            self.put(task, self._load(task))
+        self._kept.move_to_end(task)
+        return self._kept[task]
+
+    def put(self, task: int, adapter: Adapter) -> None:
+        """Keep what `adapter` makes of the backbone as task `task`'s."""
+        if self._method.mask_paths:
+            self._kept.pop(task, None)
+            self._make_room()
+            self._kept[task] = _weights(self._method, self._backbone, adapter)
+
+    def _make_room(self) -> None:
+        # Before the next is made, so that the budget is never passed; one task's is kept whatever the budget.
+        while self._kept and (len(self._kept) + 1) * self.bytes_each > self._budget:
+            self._kept.popitem(last=False)
+
+    def order(self, tasks: Iterable[int]) -> list[int]:
+        """`tasks` with those at hand first: going through more tasks than the budget holds then reloads no more than it must."""
+        return sorted(tasks, key=lambda task: (task not in self, task))
+
+    def at_once(self, count: int) -> int:
+        """How many of `count` tasks' weights one product takes: a power of two that the budget holds, so that few programs serve all."""
+        most = min(TASKS_AT_ONCE, max(1, self._budget // max(self.bytes_each, 1)))
+        return 2 ** min((count - 1).bit_length(), most.bit_length() - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What images are identified and classified with.
+
+    `keys` `[P, dim]` and `prompts` `[P, layers, 2, length, heads, head_dim]` have a row for each task of the scenario;
+    `tasks` are those to choose from, in ascending order. `task_of_class` is int `[classes]`.
+    """
+
+    method: Method
+    backbone: trees.Tree
+    shared: Shared
+    keys: jax.Array
+    prompts: jax.Array
+    weights: TaskWeights
+    tasks: tuple[int, ...]
+    task_of_class: np.ndarray
+    prototypes: prototype.Classifier | None = None
+
+    @functools.cached_property
+    def mean_weights(self) -> trees.Tree:
+        """θ ⊙ M, M the mean of the masks of `tasks`."""
+        return task_id.mean_weights((self.weights[task] for task in self.tasks), len(self.tasks))
+
+
+_weights = jax.jit(Method.weights, static_argnums=0)
+_prepare = jax.jit(prepare_test, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "queried"))
+def _encode(method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array, queried: bool) -> tuple[jax.Array, jax.Array | None]:
+    # In one program, XLA computes once what the two passes share (the patch embedding at least).
+    images = _unit(backbone, images)
+    return method.trunk(backbone, shared, images), method.query(backbone, images) if queried else None
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _query(method: Method, backbone: trees.Tree, images: jax.Array) -> jax.Array:
+    return method.query(backbone, _unit(backbone, prepare_test(images, method.vit.image_size)))
+
+
+def _unit(backbone: trees.Tree, images: jax.Array) -> jax.Array:
+    return to_unit(images, backbone["cls_token"].dtype)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _logits(
+    method: Method,
+    backbone: trees.Tree,
+    weights: trees.Tree,
+    prompts_: jax.Array,
+    shared: Shared,
+    tokens: jax.Array,
+    pairs: jax.Array,
+) -> jax.Array:
+    task, _, position, size = pairs.T
+    sources = prompts.prefix_sources(method.prefix_layout, position, size)
+    prefix = prompts.prefixes(shared["g_prompt"], method.g_layers) | prompts.row_prefixes(prompts_[task], method.e_layers, sources)
+    return method.classify(trees.merge(backbone, weights), prefix, shared, tokens)
+
+
+# Small programs of their own: the large ones above then depend on the size of a piece alone.
+@functools.partial(jax.jit, static_argnames=("rows", "sharding"))
+def _grow(part: jax.Array, rows: int, sharding: jax.sharding.Sharding) -> jax.Array:
+    grown = jnp.pad(part, ((0, rows - len(part)), *((0, 0) for _ in part.shape[1:])))
+    return jax.lax.with_sharding_constraint(grown, sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
+def _insert(tokens: jax.Array, part: jax.Array, start: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=0), sharding)
+
+
+@jax.jit
+def _take(tokens: jax.Array, rows: jax.Array) -> jax.Array:
+    return tokens[rows]
+
+
+def prepare(method: Method, images: np.ndarray, batching: Batching) -> np.ndarray:
+    """Test images uint8 `[N, H, W, 3]` to the size of the model, uint8 `[N, size, size, 3]`."""
+    if images.shape[1:3] == (method.vit.image_size,) * 2 and method.vit.image_size <= 32:
+        return images
+    return batching.map(functools.partial(_prepare, size=method.vit.image_size), images)
+
+
+def queries(method: Method, backbone: trees.Tree, images: np.ndarray, batching: Batching) -> np.ndarray:
+    """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]` as they are tested. It depends on nothing that is trained."""
+    return batching.map(functools.partial(_query, method, backbone), images)
+
+
+def encode(model: Model, images: np.ndarray, batching: Batching, queried: bool) -> tuple[jax.Array, np.ndarray | None]:
+    """Trunk tokens of prepared images uint8 `[N, size, size, 3]`, N at most a chunk, and q(x) `[N, dim]` where `queried`.
+
+    The tokens, `[N rounded up to a fixed size, tokens, dim]`, stay on the devices.
+    """
+    pieces = list(batching.pieces(len(images)))
+    rows = next(rows for rows in (*reversed(batching.sizes), batching.chunk) if rows >= sum(size for *_, size in pieces))
+    parts, query = [], []
+    for start, stop, size in pieces:
+        part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), queried)
+        parts.append(part)
+        query.append((q, stop - start))
+    tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
+    return tokens, np.concatenate([np.asarray(q)[:count] for q, count in query]) if queried else None
+
+
+def gather_tokens(parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching) -> jax.Array:
+    """Parts `[n, tokens, dim]` in one array of `rows` rows, each from its start on; a later part lies over an earlier one's end."""
+    sharding = train.by_row(batching.mesh)
+    tokens = jax.device_put(parts[0], sharding) if len(parts[0]) == rows else _grow(parts[0], rows, sharding)
+    for part, start in zip(parts[1:], starts[1:], strict=True):
+        tokens = _insert(tokens, part, start, sharding)
+    return tokens
+
+
+def key_similarity(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
+    """cos(q(x), k) `[N, P]` of queries `[N, dim]` with every key of the pool."""
+    return batching.map(lambda part: task_id.key_similarity(part, model.keys), query)
+
+
+def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
+    """Prompt ID of each image by itself, int `[N]`: the nearest key among `model.tasks`', from `key_similarity` `[N, P]`."""
+    return np.asarray(model.tasks)[similarity[:, model.tasks].argmax(axis=1)]
+
+
+def log_posterior(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
+    """The prototypes' log p(class | x) `[N, classes]` for queries `[N, dim]`."""
+    return batching.map(lambda part: prototype.log_posterior(part, model.prototypes), query)
+
+
+def alpha_gradients(
+    model: Model, tokens: jax.Array, rows: np.ndarray, weights: np.ndarray, prompt_of: np.ndarray, batching: Batching
+) -> np.ndarray:
+    """∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`, in the order of `model.tasks`.
+
+    Args:
+        model: with masks.
+        tokens: what `encode` returned.
+        rows: int `[G, S]`, the images of each group.
+        weights: `[G, S]`, 0 for padding, which stands at the end of a group.
+        prompt_of: int `[G]`, the task whose E-prompt the group's superposed pass uses.
+        batching: fixes the sizes; a group counts as a row.
+    """
+    tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
+    out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.dtype))
+    kernels = trees.flatten(model.mean_weights).values()
+    held = rows.shape[1] * tokens.shape[1] * sum(sum(kernel.shape) for kernel in kernels) * out.dtype.itemsize
+    for start, stop, size in batching.pieces(len(rows), GRADIENT_BYTES // held):
+        taken = _take(tokens, batching.put(rows[start:stop], size))
+        prompt = _take(model.prompts, batching.put(prompt_of[start:stop], size))
+        share = batching.put(weights[start:stop].astype(out.dtype), size)
+        gradient = task_id.entropy_gradients(
+            model.method, model.backbone, model.mean_weights, prompt, model.shared, taken, share, len(tasks)
+        )
+        order = model.weights.order(tasks)
+        for first in range(0, len(order), step):
+            part = order[first : first + step]
+            weights_ = tuple(model.weights[task] for task in part)
+            products = np.asarray(task_id.alpha_gradients(gradient, weights_ + weights_[:1] * (step - len(part))))
+            out[start:stop, np.searchsorted(tasks, part)] = products[: stop - start, : len(part)]
+    return out
+
+
+def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:
+    """Gradient ID of each image by itself, int `[N]`: the most negative ∂H/∂α_t (Soft-TF, section 3).
+
+    The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`.
+    """
+    if len(model.tasks) == 1:
+        return np.full(len(nearest), model.tasks[0])
+    rows = np.arange(len(nearest))[:, None]
+    gradients = alpha_gradients(model, tokens, rows, np.ones(rows.shape), nearest, batching)
+    return np.asarray(model.tasks)[gradients.argmin(axis=1)]
+
+
+def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batching) -> np.ndarray:
+    """Logits `[K, classes]` of (task, row of `tokens`, position in its batch, size of its batch), int `[K, 4]`.
+
+    The last two matter under the interleaved prefix layout only. Images of one task share its weights; without masks all do.
+    """
+    out = np.empty((len(pairs), model.method.classes), at_least_float32(tokens.dtype))
+    group = pairs[:, 0] if model.method.mask_paths else np.zeros(len(pairs), int)
+    pending: list[tuple[np.ndarray, jax.Array]] = []
+    for task in model.weights.order(np.unique(group).tolist()):
+        if pending and task not in model.weights:
+            jax.block_until_ready(pending[-1][1])  # what the devices still work with would be held beside the budget
+        weights, members = model.weights[task], np.flatnonzero(group == task)
+        for start, stop, size in batching.pieces(len(members)):
+            chosen = members[start:stop]
+            part = _take(tokens, batching.put(pairs[chosen, 1], size))
+            columns = batching.put(pairs[chosen], size)
+            pending.append((chosen, _logits(model.method, model.backbone, weights, model.prompts, model.shared, part, columns)))
+    for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
+        out[chosen] = np.asarray(values)[: len(chosen)]
+    return out
+
+
+def alone(tasks: np.ndarray) -> np.ndarray:
+    """`logits`' pairs for images that each form a batch of their own, image i by `tasks[i]`: int `[N, 4]`."""
+    count = len(tasks)
+    return np.stack([tasks, np.arange(count), np.zeros(count, int), np.ones(count, int)], axis=1)
+
+
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """The dtype of logits computed in `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def prototype_id(model: Model, posterior: np.ndarray) -> np.ndarray:
+    """The task of the highest p(task | x), int `[N]`, from what `log_posterior` gave."""
+    by_task = prototype.task_posterior(posterior, model.task_of_class)
+    return np.asarray(model.tasks)[by_task[:, model.tasks].argmax(axis=1)]
+
+
+def among_known(model: Model, logits: np.ndarray) -> np.ndarray:
+    """`logits` `[N, classes]` with -inf for every class that is no task's of `model.tasks`."""
+    return np.where(np.isin(model.task_of_class, model.tasks)[None], logits, -np.inf)
+
+
+def within_tasks(model: Model, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    """`logits` `[N, classes]` with -inf for every class that is not of the image's task, `tasks` int `[N]`."""
+    return np.where(model.task_of_class[None] == tasks[:, None], logits, -np.inf)
