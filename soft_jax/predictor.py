@@ -123,7 +123,7 @@ class Predictor:
             usable = [index for index in prepared if index not in failed]
             if usable:
                 stacked = np.stack([prepared[index] for index in usable])
-                yield usable, self._predict(stacked, given if given is None else given[usable]), failed
+                yield usable, self.predict_prepared(stacked, given if given is None else given[usable]), failed
             else:
                 yield [], Prediction(np.zeros(0, int), np.zeros(0, int), np.zeros((0, self.model.method.classes), np.float32)), failed
 
@@ -164,7 +164,8 @@ class Predictor:
                 current, following = following, submit(start + chunk)
                 yield {index: future.result() for index, future in current.items()}
 
-    def _predict(self, images: np.ndarray, given: np.ndarray | None) -> Prediction:
+    def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
+        """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size, 3]`; `given` int `[N]` or None."""
         tokens, query = inference.encode(self.model, images, self.batching, queried=given is None)
         tasks, posterior = (given, None) if query is None else self._identify(tokens, query)
         logits = inference.logits(self.model, tokens, inference.alone(tasks), self.batching)

@@ -213,9 +213,7 @@ def test_dualprompt_has_no_gradient_id(backbone, rng):
 def test_bfloat16_names_the_same_tasks(world):
     """q(x) comes in bfloat16 then, but is compared with the keys in float32: near 1 bfloat16 would tie."""
     model, _, images, query = world
-    low = dataclasses.replace(
-        model, prototypes=None, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16"))
-    )
+    low = dataclasses.replace(model, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")))
     with jax.numpy_dtype_promotion("standard"):
         rounded = inference.queries(low.method, low.backbone, images, run_settings().batching)
         answers = evaluate.answer(low, images, query.astype(rounded.dtype), 1, run_settings())

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from soft_jax import data
 
 ROOT = Path(__file__).parent.parent
 # Two tasks of five digits, six steps each: the smallest run that has a past and a future.
@@ -24,8 +27,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(cache):
-    def run(*args, moment=None, expect=0):
-        program = ["launch.py"] if moment is None else ["-m", "tests.drive", moment]
+    def run(*args, moment=None, expect=0, program=("launch.py",)):
+        program = program if moment is None else ["-m", "tests.drive", moment]
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -56,16 +59,23 @@ def finished(launch, tmp_path_factory):
 
 def test_a_run_and_its_results(finished):
     workdir, output = finished
-    for row in ("CIL per_sample, Prompt ID", "CIL batch_vote, Prompt ID", "CIL batch_vote, Gradient ID", "TIL oracle, task given", "Time:"):
+    for identified in ("Prompt ID", "Gradient ID", "prototype"):
+        assert f"CIL per_sample, {identified}" in output
+    for row in ("CIL batch_vote, Prompt ID *", "CIL batch_vote, Gradient ID *", "TIL oracle, task given", "Time:"):
         assert row in output
     rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-    assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:4]] == [
+    assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:6]] == [
         (1, "per_sample", "prompt_id"),
+        (1, "per_sample", "gradient_id"),
+        (1, "per_sample", "prototype"),
         (1, "batch_vote", "prompt_id"),
         (1, "batch_vote", "gradient_id"),
         (1, "oracle", "task_given"),
     ]
-    assert len(rows) == 8
+    assert len(rows) == 12
+    assert rows[8]["task_id"] == "prototype"
+    assert rows[8]["task_id_accuracy"] > 80  # the random keys of so short a run name about half
+    assert rows[8]["final_average"] > 70
     assert rows[-1]["images"] == 364  # every test digit, once
     assert rows[-1]["final_average"] > 30  # it learned: chance is 20
     report = (workdir / "report.md").read_text()
@@ -74,7 +84,9 @@ def test_a_run_and_its_results(finished):
     assert parameters["adapter"] == 3 * (192 * 576 + 192 * 192) + 3 * 2 * 5 * 192 + 192
     assert parameters["shared"] == 2 * 2 * 5 * 192 + 192 * 10 + 10
     assert f"{parameters['adapter']:,}" in report
-    for picture in ("accuracy_matrix.png", "accuracy_and_forgetting.png", "mask_distance.png"):
+    # Statistics: the upper triangle of a 2,000 × 2,000 matrix and the sums of five classes.
+    assert f"{4 * (2000 * 2001 // 2 + 5 * 2000):,} statistics for prototype task identity" in report
+    for picture in ("accuracy_matrix.png", "accuracy_and_forgetting.png", "mask_distance.png", "task_confusion.png"):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
         assert picture in report
     manifest = json.loads((workdir / "tasks/001/manifest/metadata").read_text())
@@ -83,6 +95,21 @@ def test_a_run_and_its_results(finished):
     assert manifest["config"]["epochs"] == 1
     assert "jax" in manifest["versions"]
     assert not any("backbone" in path.name for path in (workdir / "tasks/000/adapter").iterdir())
+
+
+def test_its_images_are_predicted(finished, launch, tmp_path):
+    """From files, by the command line, as evaluation counted them."""
+    workdir, _ = finished
+    test = data.load("digits").test
+    for index in range(0, 60, 6):
+        Image.fromarray(test.images[index]).save(tmp_path / f"{index:02d}.png")
+    output = launch("predict", str(workdir), str(tmp_path), "--json", "--task-id=prototype", program=("-m", "soft_jax"))
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert [Path(row["file"]).name for row in rows] == [f"{index:02d}.png" for index in range(0, 60, 6)]
+    assert sum(int(row["class"]) == test.labels[index] for row, index in zip(rows, range(0, 60, 6), strict=True)) >= 7
+    output = launch("predict", str(tmp_path), str(tmp_path), program=("-m", "soft_jax"), expect=1)
+    assert output.startswith(f"error: workdir: {tmp_path} holds no run")
+    assert len(output.splitlines()) == 1
 
 
 def test_a_finished_run_prints_its_table_again(finished, launch):

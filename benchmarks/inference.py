@@ -1,0 +1,240 @@
+"""What inference costs, as ratios measured side by side in one run: python -m benchmarks.inference
+
+Alternatives take turns, and a ratio is the median over the rounds. Masks are drawn at random and nothing is trained: only times and
+memory are of interest. ViT-B/16 without its file: python -m benchmarks.inference --backbone=vit_b16 --random
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from soft_jax import evaluate, inference, methods, prototype, task_id, train, weights
+from soft_jax.config import Config
+from soft_jax.predictor import Predictor
+from soft_jax.store import Store
+from soft_jax.vit import ViT
+
+BATCH, SHOTS = 24, 7  # of the published protocol
+FEATURES = 2000
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="vit_ti8_32")
+    parser.add_argument("--random", action="store_true", help="draw the backbone instead of loading it")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--mask-weights", default="qkv+proj", help="joined by +: qkv, proj, mlp")
+    parser.add_argument("--images", type=int, default=256, help="of one request")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tasks", type=int, nargs=2, default=(10, 100), help="the few and the many that are compared")
+    parser.add_argument("--memory-tasks", type=int, nargs="*", default=(10, 50, 200))
+    parser.add_argument("--budget-tasks", type=int, default=10, help="whose θ ⊙ m the budget of the memory measurement holds")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    if arguments.child:
+        return _memory_of(arguments)
+    print(f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, {arguments.images} images a request")
+    few, many = arguments.tasks
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    requests = {count: Requests(arguments, count) for count in (few, many)}
+    _dispatch(requests[few], arguments.rounds)
+    _identification(requests, arguments.rounds)
+    _compilations(requests[few], compiled)
+    if arguments.memory_tasks:
+        _memory(arguments)
+    return None
+
+
+def _method(arguments: argparse.Namespace, classes: int) -> tuple[methods.Method, dict]:
+    config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype)
+    if arguments.random:
+        vit = dataclasses.replace(weights.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
+        image = np.zeros((1, vit.image_size, vit.image_size, 3), np.float32)
+        params = jax.jit(ViT(vit).init)(jax.random.key(0), image)["params"]
+    else:
+        loaded = weights.load(arguments.backbone, "", 0, arguments.dtype)
+        vit, params = loaded.vit, jax.device_put(loaded.params)
+    return methods.from_config(config, vit, classes), params
+
+
+class Requests:
+    """Predictors of `count` tasks over one model, and what is asked of them."""
+
+    def __init__(self, arguments: argparse.Namespace, count: int):
+        self.count, self.batching = count, inference.Batching(train.data_mesh(), arguments.images)
+        method, params = _method(arguments, classes=10 * count)
+        whole = train.replicated(self.batching.mesh)
+        params = jax.device_put(params, whole)
+        size = method.vit.image_size
+        self.images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
+        draw = jax.jit(method.init_adapter)
+        self.adapters = [draw(jax.random.key(task), params) for task in range(count)]
+        query = inference.queries(method, params, self.images, self.batching)
+        # Keys towards single images, so that tasks share the images out.
+        keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
+        projection = prototype.projection(0, method.vit.dim, FEATURES)
+        drawn = np.random.default_rng(1).normal(0, 1e-2, (FEATURES, method.classes)).astype(np.float32)
+        classifier = prototype.Classifier(projection, drawn, np.ones(method.classes, bool))
+        self.model = inference.Model(
+            method=method,
+            backbone=params,
+            shared=jax.device_put(method.init_shared(jax.random.key(1)), whole),
+            keys=jax.device_put(keys, whole),
+            prompts=jax.device_put(np.stack([a["prompt"] for a in self.adapters]), whole),
+            weights=inference.TaskWeights(method, params, self.adapters.__getitem__, 2**36),
+            tasks=tuple(range(count)),
+            task_of_class=np.arange(method.classes) // 10,
+            prototypes=jax.device_put(classifier, whole),
+        )
+        self.predictors = {
+            name: Predictor(self.model, name, [""] * method.classes, self.batching)
+            for name in ("prompt", "gradient", "prototype", "oracle")
+        }
+        self.mix = np.random.default_rng(2).permutation(np.arange(arguments.images) % count)
+
+    def per_sample(self, task_id_: str) -> None:
+        """One request of mixed images through `predict`'s engine, images already at their size."""
+        predictor = self.predictors[task_id_]
+        predictor.predict_prepared(self.images, self.mix if task_id_ == "oracle" else None)
+
+    def given(self, tasks: np.ndarray) -> None:
+        """One request whose tasks are given."""
+        self.predictors["oracle"].predict_prepared(self.images, tasks)
+
+    def batch_prompt(self) -> None:
+        """The published batches, each by the majority of its images' nearest keys."""
+        model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
+        tokens, query = inference.encode(model, self.images, self.batching, queried=True)
+        nearest = inference.key_similarity(model, query, self.batching).argmax(axis=1)
+        voted = task_id.majority(nearest, batches.index, self.count)
+        inference.logits(model, tokens, inference.alone(voted), self.batching)
+
+    def batch_gradient(self) -> None:
+        """The published batches, each by ∂H/∂α on its first images; only those need q(x), for the vote on the E-prompt."""
+        model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
+        settings = evaluate.Settings(self.batching.mesh, BATCH, SHOTS, self.batching.largest)
+        tokens, _ = inference.encode(model, self.images, self.batching, queried=False)
+        shots = np.flatnonzero(batches.position < SHOTS)
+        nearest = np.zeros(len(self.images), int)
+        query = inference.queries(model.method, model.backbone, self.images[shots], self.batching)
+        nearest[shots] = inference.key_similarity(model, query, self.batching).argmax(axis=1)
+        gradients = evaluate.batch_alpha_gradients(model, tokens, nearest, batches, settings)
+        inference.logits(model, tokens, inference.alone(gradients.argmin(axis=1)[batches.index]), self.batching)
+
+
+def compare(rounds: int, **alternatives: Callable[[], None]) -> dict[str, float]:
+    """Seconds of each, the median of `rounds` in which they take turns; and by "a/b" the median of the rounds' ratios."""
+    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    for turn in range(rounds + 1):
+        for name, function in alternatives.items():
+            start = time.perf_counter()
+            function()
+            if turn:  # the first compiles
+                times[name].append(time.perf_counter() - start)
+    ratios = {f"{a}/{b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)) for a in times for b in times if a != b}
+    return {name: statistics.median(values) for name, values in times.items()} | ratios
+
+
+def _dispatch(requests: Requests, rounds: int) -> None:
+    one = np.zeros(len(requests.images), int)
+    times = compare(rounds, one=lambda: requests.given(one), mixed=lambda: requests.given(requests.mix))
+    print(f"\nThroughput, images of {requests.count} tasks mixed against one task's, tasks given: {times['one/mixed']:.2f}")
+    print(f"  {len(one) / times['one']:.0f} and {len(one) / times['mixed']:.0f} images/s")
+
+
+def _identification(requests: dict[int, Requests], rounds: int) -> None:
+    few, many = requests.values()
+    ways = {name: lambda r, name=name: r.per_sample(name) for name in ("prompt", "gradient", "prototype")}
+    ways |= {"batch_prompt": Requests.batch_prompt, "batch_gradient": Requests.batch_gradient}
+    times = compare(rounds, **{f"{name}@{r.count}": lambda way=way, r=r: way(r) for name, way in ways.items() for r in (few, many)})
+    print("\nTime of a request, identification and prediction")
+    for name in ways:
+        base = "batch_prompt" if name.startswith("batch") else "prompt"
+        print(
+            f"  {name:15s} T={few.count}: {times[f'{name}@{few.count}']:.3f} s"
+            + (f", {times[f'{name}@{few.count}/{base}@{few.count}']:.2f} × {base}" if name != base else "")
+            + f"; T={many.count}: {times[f'{name}@{many.count}/{name}@{few.count}']:.2f} × T={few.count}"
+        )
+
+
+def _compilations(requests: Requests, compiled: list[str]) -> None:
+    rng = np.random.default_rng(3)
+    print("\nCompilations after warm-up, 20 requests of other sizes and mixes")
+    for name, predictor in requests.predictors.items():
+        predictor.warm_up()
+        compiled.clear()
+        for _ in range(20):
+            count = rng.integers(1, len(requests.images) + 1)
+            predictor.predict_prepared(requests.images[:count], rng.integers(0, requests.count, count) if name == "oracle" else None)
+        print(f"  {name}: {len(compiled)}")
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    print(f"\nPeak memory of a process that answers a mixed request, θ ⊙ m of {arguments.budget_tasks} tasks in the budget")
+    with tempfile.TemporaryDirectory() as folder:
+        for count in arguments.memory_tasks:
+            workdir = Path(folder) / str(count)
+            _write_run(arguments, workdir, count)
+            for name in ("prompt", "gradient"):
+                command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], f"--child={workdir}:{name}"]
+                row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+                text = ", ".join(f"{key} {value / 2**20:.0f} MiB" for key, value in row.items() if value)
+                print(f"  {name}, {count} tasks: {text}", flush=True)
+
+
+def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None:
+    """A workdir as a run would leave it, with masks that nobody trained."""
+    method, params = _method(arguments, classes=10 * count)
+    config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype, tasks=count)
+    shared, draw = method.init_shared(jax.random.key(1)), jax.jit(method.init_adapter)
+    with closing(Store(workdir)) as store:
+        store.claim(dataclasses.asdict(config) | {"backbone_sha256": "0" * 64})
+        for task in range(count):
+            classes = list(range(10 * task, 10 * task + 10))
+            manifest = {"classes": classes, "class_names": list(map(str, classes)), "config": dataclasses.asdict(config)}
+            store.save_task(task, {"adapter": draw(jax.random.key(task), params), "shared": shared}, manifest)
+
+
+def _memory_of(arguments: argparse.Namespace) -> None:
+    workdir, _, task_id_ = arguments.child.rpartition(":")
+    method, params = _method(arguments, classes=1)
+    weights.load = lambda *_: weights.Backbone(arguments.backbone, method.vit, jax.device_get(params), "0" * 64)
+    each = inference.TaskWeights(method, params, dict, 0).bytes_each
+    predictor = Predictor.load(workdir, task_id=task_id_, cache_bytes=arguments.budget_tasks * each, batch_size=arguments.images)
+    size = method.vit.image_size
+    images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
+    given = np.arange(arguments.images) % len(predictor.model.tasks)
+    before = _peak()
+    predictor.predict_prepared(images, given)
+    if task_id_ == "gradient":
+        predictor.predict_prepared(images)
+    row = {"host": _peak(), "before the request": before}
+    row["devices"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    row["all masks"] = each * len(predictor.model.tasks)
+    print(json.dumps(row))
+
+
+def _peak() -> int:
+    """Bytes; getrusage's would count what the parent process held when it forked."""
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    main()
