@@ -120,6 +120,7 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         templates = {"adapter": learned.template, "shared": shared, "statistics": run.statistics_shapes(task)}
         items, manifest = store.load_task(task, templates, train.replicated(run.mesh))
         learned.add(task, items["adapter"], items["statistics"])
+        learned.stored(task)
         shared = items["shared"]
         manifests.append(manifest)
     if manifests:
@@ -145,8 +146,10 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
 
 
 class Learned:
-    """What the tasks so far have left behind, as evaluation needs it: keys and prompts of all tasks, untrained ones as they are drawn,
-    masks within a budget, and the sums of the statistics."""
+    """What the tasks so far have left behind, as evaluation needs it.
+
+    Keys and prompts of all tasks are held, untrained ones as they are drawn; θ ⊙ m within a budget; the statistics as their sums.
+    """
 
     def __init__(self, run: Run):
         self._run, self.tasks = run, 0
@@ -166,7 +169,7 @@ class Learned:
         return {"key": self._keys[task], "prompt": self._prompts[task]}
 
     def add(self, task: int, adapter: methods.Adapter, statistics: trees.Tree) -> None:
-        """Take in the next task, which `stored` tells has come to the store."""
+        """Take in the next task. Its adapter is held until `stored` tells that the store has it."""
         assert task == self.tasks
         self._keys[task], self._prompts[task] = adapter["key"], adapter["prompt"]
         self._in_memory = {task: adapter}

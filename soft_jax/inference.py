@@ -206,12 +206,13 @@ def queries(method: Method, backbone: trees.Tree, images: np.ndarray, batching: 
 
 
 def encode(model: Model, images: np.ndarray, batching: Batching, queried: bool) -> tuple[jax.Array, np.ndarray | None]:
-    """Trunk tokens of prepared images uint8 `[N, size, size, 3]`, N at most a chunk, and q(x) `[N, dim]` where `queried`.
+    """Trunk tokens of prepared images uint8 `[N, size, size, 3]`, and q(x) `[N, dim]` where `queried`.
 
-    The tokens, `[N rounded up to a fixed size, tokens, dim]`, stay on the devices.
+    The tokens, `[N rounded up to a fixed size or to whole chunks, tokens, dim]`, stay on the devices.
     """
     pieces = list(batching.pieces(len(images)))
-    rows = next(rows for rows in (*reversed(batching.sizes), batching.chunk) if rows >= sum(size for *_, size in pieces))
+    total, chunk = sum(size for *_, size in pieces), batching.chunk
+    rows = next((size for size in reversed(batching.sizes) if size >= total), -(-total // chunk) * chunk)
     parts, query = [], []
     for start, stop, size in pieces:
         part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), queried)

@@ -180,6 +180,15 @@ def test_interleaved_prefixes_follow_the_published_batches(world):
         np.testing.assert_allclose(answers.logits[evaluate.PER_SAMPLE][i], expected, atol=2e-4)
 
 
+def test_a_test_batch_larger_than_a_chunk(world):
+    model, _, images, query = world
+    settings_ = run_settings(batch_size=30, eval_batch_size=4)
+    assert settings_.batching.chunk == 16
+    large, whole = (evaluate.answer(model, images, query, 0, s) for s in (settings_, run_settings(batch_size=30)))
+    for protocol in whole.logits:
+        np.testing.assert_array_equal(large.task_ids[protocol], whole.task_ids[protocol])
+
+
 def test_chunks_are_joined(world):
     """More images than are held at once give what one chunk gives."""
     model, _, images, query = world
