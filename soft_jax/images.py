@@ -50,7 +50,7 @@ def as_list(images: Any) -> Sequence[Any]:
             raise UserError(f"images: shape {images.shape}, expected [N, H, W, 3]; for a single image give images[None]")
     elif not isinstance(images, Sequence):
         images = list(images)
-    if not images:
+    if len(images) == 0:  # an array has no truth value
         raise UserError("images: none were given; expected at least one")
     return images
 

@@ -1,6 +1,6 @@
 """The one engine that identifies and classifies images, whatever their tasks: for evaluation and for `Predictor`.
 
-Images come mixed. The layers before the first task-specific one run once per image (`trunk_tokens`); the rest is dispatched by task
+Images come mixed. The layers before the first task-specific one run once per image (`encode`); the rest is dispatched by task
 (`logits`): images are grouped by task, each group is cut into pieces of a few fixed sizes, so that nothing recompiles as the mix changes,
 and the answers are put back in order. A task's θ ⊙ m is made once and kept while a byte budget allows (`TaskWeights`).
 """
@@ -273,10 +273,14 @@ def alpha_gradients(
         order = model.weights.order(tasks)
         for first in range(0, len(order), step):
             part = order[first : first + step]
-            weights_ = tuple(model.weights[task] for task in part)
-            products = np.asarray(task_id.alpha_gradients(gradient, weights_ + weights_[:1] * (step - len(part))))
-            out[start:stop, np.searchsorted(tasks, part)] = products[: stop - start, : len(part)]
+            out[start:stop, np.searchsorted(tasks, part)] = _products(model, gradient, part, step)[: stop - start]
     return out
+
+
+def _products(model: Model, gradient: dict[str, task_id.Factors], tasks: list[int], padded: int) -> np.ndarray:
+    """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so that no weights outlive their use."""
+    weights = tuple(model.weights[task] for task in tasks)
+    return np.asarray(task_id.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
 
 
 def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:

@@ -1,4 +1,3 @@
-import gc
 import json
 import resource
 from contextlib import closing
@@ -16,16 +15,6 @@ TREES = {
     "adapter": {"key": jnp.arange(5.0), "mask": {"blocks_0": {"kernel": jax.random.normal(jax.random.key(0), (64, 48))}}},
     "shared": {"head": {"bias": jnp.ones(3)}},
 }
-
-
-# A restore that fails leaves coroutines of Orbax behind, which warn when they are collected: here, not in another test.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _collect():
-    yield
-    gc.collect()
 
 
 @pytest.fixture
