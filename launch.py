@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-# Set before jax is imported.
+# Set before jax is imported. Programs compiled once are kept for later runs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(os.environ.get("SOFT_JAX_CACHE", "~/.cache/soft_jax")).expanduser() / "xla"))
 
 from absl import app, flags, logging
 from ml_collections import config_flags

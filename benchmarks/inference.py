@@ -95,7 +95,7 @@ class Requests:
         self.model = inference.Model(
             method=method,
             backbone=params,
-            shared=jax.device_put(method.init_shared(jax.random.key(1)), whole),
+            shared=jax.device_put(method.init_shared(jax.random.key(1), params), whole),
             keys=jax.device_put(keys, whole),
             prompts=jax.device_put(np.stack([a["prompt"] for a in self.adapters]), whole),
             weights=inference.TaskWeights(method, params, self.adapters.__getitem__, 2**36),
@@ -203,7 +203,7 @@ def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None
     """A workdir as a run would leave it, with masks that nobody trained."""
     method, params = _method(arguments, classes=10 * count)
     config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype, tasks=count)
-    shared, draw = method.init_shared(jax.random.key(1)), jax.jit(method.init_adapter)
+    shared, draw = method.init_shared(jax.random.key(1), params), jax.jit(method.init_adapter)
     with closing(Store(workdir)) as store:
         store.claim(dataclasses.asdict(config) | {"backbone_sha256": "0" * 64})
         for task in range(count):

@@ -1,22 +1,36 @@
-"""The command line of a trained run: python -m soft_jax predict WORKDIR IMAGE..."""
+"""Command lines: python -m soft_jax predict WORKDIR IMAGE..., python -m soft_jax table TABLE --workdir=DIR"""
 
 import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-# Set before jax is imported.
+# Set before jax is imported. Programs compiled once are kept for later runs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(os.environ.get("SOFT_JAX_CACHE", "~/.cache/soft_jax")).expanduser() / "xla"))
 
-from soft_jax import images
+from soft_jax import images, tables
+from soft_jax.config import parse_argument
 from soft_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command of `argv`; the exit status: 1 when anything could not be answered."""
-    parser = argparse.ArgumentParser(prog="python -m soft_jax", description="Use a trained run.")
+    """Run the command of `argv`; the exit status: 1 when anything could not be answered, 143 after a SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m soft_jax", description="Use a trained run, or make one of the paper's tables.")
     commands = parser.add_subparsers(required=True)
+    _add_predict(commands)
+    _add_table(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser("predict", help="name the classes of images", description="Print a line for each image.")
     predict.add_argument("workdir", help="the folder that launch.py trained in")
     predict.add_argument("images", nargs="+", help="image files; a folder stands for all in it and below")
@@ -25,12 +39,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     predict.add_argument("--task", type=int, help="the task of all images, counted from 0; they are then not identified")
     predict.add_argument("--backbone-path", default="", help="the backbone's file, where it is no longer where the run found it")
     predict.add_argument("--json", action="store_true", help="print a JSON object a line")
-    arguments = parser.parse_args(argv)
+    predict.set_defaults(command=_predict)
+
+
+def _add_table(commands: argparse._SubParsersAction) -> None:
+    table = commands.add_parser(
+        "table",
+        help="run a table of the paper",
+        description="Run what is missing of a table, continue what was cut off, and print it with the published figures.",
+    )
+    table.add_argument("table", help="its number; 'methods' for every method side by side; 'layers' for Figure 4")
+    table.add_argument("--workdir", default="runs/tables", help="the folder that holds the runs of all tables; default: runs/tables")
+    table.add_argument("--benchmark", choices=tuple(tables.BENCHMARKS), help="default: the first that the table has figures for")
+    table.add_argument("--seeds", type=int, default=1, help="runs of each row, with the benchmark's seed and those after it")
+    table.add_argument("--rows", help="those to run, such as 1,3-5, as --list numbers them; default: all")
+    table.add_argument("--list", action="store_true", help="print the rows and their settings, and run nothing")
+    table.add_argument("--set", default="", help="settings for all rows, as a config takes them: backbone=vit_ti8_32,epochs=2")
+    table.add_argument("--output", help="also write the table as Markdown to this file")
+    table.set_defaults(command=_table)
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds: {arguments.seeds} is below 1")
+    benchmark = arguments.benchmark or tables.default_benchmark(arguments.table)
+    rows = tables.rows_of(arguments.table, benchmark)
+    numbers = tables.chosen(arguments.rows, len(rows))
+    if arguments.list:
+        for number in numbers:
+            row = rows[number - 1]
+            print(f"{number:3d}  {row.name}: " + ("not run here" if row.settings is None else json.dumps(row.settings)))
+        return 0
+    overrides = parse_argument(arguments.set)
+    rows = [rows[number - 1] for number in numbers]
+    configs = [
+        [tables.config_of(row, benchmark, overrides, seed) for seed in range(arguments.seeds)] if row.settings else [] for row in rows
+    ]
+    # Imported here: jax takes seconds to start, and a wrong argument is answered at once.
+    from absl import logging
+
+    from soft_jax.continual import Preempted
+
+    logging.set_verbosity(logging.ERROR)
     try:
-        return _predict(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        text = tables.make(arguments.table, benchmark, rows, configs, Path(arguments.workdir), _command(arguments), arguments.seeds)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + 15
+    print(text)
+    if arguments.output:
+        Path(arguments.output).write_text(text)
+    return 0
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command again, but for where things are."""
+    options = {name: getattr(arguments, name) for name in ("benchmark", "seeds", "rows", "set")}
+    settings = ",".join(item for item in options.pop("set").split(",") if item.partition("=")[0] not in tables.FREE)
+    words = [f"--{name}={value}" for name, value in (options | {"set": settings}).items() if value]
+    return " ".join(["python -m soft_jax table", arguments.table, *words])
 
 
 def _predict(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -9,7 +10,8 @@ import ml_collections
 from soft_jax import prompts, reparam
 from soft_jax.errors import UserError
 
-METHODS = ("softtf", "dualprompt")
+HOSTS = ("dualprompt", "l2p")
+ALONE = ("head", "ft", "ewc", "lwf")  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
 
 
@@ -21,7 +23,9 @@ class Config:
     # Scenario
     dataset: str = "cifar100"  # "digits", or a TFDS image classification set with the splits train and test
     data_dir: str = ""  # where TFDS looks; empty: TFDS's own default
-    tasks: int = 10
+    tasks: int = 10  # 1 is joint training on all classes, the upper bound
+    train_images_per_class: int = 0  # the first so many of each class; 0: all
+    test_images_per_class: int = 0
     seed: int = 59
     # Frozen backbone
     backbone: str = "vit_b16"
@@ -29,10 +33,17 @@ class Config:
     image_size: int = 0  # pixels; 0: the backbone's own
     dtype: str = "float32"  # of the computation; masks and their product with the weights are always float32
     # Method
-    method: str = "softtf"
-    mask_layers: tuple[int, ...] = (10, 11, 12)
-    mask_weights: str = "qkv+proj"  # joined by "+": qkv, proj, mlp
-    mask_init: str = "uniform"  # U(0.99, 1), or "ones"
+    # Joined by "+": dualprompt or l2p; pgp; one of softtf, wsn, softnet, lora, adapter. Or one of head, ft, ewc, lwf alone.
+    method: str = "dualprompt+softtf"
+    mask_layers: tuple[int, ...] = (10, 11, 12)  # that softtf, wsn, softnet, lora and adapter change
+    mask_weights: str = "qkv+proj"  # joined by "+": qkv, proj, mlp; for lora also qv
+    mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)
+    keep: float = 0.9  # the share c of each kernel that wsn and softnet keep
+    rank: int = 4  # of lora's products and adapter's bottlenecks
+    pool_size: int = 10  # l2p's prompts, each e_prompt_length long
+    top_k: int = 5  # of them for an image
+    ewc_strength: float = 1000.0  # λ of ewc's penalty
+    lwf_strength: float = 1.0  # λ of lwf's
     e_prompt_layers: tuple[int, ...] = (10, 11, 12)
     e_prompt_length: int = 5
     g_prompt_layers: tuple[int, ...] = (1, 2)
@@ -61,13 +72,11 @@ class Config:
         for field in dataclasses.fields(self):
             if not _has_type(value := getattr(self, field.name), field.type):
                 raise UserError(f"{field.name}: {value!r} is not {_type_name(field.type)}")
-        self._one_of("method", METHODS)
+        self._check_method()
         self._one_of("prefix_layout", prompts.LAYOUTS)
         self._one_of("mask_init", reparam.MASK_INITS)
         self._one_of("dtype", DTYPES)
-        for weight in self.mask_weights.split("+"):
-            if weight not in reparam.WEIGHTS:
-                raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparam.WEIGHTS)} with '+'")
+        self._check_mask_weights()
         for field in (
             "tasks",
             "epochs",
@@ -77,12 +86,21 @@ class Config:
             "e_prompt_length",
             "g_prompt_length",
             "prototype_features",
+            "rank",
+            "pool_size",
+            "top_k",
         ):
             self._at_least(field, 1)
         for field in ("learning_rate", "clip_norm"):
             self._at_least(field, 1e-12)
-        for field in ("image_size", "shots", "pull", "seed", "weights_cache_mb"):
+        for field in ("image_size", "shots", "pull", "seed", "weights_cache_mb", "train_images_per_class", "test_images_per_class"):
             self._at_least(field, 0)
+        for field in ("ewc_strength", "lwf_strength"):
+            self._at_least(field, 0)
+        if not 0 < self.keep <= 1:
+            raise UserError(f"keep: {self.keep} is not a share above 0 and at most 1")
+        if self.top_k > self.pool_size:
+            raise UserError(f"top_k: {self.top_k} is above pool_size, {self.pool_size}")
         for field in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, field)
             if not 0 < low <= high:
@@ -92,7 +110,30 @@ class Config:
         if both := set(self.e_prompt_layers) & set(self.g_prompt_layers):
             raise UserError(f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; a layer takes one prompt")
 
-    def _one_of(self, field: str, known: tuple[str, ...]) -> None:
+    def _check_mask_weights(self) -> None:
+        weights = self.mask_weights.split("+")
+        for weight in weights:
+            if weight not in reparam.WEIGHTS:
+                raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparam.WEIGHTS)} with '+'")
+        if len(set(weights)) < len(weights) or {"qv", "qkv"} <= set(weights):
+            raise UserError(f"mask_weights: {self.mask_weights!r} names weights twice")
+        if "qv" in weights and "lora" not in self.method.split("+"):
+            raise UserError("mask_weights: 'qv' is for lora, which treats q, k and v apart; take 'qkv'")
+
+    def _check_method(self) -> None:
+        parts, joined = self.method.split("+"), (HOSTS, ("pgp",), tuple(reparam.KINDS))
+        known = {*ALONE, *(part for group in joined for part in group)}
+        if unknown := [part for part in parts if part not in known]:
+            raise UserError(f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}")
+        if (len(parts) > 1 and set(parts) & set(ALONE)) or len(set(parts)) < len(parts):
+            raise UserError(f"method: {self.method!r}: {', '.join(ALONE)} stand alone, and a part is named once")
+        for group in joined:
+            if len(chosen := [part for part in parts if part in group]) > 1:
+                raise UserError(f"method: {self.method!r} names both {chosen[0]} and {chosen[1]}; one of them at most")
+        if "pgp" in parts and not set(parts) & set(HOSTS):
+            raise UserError(f"method: {self.method!r}: pgp projects prompts, so it needs one of {', '.join(HOSTS)}")
+
+    def _one_of(self, field: str, known: Iterable[str]) -> None:
         if getattr(self, field) not in known:
             raise UserError(f"{field}: {getattr(self, field)!r} is unknown; known are {', '.join(known)}")
 
@@ -109,7 +150,12 @@ class Config:
 
 def config_dict(**settings: Any) -> ml_collections.ConfigDict:
     """The defaults with `settings` in their place, as what `config_flags` edits."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config(**settings)))
+    return as_config_dict(Config(**settings))
+
+
+def as_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """`config` as what `config_flags` edits."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:

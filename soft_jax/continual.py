@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from soft_jax import data, evaluate, inference, methods, prototype, report, train, trees, weights
+from soft_jax import data, evaluate, inference, methods, prototype, report, retention, train, trees, weights
+from soft_jax.augment import prepare_test
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
@@ -66,10 +67,23 @@ class Run:
         return data.Split(test.images[members], test.labels[members])
 
     def query(self, task: int) -> np.ndarray:
-        """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run."""
+        """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run; `[N, 0]` where the method asks nothing of it."""
+        if not (self.method.by_task or self.method.pool_size):
+            return np.zeros((len(self.test_set(task).labels), 0), np.float32)
         if task not in self.queries:
             self.queries[task] = inference.queries(self.method, self.params, self.test_set(task).images, self.settings.batching)
         return self.queries[task]
+
+    @functools.cached_property
+    def step_flops(self) -> float:
+        """Floating point operations of one training step as XLA counts them, before it optimizes; crops and Adam are in it."""
+        shared = jax.eval_shape(self.initial_shared)
+        trainable = jax.eval_shape(lambda: (self.initial_adapter(0), self.initial_shared()))
+        state = jax.eval_shape(functools.partial(train.init_state, self.recipe), *trainable)
+        _, batch = next(batches(self, 0, 0))
+        batch = batch | {"memory": jax.eval_shape(self.initial_memory, shared)}
+        step = train.compile_step(self.recipe, self.mesh)
+        return float(step.lower(state, self.params, batch, jax.random.key(0)).cost_analysis()["flops"])
 
     @functools.cached_property
     def projection(self) -> np.ndarray:
@@ -82,30 +96,38 @@ class Run:
         return jax.device_put(adapter, train.replicated(self.mesh))
 
     def initial_prompts(self, task: int) -> methods.Adapter:
-        """Key and E-prompt of `initial_adapter`."""
+        """Key and E-prompt of `initial_adapter`, as far as the method has them."""
         return _init_prompts(self.method, train.stream(self.config.seed, "adapter", task))
 
     def statistics_shapes(self, task: int) -> trees.Tree:
         """Shapes and dtypes of `task_statistics`."""
+        if not self.method.by_task:
+            return {}
         return prototype.shapes(self.config.prototype_features, len(self.scenario.classes_of(task)))
 
     def initial_shared(self) -> methods.Shared:
         """The shared part before the first task, on the devices."""
-        shared = self.method.init_shared(train.stream(self.config.seed, "shared", 0))
+        shared = self.method.init_shared(train.stream(self.config.seed, "shared", 0), self.params)
         return jax.device_put(shared, train.replicated(self.mesh))
+
+    def initial_memory(self, shared: methods.Shared) -> trees.Tree:
+        """What the method holds of older tasks before the first, `shared` being as it is then; empty where it holds nothing."""
+        memory = self.method.retention.init(self.method, shared) if self.method.retention else {}
+        return jax.device_put(memory, train.replicated(self.mesh))
 
 
 _init_prompts = jax.jit(methods.Method.init_prompts, static_argnums=0)
 
 
-def run(config: Config, workdir: str | Path, console: Console | None = None) -> list[dict[str, Any]]:
+def run(config: Config, workdir: str | Path, console: Console | None = None, dataset: data.Dataset | None = None) -> list[dict[str, Any]]:
     """Train and evaluate every task that `workdir` does not hold yet; returns the manifests of all tasks.
 
-    Raises UserError for anything the user has to mend, Preempted after a SIGTERM.
+    `dataset` is `config`'s as `data.load` gives it, for a caller who has it; None: it is loaded. Raises UserError for anything the
+    user has to mend, Preempted after a SIGTERM.
     """
     console = console or Console()
     with _sigterm() as stop, closing(Store(workdir)) as store:
-        this = prepare(config, store, console, stop)
+        this = prepare(config, store, console, stop, dataset=dataset)
         with _tensorboard(config, store.root) as log:
             manifests = _run_tasks(dataclasses.replace(this, log=log))
     report.show(console, config.benchmark, manifests)
@@ -116,12 +138,13 @@ def run(config: Config, workdir: str | Path, console: Console | None = None) -> 
 def _run_tasks(run: Run) -> list[dict[str, Any]]:
     config, store, learned = run.config, run.store, Learned(run)
     shared, manifests = run.initial_shared(), []
+    memory = run.initial_memory(shared)
     for task in range(store.finished()):
-        templates = {"adapter": learned.template, "shared": shared, "statistics": run.statistics_shapes(task)}
+        templates = {"adapter": learned.template, "shared": shared, "statistics": run.statistics_shapes(task), "memory": memory}
         items, manifest = store.load_task(task, templates, train.replicated(run.mesh))
         learned.add(task, items["adapter"], items["statistics"])
         learned.stored(task)
-        shared = items["shared"]
+        shared, memory = items["shared"], items["memory"]
         manifests.append(manifest)
     if manifests:
         run.console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {store.root}")
@@ -129,9 +152,10 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
     for task in range(len(manifests), config.tasks):
         adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
-        state, train_seconds = train_task(run, task, adapter, shared)
+        state, train_seconds = train_task(run, task, adapter, shared, memory)
         start = time.monotonic()
-        items = {**state.trainable, "statistics": task_statistics(run, task)}
+        memory = task_memory(run, task, memory, state.trainable)
+        items = {**state.trainable, "statistics": task_statistics(run, task), "memory": memory}
         seconds = {"train": train_seconds, "statistics": time.monotonic() - start}
         shared = items["shared"]
         learned.add(task, items["adapter"], items["statistics"])
@@ -153,8 +177,9 @@ class Learned:
 
     def __init__(self, run: Run):
         self._run, self.tasks = run, 0
-        drawn = [jax.device_get(run.initial_prompts(task)) for task in range(run.config.tasks)]
-        self._keys, self._prompts = (np.stack([adapter[name] for adapter in drawn]) for name in ("key", "prompt"))
+        self._rows = {name: np.zeros((run.config.tasks, *shape), np.float32) for name, shape in run.method.row_shapes.items()}
+        for task in range(run.config.tasks):
+            self._put(task, run.initial_prompts(task))
         self._in_memory: dict[int, methods.Adapter] = {}
         self._weights = inference.TaskWeights(run.method, run.params, self._load, run.config.weights_cache_mb * 2**20)
         self._sums = prototype.Sums(run.scenario.classes, run.projection)
@@ -164,17 +189,23 @@ class Learned:
         """Shapes and dtypes of an adapter."""
         return jax.eval_shape(self._run.method.init_adapter, jax.random.key(0), self._run.params)
 
+    def _put(self, task: int, adapter: methods.Adapter) -> None:
+        for name, rows in self._rows.items():
+            if name in adapter:
+                rows[task] = adapter[name]
+
     def prompt(self, task: int) -> methods.Adapter:
         """Key and E-prompt of task `task`."""
-        return {"key": self._keys[task], "prompt": self._prompts[task]}
+        return {name: rows[task] for name, rows in self._rows.items()}
 
     def add(self, task: int, adapter: methods.Adapter, statistics: trees.Tree) -> None:
         """Take in the next task. Its adapter is held until `stored` tells that the store has it."""
         assert task == self.tasks
-        self._keys[task], self._prompts[task] = adapter["key"], adapter["prompt"]
+        self._put(task, adapter)
         self._in_memory = {task: adapter}
         self._weights.put(task, adapter)
-        self._sums.add(self._run.scenario.classes_of(task), statistics)
+        if statistics:
+            self._sums.add(self._run.scenario.classes_of(task), statistics)
         self.tasks += 1
 
     def stored(self, task: int) -> None:
@@ -183,17 +214,18 @@ class Learned:
 
     def model(self, shared: methods.Shared) -> inference.Model:
         """The model of the tasks so far."""
-        keys, prompts = jax.device_put((self._keys, self._prompts), train.replicated(self._run.mesh))
+        whole = train.replicated(self._run.mesh)
+        rows = jax.device_put({name: array.copy() for name, array in self._rows.items()}, whole)
         return inference.Model(
             method=self._run.method,
             backbone=self._run.params,
             shared=shared,
-            keys=keys,
-            prompts=prompts,
+            keys=rows["key"],
+            prompts=rows["prompt"],
             weights=self._weights,
             tasks=tuple(range(self.tasks)),
             task_of_class=self._run.scenario.task_of_class,
-            prototypes=jax.device_put(self._sums.solve(), train.replicated(self._run.mesh)),
+            prototypes=jax.device_put(self._sums.solve(), whole) if self._run.method.by_task else None,
         )
 
     def _load(self, task: int) -> methods.Adapter:
@@ -206,14 +238,30 @@ class Learned:
 
 
 def task_statistics(run: Run, task: int) -> trees.Tree:
-    """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are."""
+    """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are; empty without task identity."""
+    if not run.method.by_task:
+        return {}
     split = run.dataset.train
     members = run.scenario.members(split.labels, task)
     query = inference.queries(run.method, run.params, split.images[members], run.settings.batching)
     return prototype.statistics(query, split.labels[members], run.scenario.classes_of(task), run.projection)
 
 
-def prepare(config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None) -> Run:
+def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> trees.Tree:
+    """The method's memory after task `task`, from some of its training images, drawn at random and prepared as test images are."""
+    if not run.method.retention:
+        return {}
+    split, size = run.dataset.train, run.method.vit.image_size
+    members = run.scenario.members(split.labels, task)
+    chosen = np.random.default_rng([run.config.seed, zlib.crc32(b"memory"), task]).permutation(members)[: retention.IMAGES]
+    images = np.asarray(prepare_test(jnp.asarray(split.images[chosen]), size), np.float32) / 255
+    arguments = (run.method, trainable, run.params, images, split.labels[chosen], run.scenario.class_mask(task))
+    return jax.device_put(run.method.retention.update(memory, *arguments), train.replicated(run.mesh))
+
+
+def prepare(
+    config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None, dataset: data.Dataset | None = None
+) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's. `mesh` defaults to all devices."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
     store.compare(settings)  # before anything is downloaded
@@ -221,7 +269,8 @@ def prepare(config: Config, store: Store, console: Console, stop: threading.Even
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in a ViT without a classifier; left out")
     methods.from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = dataset or data.load(config.dataset, config.data_dir)
+    dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = Scenario(len(dataset.class_names), config.tasks)
     for split in (dataset.train, dataset.test):
         scenario.check(split.labels)
@@ -247,8 +296,10 @@ def prepare(config: Config, store: Store, console: Console, stop: threading.Even
     )
 
 
-def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Shared) -> tuple[train.TrainState, float]:
+def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Shared, memory: trees.Tree) -> tuple[train.TrainState, float]:
     """Train task `task` from where its kept state stands, or from `adapter` and `shared`; the state and the seconds it took.
+
+    `memory` is what the method holds of older tasks.
 
     The state after the last step is kept, so that a run killed in evaluation does not train again.
     Raises UserError for a loss that is not finite, Preempted after a SIGTERM.
@@ -263,7 +314,7 @@ def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Sh
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=first)
         for step, batch in batches(run, task, first):
-            state, terms = step_fn(state, run.params, batch, key)
+            state, terms = step_fn(state, run.params, batch | {"memory": memory}, key)
             # Looked at one step late: the device computes this step while the host reads the one before.
             if last:
                 _check(run, task, *last)
@@ -360,11 +411,28 @@ def _manifest(
         "backbone": {"name": run.backbone.name, "sha256": run.backbone.fingerprint},
         "metrics": {protocol: [dataclasses.asdict(row) for row in rows] for protocol, rows in table.items()},
         "seconds": dict(seconds),
-        "parameters": {name: trees.count(items[name]) for name in ("adapter", "shared")},
+        "parameters": {name: trees.count(items[name]) for name in ("adapter", "shared")} | {"fixed": run.method.fixed(items["adapter"])},
+        "step_flops": run.step_flops,
         "bytes": {name: trees.nbytes(tree) for name, tree in items.items()},
         "mask_distance_from_one": {path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()},
+        "weight_drift": _drift(run, items),
+        "mask_density": {path: _density(mask) for path, mask in masks.items()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _drift(run: Run, items: Mapping[str, trees.Tree]) -> dict[str, float]:
+    """How far the task's weights are from the frozen ones, |θ_t − θ| / |θ| in the 2-norm, for each parameter that they replace."""
+    theta = trees.flatten(run.params)
+    there = trees.flatten(run.method.weights(run.params, items["adapter"]) | items["shared"].get("weights", {}))
+    norm = jnp.linalg.norm
+    return {path: float(norm(w - theta[path]) / jnp.maximum(norm(theta[path]), 1e-12)) for path, w in there.items() if path in theta}
+
+
+def _density(mask: jax.Array) -> dict[str, Any]:
+    """A histogram of a mask's entries between its extremes."""
+    counts, edges = np.histogram(np.asarray(mask), bins=60)
+    return {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
 
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -25,6 +25,17 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
 
+    def first(self, train: int, test: int) -> "Dataset":
+        """The set with the first `train` and `test` images of each class, in their order; 0 is all of them."""
+
+        def cut(split: Split, count: int) -> Split:
+            if not count:
+                return split
+            kept = np.sort(np.concatenate([np.flatnonzero(split.labels == label)[:count] for label in np.unique(split.labels)]))
+            return Split(split.images[kept], split.labels[kept])
+
+        return Dataset(cut(self.train, train), cut(self.test, test), self.class_names)
+
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of all images and labels."""

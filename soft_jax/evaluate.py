@@ -9,6 +9,9 @@ Protocols, each a row of its own:
 - `batch_vote` / `prompt_id`: the published one. Test batches hold one task, and all of a batch goes by its majority, over
   every key and every output of the head, untrained ones included. The batch leaks the task.
 - `batch_vote` / `gradient_id`: the same batches; the task by ∂H/∂α on the batch's first `shots` images.
+- `per_sample` / `no_task_id`: for methods whose tasks have nothing of their own: each image by itself, the classes seen. L2P selects
+  prompts for each image.
+- `batch_vote` / `pool`: L2P as published: what most images of a single-task batch select, for all of them. The batch leaks the task.
 - `oracle` / `task_given`: the task is given and the logits are restricted to its classes (task-incremental learning).
 
 The engine is `inference`'s, the same as for users' images. Every distinct (image, task) pair is run once, whichever protocols ask for it.
@@ -21,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from soft_jax import inference, task_id
+from soft_jax import inference, prompts, task_id
 from soft_jax.inference import Batching, Model
 from soft_jax.methods import Method
 
@@ -31,14 +34,26 @@ PROTOTYPE = "per_sample/prototype"
 VOTE_PROMPT = "batch_vote/prompt_id"
 VOTE_GRADIENT = "batch_vote/gradient_id"
 ORACLE = "oracle/task_given"
+NO_TASK_ID = "per_sample/no_task_id"
+VOTE_POOL = "batch_vote/pool"
 
 _BATCHED = (VOTE_PROMPT, VOTE_GRADIENT, ORACLE)  # under the interleaved layout, an image's prefix is that of its test batch
+_POOLED = (VOTE_POOL, VOTE_PROMPT, VOTE_GRADIENT)  # L2P's selection is that of the test batch
 
 
 def protocols(method: Method, prototypes: bool = True) -> tuple[str, ...]:
-    """The protocols that apply to `method`; Gradient ID needs masks."""
-    masked = bool(method.mask_paths)
-    known = {PER_SAMPLE: True, PER_SAMPLE_GRADIENT: masked, PROTOTYPE: prototypes, VOTE_PROMPT: True, VOTE_GRADIENT: masked, ORACLE: True}
+    """The protocols that apply to `method`; Gradient ID needs kernels of the task's own, to superpose."""
+    by_task, kernels = method.by_task, bool(method.kernels)
+    known = {
+        NO_TASK_ID: not by_task,
+        PER_SAMPLE: by_task,
+        PER_SAMPLE_GRADIENT: kernels,
+        PROTOTYPE: by_task and prototypes,
+        VOTE_POOL: not by_task and method.pool_size > 0,
+        VOTE_PROMPT: by_task,
+        VOTE_GRADIENT: kernels,
+        ORACLE: True,
+    }
     return tuple(protocol for protocol, applies in known.items() if applies)
 
 
@@ -126,31 +141,52 @@ def answer(model: Model, images: np.ndarray, query: np.ndarray, task: int, setti
 
 
 def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
-    batching, batches = settings.batching, Batches(len(images), settings.batch_size)
-    tokens, _ = inference.encode(model, inference.prepare(model.method, images, batching), batching, queried=False)
-    similarity = inference.key_similarity(model, query, batching)
-    nearest = similarity.argmax(axis=1)  # of the whole pool
-    ids = {
-        PER_SAMPLE: inference.nearest_key(model, similarity),
-        VOTE_PROMPT: task_id.majority(nearest, batches.index, len(model.keys)),
-        ORACLE: np.full(len(images), task),
-    }
+    method, batching, batches = model.method, settings.batching, Batches(len(images), settings.batch_size)
+    tokens, batch_tokens = _tokens(model, inference.prepare(method, images, batching), query, batches, batching)
+    ids = {protocol: np.full(len(images), task) for protocol in (ORACLE, NO_TASK_ID, VOTE_POOL)}
     gradients = posterior = None
-    if model.method.mask_paths:
+    if method.by_task:
+        similarity = inference.key_similarity(model, query, batching)
+        nearest = similarity.argmax(axis=1)  # of the whole pool
+        ids[PER_SAMPLE] = inference.nearest_key(model, similarity)
+        ids[VOTE_PROMPT] = task_id.majority(nearest, batches.index, len(model.keys))
+    if method.kernels:
         ids[PER_SAMPLE_GRADIENT] = inference.gradient_id(model, tokens, ids[PER_SAMPLE], batching)
-        gradients = batch_alpha_gradients(model, tokens, nearest, batches, settings)
+        gradients = batch_alpha_gradients(model, batch_tokens, nearest, batches, settings)
         ids[VOTE_GRADIENT] = np.asarray(model.tasks)[gradients.argmin(axis=1)[batches.index]]
     if model.prototypes:
         posterior = inference.log_posterior(model, query, batching)
         ids[PROTOTYPE] = inference.prototype_id(model, posterior)
-    logits = _logits(model, tokens, ids, batches, batching)
+    ids = {protocol: ids[protocol] for protocol in protocols(method, prototypes=model.prototypes is not None)}
+    alone = {protocol: tasks for protocol, tasks in ids.items() if batch_tokens is tokens or protocol not in _POOLED}
+    logits = _logits(model, tokens, alone, batches, batching)
+    if len(alone) < len(ids):
+        logits |= _logits(model, batch_tokens, {p: ids[p] for p in ids if p not in alone}, batches, batching)
     scores = {
+        NO_TASK_ID: lambda: inference.among_known(model, logits[NO_TASK_ID]),
         PER_SAMPLE: lambda: inference.among_known(model, logits[PER_SAMPLE]),
         PER_SAMPLE_GRADIENT: lambda: inference.among_known(model, logits[PER_SAMPLE_GRADIENT]),
         PROTOTYPE: lambda: inference.within_tasks(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
         ORACLE: lambda: inference.within_tasks(model, logits[ORACLE], ids[ORACLE]),
     }
-    return Answers(ids, logits, {p: scores[p]() if p in scores else logits[p] for p in ids}, gradients)
+    scores = {p: scores[p]() if p in scores else logits[p] for p in ids}
+    for protocol in (NO_TASK_ID, VOTE_POOL):
+        if protocol in ids:  # nobody names the task; the winning class has one
+            ids[protocol] = model.task_of_class[scores[protocol].argmax(axis=1)]
+    return Answers(ids, logits, scores, gradients)
+
+
+def _tokens(model: Model, images: np.ndarray, query: np.ndarray, batches: Batches, batching: Batching) -> tuple[Array, Array]:
+    """Trunk tokens of each image by itself, and as part of its test batch: another selection of L2P's prompts, else the same array."""
+    if not model.method.pool_size:
+        tokens, _ = inference.encode(model, images, batching, queried=False)
+        return tokens, tokens
+    selected = inference.pool_selection(model, query, batching)
+    voted = np.empty_like(selected)
+    for batch in range(batches.index[-1] + 1):
+        members = batches.index == batch
+        voted[members] = prompts.most_selected(selected[members], np.ones(members.sum(), np.float32), model.method.pool_size)
+    return tuple(inference.encode(model, images, batching, queried=False, selected=chosen)[0] for chosen in (selected, voted))
 
 
 def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Batches, batching: Batching) -> dict[str, np.ndarray]:
@@ -158,7 +194,8 @@ def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Ba
     place = np.stack([batches.position, batches.length], axis=1)
     columns = []
     for protocol, tasks in ids.items():
-        pairs = inference.alone(tasks)
+        # Where tasks have nothing of their own, all protocols ask for the same.
+        pairs = inference.alone(tasks if model.method.by_task else np.zeros_like(tasks))
         if model.method.prefix_layout == "interleaved" and protocol in _BATCHED:
             pairs[:, 2:] = place
         columns.append(pairs)

@@ -11,26 +11,37 @@ from PIL import Image, ImageOps
 from soft_jax.augment import tested_geometry
 from soft_jax.errors import UserError
 
+_NOT_PICTURES = ("HDF5", "GRIB", "BUFR", "MPEG", "EPS", "WMF", "FITS", "PDF")  # that Pillow opens, by name only or through another program
+_LONGEST = 64  # times the short side: resized, a thinner image would fill memory
 _DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel, which it would clip without a word
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
     """An image file, upright and in colour, as uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(_DEEP):
-                raise ValueError(f"more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8 bits")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with Image.open(path) as file:
+            if file.mode.startswith(_DEEP):
+                raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode}); convert it to 8 bits")
+            return _colours(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged files
         raise UserError(f"{os.fspath(path)} can't be read as an image ({type(error).__name__}: {error})") from error
 
 
+def _colours(image: Image.Image) -> np.ndarray:
+    if image.has_transparency_data:  # what lies under it is arbitrary: shown as on a white page
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
 def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files of `paths`; a folder stands for the image files in it and below it, in order of their names."""
-    known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """The files of `paths`; a folder stands for the image files in it and below it that are not hidden, in order of their names."""
+    known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _NOT_PICTURES}
     files = []
     for path in map(Path, paths):
-        within = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file()) if path.is_dir() else [path]
+        within = [path]
+        if path.is_dir():
+            within = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.name[0] != "." and p.is_file())
         if not within:
             raise UserError(f"{path}: no image files in this folder")
         files += within
@@ -38,12 +49,16 @@ def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def as_list(images: Any) -> Sequence[Any]:
-    """`images` as a sequence of single images: an array `[N, H, W, 3]`, a path, or a sequence of arrays and paths.
+    """`images` as a sequence of single images: an array `[N, H, W, 3]`, a path, a Pillow image, or a sequence of those.
+
+    An iterator is read to its end.
 
     Raises UserError when there is none, or where an array is a single image.
     """
-    if isinstance(images, str | os.PathLike):
+    if isinstance(images, str | os.PathLike | Image.Image):
         return [images]
+    if hasattr(images, "shape") and np.asarray(images).dtype.kind == "U":
+        images = np.asarray(images).reshape(-1).tolist()
     if hasattr(images, "shape"):
         images = np.asarray(images)
         if images.ndim != 4:
@@ -66,11 +81,21 @@ def prepare(image: Any, index: int, size: int) -> np.ndarray:
     Raises:
         UserError: naming the image and what is wrong with it.
     """
-    levels = read(image) if isinstance(image, str | os.PathLike) else _levels(np.asarray(image), f"images[{index}]")
+    name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
+    levels = read(image) if isinstance(image, str | os.PathLike) else _levels(_array(image, name), name)
+    if max(levels.shape[:2]) > _LONGEST * min(levels.shape[:2]):
+        raise UserError(f"{name}: {levels.shape[1]} × {levels.shape[0]} pixels, expected sides of at most {_LONGEST} to 1; cut it first")
     (height, width), (top, left) = tested_geometry(*levels.shape[:2], size)
     if levels.shape[:2] != (height, width):
         levels = np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))
     return levels[top : top + size, left : left + size]
+
+
+def _array(image: Any, name: str) -> np.ndarray:
+    try:
+        return _colours(image) if isinstance(image, Image.Image) else np.asarray(image)
+    except (ValueError, TypeError) as error:  # rows of different lengths, and whatever is no array
+        raise UserError(f"{name}: not an image ({error}); expected [H, W, 3], uint8 or float, or a path") from error
 
 
 def _levels(image: np.ndarray, name: str) -> np.ndarray:
@@ -83,8 +108,9 @@ def _levels(image: np.ndarray, name: str) -> np.ndarray:
     image = image.astype(np.float32)
     if not np.isfinite(image).all():
         raise UserError(f"{name}: has values that are not finite (NaN or infinity)")
-    if image.min() < 0 or image.max() > 1:
+    levels = np.round(image * 255)  # a value that passes 1 by rounding is 1
+    if levels.min() < 0 or levels.max() > 255:
         raise UserError(
             f"{name}: float values from {image.min():g} to {image.max():g}, expected 0 to 1 (no mean or standard deviation taken off)"
         )
-    return np.round(image * 255).astype(np.uint8)
+    return levels.astype(np.uint8)

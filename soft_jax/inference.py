@@ -74,19 +74,21 @@ def pad(rows: np.ndarray, length: int) -> np.ndarray:
 class TaskWeights:
     """θ ⊙ m by task, on the devices: those used last, up to `budget` bytes; the rest is loaded when it is asked for.
 
-    `load(task)` gives a task's adapter, from the store or from memory. Without masks there is nothing to load or to keep.
+    `load(task)` gives a task's adapter, from the store or from memory. Where tasks change no weights there is nothing to load or to keep.
+    "θ ⊙ m" stands for whatever a method's `weights` gives.
     """
 
     def __init__(self, method: Method, backbone: trees.Tree, load: Callable[[int], Adapter], budget: int):
         self._method, self._backbone, self._load, self._budget = method, backbone, load, budget
         self._kept: OrderedDict[int, trees.Tree] = OrderedDict()
-        self.bytes_each = trees.nbytes(trees.select(backbone, method.mask_paths))
+        shapes = jax.eval_shape(lambda params: method.weights(params, method.init_adapter(jax.random.key(0), params)), backbone)
+        self.bytes_each = trees.nbytes(shapes)
 
     def __contains__(self, task: int) -> bool:
-        return not self._method.mask_paths or task in self._kept
+        return not self._method.reparam or task in self._kept
 
     def __getitem__(self, task: int) -> trees.Tree:
-        if not self._method.mask_paths:
+        if not self._method.reparam:
             return {}
         if task not in self._kept:
             self._make_room()
@@ -96,13 +98,13 @@ class TaskWeights:
 
     def put(self, task: int, adapter: Adapter) -> None:
         """Keep what `adapter` makes of the backbone as task `task`'s."""
-        if self._method.mask_paths:
+        if self._method.reparam:
             self._kept.pop(task, None)
             self._make_room()
             self._kept[task] = _weights(self._method, self._backbone, adapter)
 
     def _make_room(self) -> None:
-        # Before the next is made, so that the budget is never passed; one task's is kept whatever the budget.
+        # Before the next is made, so that what is kept never passes the budget; one task's is kept whatever the budget.
         while self._kept and (len(self._kept) + 1) * self.bytes_each > self._budget:
             self._kept.popitem(last=False)
 
@@ -111,8 +113,11 @@ class TaskWeights:
         return sorted(tasks, key=lambda task: (task not in self, task))
 
     def at_once(self, count: int) -> int:
-        """How many of `count` tasks' weights one product takes: a power of two that the budget holds, so that few programs serve all."""
-        most = min(TASKS_AT_ONCE, max(1, self._budget // max(self.bytes_each, 1)))
+        """How many of `count` tasks' weights one product takes: a power of two, so that few programs serve all.
+
+        The product copies them twice; that is at most half the budget, beside it.
+        """
+        most = min(TASKS_AT_ONCE, max(1, self._budget // max(4 * self.bytes_each, 1)))
         return 2 ** min((count - 1).bit_length(), most.bit_length() - 1)
 
 
@@ -120,8 +125,8 @@ class TaskWeights:
 class Model:
     """What images are identified and classified with.
 
-    `keys` `[P, dim]` and `prompts` `[P, layers, 2, length, heads, head_dim]` have a row for each task of the scenario;
-    `tasks` are those to choose from, in ascending order. `task_of_class` is int `[classes]`.
+    `keys` `[P, dim]` and `prompts` `[P, layers, 2, length, heads, head_dim]` have a row for each task of the scenario (of zeros, or empty,
+    where the method has none); `tasks` are those to choose from, in ascending order. `task_of_class` is int `[classes]`.
     """
 
     method: Method
@@ -141,14 +146,17 @@ class Model:
 
 
 _weights = jax.jit(Method.weights, static_argnums=0)
+_select = jax.jit(Method.select, static_argnums=0)
 _prepare = jax.jit(prepare_test, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "queried"))
-def _encode(method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array, queried: bool) -> tuple[jax.Array, jax.Array | None]:
+def _encode(
+    method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None, queried: bool
+) -> tuple[jax.Array, jax.Array | None]:
     # In one program, XLA computes once what the two passes share (the patch embedding at least).
     images = _unit(backbone, images)
-    return method.trunk(backbone, shared, images), method.query(backbone, images) if queried else None
+    return method.trunk(backbone, shared, images, selected), method.query(backbone, images) if queried else None
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -172,7 +180,7 @@ def _logits(
 ) -> jax.Array:
     task, _, position, size = pairs.T
     sources = prompts.prefix_sources(method.prefix_layout, position, size)
-    prefix = prompts.prefixes(shared["g_prompt"], method.g_layers) | prompts.row_prefixes(prompts_[task], method.e_layers, sources)
+    prefix = method.shared_prefix(shared) | prompts.row_prefixes(prompts_[task], method.e_layers, sources)
     return method.classify(trees.merge(backbone, weights), prefix, shared, tokens)
 
 
@@ -205,17 +213,21 @@ def queries(method: Method, backbone: trees.Tree, images: np.ndarray, batching: 
     return batching.map(functools.partial(_query, method, backbone), images)
 
 
-def encode(model: Model, images: np.ndarray, batching: Batching, queried: bool) -> tuple[jax.Array, np.ndarray | None]:
+def encode(
+    model: Model, images: np.ndarray, batching: Batching, queried: bool, selected: np.ndarray | None = None
+) -> tuple[jax.Array, np.ndarray | None]:
     """Trunk tokens of prepared images uint8 `[N, size, size, 3]`, and q(x) `[N, dim]` where `queried`.
 
-    The tokens, `[N rounded up to a fixed size or to whole chunks, tokens, dim]`, stay on the devices.
+    `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The tokens, `[N rounded up to a fixed
+    size or to whole chunks, tokens, dim]`, stay on the devices.
     """
     pieces = list(batching.pieces(len(images)))
     total, chunk = sum(size for *_, size in pieces), batching.chunk
     rows = next((size for size in reversed(batching.sizes) if size >= total), -(-total // chunk) * chunk)
     parts, query = [], []
     for start, stop, size in pieces:
-        part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), queried)
+        chosen = None if selected is None else batching.put(selected[start:stop], size)
+        part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), chosen, queried)
         parts.append(part)
         query.append((q, stop - start))
     tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
@@ -236,6 +248,11 @@ def key_similarity(model: Model, query: np.ndarray, batching: Batching) -> np.nd
     return batching.map(lambda part: task_id.key_similarity(part, model.keys), query)
 
 
+def pool_selection(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
+    """L2P's prompts for each image by itself, int `[N, top_k]`, for queries `[N, dim]`."""
+    return batching.map(lambda part: _select(model.method, model.shared, part), query)
+
+
 def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
     """Prompt ID of each image by itself, int `[N]`: the nearest key among `model.tasks`', from `key_similarity` `[N, P]`."""
     return np.asarray(model.tasks)[similarity[:, model.tasks].argmax(axis=1)]
@@ -252,7 +269,7 @@ def alpha_gradients(
     """∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`, in the order of `model.tasks`.
 
     Args:
-        model: with masks.
+        model: whose tasks replace kernels.
         tokens: what `encode` returned.
         rows: int `[G, S]`, the images of each group.
         weights: `[G, S]`, 0 for padding, which stands at the end of a group.
@@ -286,7 +303,8 @@ def _products(model: Model, gradient: dict[str, task_id.Factors], tasks: list[in
 def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:
     """Gradient ID of each image by itself, int `[N]`: the most negative ∂H/∂α_t (Soft-TF, section 3).
 
-    The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`.
+    The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`. With one class a task, C/T = 1 and H is 0
+    whatever α: the first task is the answer then, as in the published code.
     """
     if len(model.tasks) == 1:
         return np.full(len(nearest), model.tasks[0])
@@ -301,11 +319,12 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
     The last two matter under the interleaved prefix layout only. Images of one task share its weights; without masks all do.
     """
     out = np.empty((len(pairs), model.method.classes), at_least_float32(tokens.dtype))
-    group = pairs[:, 0] if model.method.mask_paths else np.zeros(len(pairs), int)
+    group = pairs[:, 0] if model.method.reparam else np.zeros(len(pairs), int)
     pending: list[tuple[np.ndarray, jax.Array]] = []
     for task in model.weights.order(np.unique(group).tolist()):
         if pending and task not in model.weights:
             jax.block_until_ready(pending[-1][1])  # what the devices still work with would be held beside the budget
+        weights = None  # and so would be what the cache lets go of for the next
         weights, members = model.weights[task], np.flatnonzero(group == task)
         for start, stop, size in batching.pieces(len(members)):
             chosen = members[start:stop]

@@ -1,8 +1,19 @@
 """Continual learners on a frozen backbone: what each trains, and how a task's adapter turns into a forward pass.
 
-An adapter is a task's own pytree, `{"key": [dim], "prompt": [layers, 2, length, heads, head_dim], "mask": {...}}` (no "mask" for
-DualPrompt); the shared part, `{"g_prompt": ..., "head": {"kernel": [dim, classes], "bias": [classes]}}`, is
-trained by every task in turn.
+A `Method` is put together from three parts, each of which may be absent:
+
+- prompts: DualPrompt's prefixes or L2P's pool (`prompts`);
+- a reparametrisation of chosen weights, a task's own (`reparam`: soft masks, WSN, SoftNet, LoRA, adapters);
+- what is kept from older tasks (`retention`: PGP, EWC, LwF).
+
+A config's `method` joins their names: "dualprompt+softtf", "l2p+pgp+softtf", "lora". "head" trains the classifier alone, "ft" the whole
+network. Joint training, the upper bound of any method, is the method with one task of all classes.
+
+An adapter is a task's own pytree, `{"key": [dim], "prompt": [layers, 2, length, heads, head_dim], "mask": {...}}` ("prompt" for DualPrompt
+only; the last under the name of the reparametrisation's slot; empty where a method has nothing of a task's own). The shared part is trained
+by every task in turn: `{"head": {"kernel": [dim, classes], "bias": [classes]}}`, with "g_prompt" for DualPrompt, "pool"
+`{"key": [size, dim], "prompt": [size, length, dim]}` for L2P, and "weights", the whole backbone, where that is trained. Forgetting
+comes from the shared part alone: the G-prompt, the pool, the weights, and, for methods without task identity, the classifier.
 """
 
 import dataclasses
@@ -10,9 +21,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from soft_jax import prompts, reparam, trees
+from soft_jax import prompts, reparam, retention, trees
 from soft_jax.config import Config
 from soft_jax.errors import UserError
+from soft_jax.reparam import Reparam
+from soft_jax.retention import Retention
 from soft_jax.vit import Prefix, ViT, ViTConfig
 
 Adapter = trees.Tree
@@ -21,50 +34,79 @@ Shared = trees.Tree
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """DualPrompt, with soft masks on `mask_paths` (none: plain DualPrompt). Hashable, so jit takes it as static.
+    """What is trained and how it acts. Hashable, so jit takes it as static.
 
-    Layers count from 0.
+    Layers count from 0. `pool_size` 0 is no pool; `e_length` 0 is no DualPrompt.
     """
 
     vit: ViTConfig
     classes: int
-    mask_paths: tuple[str, ...] = ()
-    mask_init: str = "uniform"
+    reparam: Reparam | None = None
+    retention: Retention | None = None
     e_layers: tuple[int, ...] = ()
-    e_length: int = 5
+    e_length: int = 0
     g_layers: tuple[int, ...] = ()
-    g_length: int = 5
+    g_length: int = 0
     prefix_layout: str = "separate"
+    pool_size: int = 0
+    pool_length: int = 5
+    top_k: int = 5
+    trains_backbone: bool = False
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Paths of the backbone's kernels that a task replaces by its own; Gradient ID superposes those."""
+        return self.reparam.kernels if self.reparam else ()
+
+    @property
+    def by_task(self) -> bool:
+        """Whether a task has anything of its own, so that an image's task has to be identified."""
+        return self.reparam is not None or self.e_length > 0
 
     @property
     def first_task_layer(self) -> int:
         """The first layer whose output depends on the task: everything before it is computed once for all tasks."""
-        masked = [int(path.split("/")[0].removeprefix("blocks_")) for path in self.mask_paths]
-        return min([*self.e_layers, *masked], default=self.vit.depth)
+        return min([*self.e_layers, *reparam.layers_of(self.reparam)], default=self.vit.depth)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens L2P puts behind the [class] token."""
+        return self.top_k * self.pool_length if self.pool_size else 0
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is held of every task at once: its key, and its E-prompt, of no layers without DualPrompt."""
+        return {"key": (self.vit.dim,), "prompt": self._prompt_shape(self.e_layers, self.e_length)}
 
     def init_prompts(self, key: jax.Array) -> Adapter:
-        """The part of a task's adapter that all tasks' identification needs, as it is drawn: key and E-prompt."""
+        """The part of a task's adapter that all tasks' identification needs, as it is drawn: key, and DualPrompt's E-prompt."""
         prompt_key, key_key, _ = jax.random.split(key, 3)
-        return {
-            "key": prompts.uniform(key_key, (self.vit.dim,)),
-            "prompt": prompts.uniform(prompt_key, self._prompt_shape(self.e_layers, self.e_length)),
-        }
+        drawn = {"key": prompts.uniform(key_key, self.row_shapes["key"])} if self.by_task else {}
+        return drawn | ({"prompt": prompts.uniform(prompt_key, self.row_shapes["prompt"])} if self.e_length else {})
 
     def init_adapter(self, key: jax.Array, backbone: trees.Tree) -> Adapter:
         """A task's adapter as it is drawn; `begin` tells what its training starts from."""
         adapter = self.init_prompts(key)
-        if self.mask_paths:
-            adapter["mask"] = reparam.init_masks(jax.random.split(key, 3)[2], backbone, self.mask_paths, self.mask_init)
+        if self.reparam:
+            adapter[self.reparam.slot] = self.reparam.init(jax.random.split(key, 3)[2], backbone)
         return adapter
 
-    def init_shared(self, key: jax.Array) -> Shared:
-        """G-prompts and the classifier before the first task; the classifier as timm draws it, N(0, 0.02²) and bias 0."""
+    def init_shared(self, key: jax.Array, backbone: trees.Tree) -> Shared:
+        """What all tasks train, before the first; the classifier as timm draws it, N(0, 0.02²) and bias 0."""
         prompt_key, head_key = jax.random.split(key)
         kernel = 0.02 * jax.random.normal(head_key, (self.vit.dim, self.classes), jnp.float32)
-        return {
-            "g_prompt": prompts.uniform(prompt_key, self._prompt_shape(self.g_layers, self.g_length)),
-            "head": {"kernel": kernel, "bias": jnp.zeros((self.classes,), jnp.float32)},
-        }
+        shared = {"head": {"kernel": kernel, "bias": jnp.zeros((self.classes,), jnp.float32)}}
+        if self.e_length:
+            shared["g_prompt"] = prompts.uniform(prompt_key, self._prompt_shape(self.g_layers, self.g_length))
+        if self.pool_size:
+            pool_key, pool_prompt = jax.random.split(prompt_key)
+            shared["pool"] = {
+                "key": prompts.uniform(pool_key, (self.pool_size, self.vit.dim)),
+                "prompt": prompts.uniform(pool_prompt, (self.pool_size, self.pool_length, self.vit.dim)),
+            }
+        if self.trains_backbone:
+            shared["weights"] = jax.tree.map(jnp.asarray, backbone)
+        return shared
 
     def _prompt_shape(self, layers: tuple[int, ...], length: int) -> tuple[int, ...]:
         return (len(layers), 2, length, self.vit.heads, self.vit.head_dim)
@@ -76,23 +118,50 @@ class Method:
 
         `sources` is `prompts.prefix_sources`' answer for the batch: None, or int `[B, 2]`.
         """
-        prefix = prompts.prefixes(shared["g_prompt"], self.g_layers)
-        return trees.merge(backbone, self.weights(backbone, adapter)), prefix | prompts.prefixes(adapter["prompt"], self.e_layers, sources)
+        prefix = self.shared_prefix(shared)
+        if self.e_length:
+            prefix |= prompts.prefixes(adapter["prompt"], self.e_layers, sources)
+        return trees.merge(backbone, self.weights(backbone, adapter)), prefix
 
     def weights(self, backbone: trees.Tree, adapter: Adapter) -> trees.Tree:
-        """The parameters that the task of `adapter` changes, θ ⊙ m, as a subtree of the backbone; empty without masks."""
-        return reparam.effective_weights(backbone, adapter["mask"]) if self.mask_paths else {}
+        """The parameters that the task of `adapter` changes or adds, θ ⊙ m for masks, by their place in the backbone's tree."""
+        return self.reparam.weights(backbone, adapter[self.reparam.slot]) if self.reparam else {}
+
+    def fixed(self, adapter: Adapter) -> int:
+        """How many of an adapter's numbers are kept but never trained."""
+        return trees.count(adapter[self.reparam.slot].get("minor", {})) if self.reparam else 0
+
+    def shared_prefix(self, shared: Shared) -> dict[int, jax.Array]:
+        """The prefixes that all tasks have: DualPrompt's G-prompt."""
+        return prompts.prefixes(shared["g_prompt"], self.g_layers) if self.e_length else {}
 
     def query(self, backbone: trees.Tree, images: jax.Array) -> jax.Array:
         """q(x) `[B, dim]`: the [class] feature of the frozen, prompt-free backbone, for images in [0, 1]."""
         return ViT(self.vit).apply({"params": backbone}, images)
 
-    def trunk(self, backbone: trees.Tree, shared: Shared, images: jax.Array) -> jax.Array:
-        """Tokens `[B, N, dim]` before the first layer that depends on the task."""
-        vit, params = ViT(self.vit), {"params": backbone}
-        tokens = vit.apply(params, images, method="embed")
-        prefix = prompts.prefixes(shared["g_prompt"], self.g_layers)
-        return vit.apply(params, tokens, prefix, 0, self.first_task_layer, method="run_blocks")
+    def pool_similarity(self, shared: Shared, query: jax.Array) -> jax.Array:
+        """cos(q(x), k) of queries `[B, dim]` with the pool's keys, `[B, size]`."""
+        return prompts.similarity(query.astype(shared["pool"]["key"].dtype), shared["pool"]["key"])
+
+    def select(self, shared: Shared, query: jax.Array) -> jax.Array:
+        """The pool's prompts for each image by itself, int `[B, top_k]`."""
+        return prompts.nearest(self.pool_similarity(shared, query), self.top_k)
+
+    def trunk(self, backbone: trees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None = None) -> jax.Array:
+        """Tokens `[B, N, dim]` before the first layer that depends on the task.
+
+        `selected`, int `[B, top_k]`, names the pool's prompts for each image; None: by `select`, each image by itself.
+        """
+        vit, params, pool = ViT(self.vit), {"params": self._whole(backbone, shared)}, None
+        if self.pool_size:
+            if selected is None:
+                selected = self.select(shared, self.query(backbone, images))
+            pool = shared["pool"]["prompt"][selected].reshape(len(images), self.prompt_tokens, self.vit.dim)
+        tokens = vit.apply(params, images, pool, method="embed")
+        return vit.apply(params, tokens, self.shared_prefix(shared), 0, self.first_task_layer, self.prompt_tokens, method="run_blocks")
+
+    def _whole(self, params: trees.Tree, shared: Shared) -> trees.Tree:
+        return shared["weights"] if self.trains_backbone else params
 
     def logits(
         self,
@@ -107,36 +176,44 @@ class Method:
 
     def classify(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
         """As `logits`, for parameters and prefixes that are at hand."""
-        vit = ViT(self.vit)
-        tokens = vit.apply({"params": params}, tokens, prefix, self.first_task_layer, method="run_blocks")
-        features = vit.apply({"params": params}, tokens, method="pool")
+        vit, params = ViT(self.vit), {"params": self._whole(params, shared)}
+        tokens = vit.apply(params, tokens, prefix, self.first_task_layer, None, self.prompt_tokens, method="run_blocks")
+        features = vit.apply(params, tokens, self.prompt_tokens, method="pool")
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         return jnp.matmul(features, shared["head"]["kernel"], precision="highest") + shared["head"]["bias"][None]
 
 
 def begin(initial: Adapter, previous: Adapter | None) -> Adapter:
-    """The adapter that a task's training starts from: as drawn, with the previous task's E-prompt."""
-    return initial if previous is None else initial | {"prompt": previous["prompt"]}
+    """The adapter that a task's training starts from: as drawn, with the previous task's E-prompt, if there are any."""
+    return initial if previous is None or "prompt" not in initial else initial | {"prompt": previous["prompt"]}
 
 
 def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
-    """The method that `config` names. Raises UserError for a layer that the ViT does not have."""
-    for field in ("mask_layers", "e_prompt_layers", "g_prompt_layers"):
+    """The method that `config` names. Raises UserError for a layer that the ViT does not have, or a rank that it can't have."""
+    parts = config.method.split("+")
+    layered = ["mask_layers"] if set(parts) & reparam.KINDS.keys() else []
+    for field in layered + (["e_prompt_layers", "g_prompt_layers"] if "dualprompt" in parts else []):
         for layer in getattr(config, field):
             if not 1 <= layer <= vit.depth:
                 raise UserError(f"{field}: layer {layer} is not one of {config.backbone}'s layers 1 to {vit.depth}")
-    masked = config.mask_layers if config.method == "softtf" else ()
-    return Method(
-        vit=vit,
-        classes=classes,
-        mask_paths=reparam.mask_paths(config.mask_weights.split("+"), _from_zero(masked)),
-        mask_init=config.mask_init,
-        e_layers=_from_zero(config.e_prompt_layers),
-        e_length=config.e_prompt_length,
-        g_layers=_from_zero(config.g_prompt_layers),
-        g_length=config.g_prompt_length,
-        prefix_layout=config.prefix_layout,
-    )
+    settings = {}
+    for part in parts:
+        if part in reparam.KINDS:
+            settings["reparam"] = reparam.KINDS[part](config, _from_zero(config.mask_layers))
+            try:
+                reparam.check(settings["reparam"], vit)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        elif part in retention.KINDS:
+            settings["retention"] = retention.KINDS[part](config)
+        elif part == "dualprompt":
+            settings |= {"e_layers": _from_zero(config.e_prompt_layers), "e_length": config.e_prompt_length}
+            settings |= {"g_layers": _from_zero(config.g_prompt_layers), "g_length": config.g_prompt_length}
+            settings |= {"prefix_layout": config.prefix_layout}
+        elif part == "l2p":
+            settings |= {"pool_size": config.pool_size, "pool_length": config.e_prompt_length, "top_k": config.top_k}
+    settings["trains_backbone"] = bool({"ft", "ewc", "lwf"} & set(parts))
+    return Method(vit=vit, classes=classes, **settings)
 
 
 def _from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """A trained run as a function of images: each is given to its task by itself, and classified by that task's network."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from typing import Any, NamedTuple
@@ -57,11 +57,12 @@ class Predictor:
         Args:
             workdir: the folder that `launch.py` trained in.
             tasks: those to choose from, counted from 0 as their folders are; all that are finished when None.
-            task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs masks), "prototype" (statistics
-                of the frozen features), or "oracle" (`predict` is told).
+            task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs weights of each task's own),
+                "prototype" (statistics of the frozen features), or "oracle" (`predict` is told). Where a method's tasks have nothing of
+                their own, "prompt" stands for no task identity at all: the task is that of the winning class.
             backbone_path: the backbone's file, where it is no longer where the run found it.
             cache_bytes: of the devices' memory for tasks' θ ⊙ m, 4 bytes a masked weight and task; others are read from the
-                workdir when an image is theirs.
+                workdir when an image is theirs. Gradient ID takes up to half as much again while it multiplies.
             batch_size: of the largest forward pass, over all devices.
             devices: those to run on; all when None.
 
@@ -70,6 +71,8 @@ class Predictor:
         """
         if task_id not in TASK_IDS:
             raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(TASK_IDS)}")
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is below 1")
         reader = Reader(workdir)
         identity = reader.read_identity()
         fields = {field.name for field in dataclasses.fields(Config)}
@@ -84,8 +87,10 @@ class Predictor:
             )
         scenario = Scenario(config.tasks * len(latest["classes"]), config.tasks)
         method = methods.from_config(config, backbone.vit, scenario.classes)
-        if task_id == "gradient" and not method.mask_paths:
-            raise UserError(f"task_id: 'gradient' needs masks, and {config.method} has none; take 'prompt' or 'prototype'")
+        if task_id == "gradient" and not method.kernels:
+            raise UserError(f"task_id: 'gradient' needs weights of each task's own; {config.method} has none; take 'prompt' or 'prototype'")
+        if task_id == "prototype" and not method.by_task:
+            raise UserError(f"task_id: 'prototype' names a task; {config.method} has nothing of a task's own; take 'prompt', the default")
         batching = inference.Batching(train.data_mesh(devices), batch_size)
         model, names = _model(reader, method, backbone, scenario, config, chosen, task_id, cache_bytes, batching)
         return cls(model, task_id, names, batching)
@@ -111,7 +116,7 @@ class Predictor:
     def predict_chunks(
         self, images: Any, task: int | Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], Prediction, dict[int, UserError]]]:
-        """As `predict`, for more images than fit in memory: a chunk at a time, in order, and an unusable image fails alone.
+        """As `predict`, for more files than fit in memory: a chunk at a time, in order, and an unusable image fails alone.
 
         Yields:
             The indices of a chunk's usable images, the prediction for those, and by index the errors of the others.
@@ -175,11 +180,16 @@ class Predictor:
             logits = inference.within_tasks(self.model, logits, tasks)
         else:
             logits = inference.among_known(self.model, logits)
+        classes = logits.argmax(axis=1)
+        if given is None and not self.model.method.by_task:
+            tasks = self.model.task_of_class[classes]
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return Prediction(logits.argmax(axis=1), tasks, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32))
+        return Prediction(classes, tasks, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32))
 
     def _identify(self, tokens: jax.Array, query: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Each image's task, int `[N]`, and the prototypes' log p(class | x) where they name it."""
+        if not self.model.method.by_task:
+            return np.zeros(len(query), int), None
         if self.task_id == "prototype":
             posterior = inference.log_posterior(self.model, query, self.batching)
             return inference.prototype_id(self.model, posterior), posterior
@@ -193,12 +203,15 @@ class Predictor:
             if self.task_id == "oracle":
                 raise UserError("task: this predictor was loaded with task_id='oracle'; tell predict the task of each image")
             return None
-        given = np.asarray(task)
+        try:
+            given = np.asarray(task)
+        except ValueError as error:
+            raise UserError(f"task: {task!r}, expected one int, or one for each of the {count} images") from error
         if given.ndim > 1 or given.dtype.kind not in "iu" or (given.ndim == 1 and len(given) != count):
             raise UserError(f"task: {given.dtype} of shape {given.shape}, expected one int, or one for each of the {count} images")
         if unknown := sorted(set(given.reshape(-1).tolist()) - set(self.model.tasks)):
             raise UserError(f"task: {unknown[0]} is not loaded; loaded are {', '.join(map(str, self.model.tasks))}")
-        return np.broadcast_to(given, count)
+        return np.broadcast_to(given.astype(int), count)
 
 
 def _chosen(reader: Reader, tasks: Sequence[int] | None) -> tuple[int, ...]:
@@ -208,7 +221,9 @@ def _chosen(reader: Reader, tasks: Sequence[int] | None) -> tuple[int, ...]:
         raise UserError(f"workdir: {reader.root} has no finished task yet")
     if tasks is None:
         return tuple(range(reader.finished()))
-    chosen = tuple(sorted(set(tasks)))
+    if not isinstance(tasks, Iterable) or not all(isinstance(task, int | np.integer) for task in tasks):
+        raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
+    chosen = tuple(sorted({int(task) for task in tasks}))
     if not chosen:
         raise UserError("tasks: none were named; leave it out for all")
     if unknown := [task for task in chosen if task not in there]:
@@ -231,31 +246,34 @@ def _model(
     whole = train.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole)
     adapter = jax.eval_shape(method.init_adapter, jax.random.key(0), params)
-    shared = reader.load_task(reader.present()[-1], {"shared": jax.eval_shape(method.init_shared, jax.random.key(0))}, whole)[0]["shared"]
-    # The pool has a row for each task of the run; those that are not loaded are never chosen.
-    keys, prompts = (np.zeros((scenario.tasks, *adapter[name].shape), adapter[name].dtype) for name in ("key", "prompt"))
+    template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
+    shared = reader.load_task(reader.present()[-1], {"shared": template}, whole)[0]["shared"]
+    # There is a row for each task of the run; those that are not loaded are never chosen.
+    rows = {name: np.zeros((scenario.tasks, *shape), np.float32) for name, shape in method.row_shapes.items()}
     names = [""] * scenario.classes
     sums = prototype.Sums(scenario.classes, prototype.projection(config.seed, method.vit.dim, config.prototype_features))
     for task in chosen:
-        templates = {"adapter": {name: adapter[name] for name in ("key", "prompt")}}
+        templates = {"adapter": {name: adapter[name] for name in rows if name in adapter}}
         if task_id == "prototype":
             templates["statistics"] = prototype.shapes(config.prototype_features, len(scenario.classes_of(task)))
         items, manifest = reader.load_task(task, templates, whole, part=True)
-        keys[task], prompts[task] = items["adapter"]["key"], items["adapter"]["prompt"]
+        for name, array in items["adapter"].items():
+            rows[name][task] = array
         for class_, name in zip(manifest["classes"], manifest["class_names"], strict=True):
             names[class_] = name
         if task_id == "prototype":
             sums.add(manifest["classes"], items["statistics"])
 
     def load(task: int) -> methods.Adapter:
-        return reader.load_task(task, {"adapter": {"mask": adapter["mask"]}}, whole, part=True)[0]["adapter"]
+        own = {name: tree for name, tree in adapter.items() if name not in rows}
+        return reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"]
 
     model = inference.Model(
         method=method,
         backbone=params,
         shared=shared,
-        keys=jax.device_put(keys, whole),
-        prompts=jax.device_put(prompts, whole),
+        keys=jax.device_put(rows["key"], whole),
+        prompts=jax.device_put(rows["prompt"], whole),
         weights=inference.TaskWeights(method, params, load, cache_bytes),
         tasks=chosen,
         task_of_class=scenario.task_of_class,

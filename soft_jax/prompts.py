@@ -54,3 +54,23 @@ def normalize(x: jax.Array) -> jax.Array:
 def similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
     """cos(q(x), k) of queries `[B, dim]` and keys `[K, dim]`: `[B, K]`."""
     return jnp.matmul(normalize(query), normalize(keys).T, precision="highest")
+
+
+def nearest(similarity: jax.Array, count: int) -> jax.Array:
+    """L2P's selection for each image by itself: the `count` nearest keys, int `[B, count]`, from `similarity` `[B, size]`."""
+    return jax.lax.top_k(similarity, count)[1]
+
+
+def most_selected(selected: jax.Array, weights: jax.Array, size: int) -> jax.Array:
+    """L2P's selection for a batch (Wang et al., 2022, `batchwise_prompt`): what most of its images select, for all of them.
+
+    Args:
+        selected: int `[B, count]`, each image's own selection.
+        weights: `[B]`, 0 for padding, whose selection does not count.
+        size: of the pool. Of prompts selected as often, the first in the pool are taken.
+
+    Returns:
+        int `[B, count]`, the same row for each image.
+    """
+    votes = jnp.zeros(size, weights.dtype).at[selected].add(jnp.broadcast_to((weights > 0).astype(weights.dtype)[:, None], selected.shape))
+    return jnp.broadcast_to(jax.lax.top_k(votes, selected.shape[1])[1][None], selected.shape)

@@ -1,40 +1,237 @@
-"""Weight reparametrisations: what a task does to the frozen kernels before the forward pass."""
+"""Weight reparametrisations: what a task's own arrays do to the frozen parameters before the forward pass.
 
-from collections.abc import Iterable
+Each class is one kind: `slot` names its arrays in an adapter, `init` draws them, `weights` turns them into parameters that take the
+place of the backbone's (`kernels`), or stand beside them (`Bottleneck`). Products and sums are taken in float32: bfloat16 steps by 0.004
+near 1, which is where masks are. To add a kind, write its class here and its line in `KINDS`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from soft_jax import trees
+from soft_jax.vit import ViTConfig
 
-WEIGHTS = {"qkv": ("attn/qkv",), "proj": ("attn/proj",), "mlp": ("mlp/fc1", "mlp/fc2")}
-MASK_INITS = ("uniform", "ones")
+WEIGHTS = {"qkv": ("attn/qkv",), "qv": ("attn/qkv",), "proj": ("attn/proj",), "mlp": ("mlp/fc1", "mlp/fc2")}
 
 
-def mask_paths(weights: Iterable[str], layers: Iterable[int]) -> tuple[str, ...]:
-    """Paths of the masked kernels; `weights` from "qkv", "proj", "mlp", `layers` counted from 0. Biases are not masked."""
+def kernel_paths(weights: Iterable[str], layers: Iterable[int]) -> tuple[str, ...]:
+    """Paths of the kernels of `weights` ("qkv", "proj", "mlp") in `layers`, counted from 0. Biases are never among them."""
     names = [name for weight in weights for name in WEIGHTS[weight]]
     return tuple(f"blocks_{layer}/{name}/kernel" for layer in layers for name in names)
 
 
-def init_masks(key: jax.Array, backbone: trees.Tree, paths: tuple[str, ...], kind: str) -> trees.Tree:
-    """A float32 mask for each kernel of `paths`: drawn from U(0.99, 1) ("uniform", the published code's), or ones.
+def layer_of(path: str) -> int:
+    """The layer, from 0, that a parameter of a block belongs to."""
+    return int(path.split("/", maxsplit=1)[0].removeprefix("blocks_"))
 
-    Raises KeyError naming the paths that the backbone does not have.
-    """
+
+Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def _kaiming(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # PyTorch's default for a linear layer, kaiming_uniform(a=√5): U(-1/√in, 1/√in). Shapes are [..., in, out].
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+# Table 5's. Fans are those of one task's mask; the published code draws the stack of all tasks' at once, whose fans are larger.
+MASK_INITS: dict[str, Draw] = {
+    "uniform": lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.99, 1),
+    "ones": lambda key, shape: jnp.ones(shape, jnp.float32),
+    "xavier": lambda key, shape: jax.nn.initializers.xavier_uniform()(key, shape, jnp.float32),
+    "kaiming": _kaiming,
+    "normal": lambda key, shape: 0.01 * jax.random.normal(key, shape, jnp.float32),
+}
+
+
+def _draw(key: jax.Array, backbone: trees.Tree, paths: tuple[str, ...], draw: Draw) -> trees.Tree:
+    """An array for each kernel of `paths`. Raises KeyError naming the paths that the backbone does not have."""
     kernels = trees.flatten(trees.select(backbone, paths))
     keys = jax.random.split(key, len(kernels))
-    low = {"uniform": 0.99, "ones": 1.0}[kind]
-    masks = {
-        path: jax.random.uniform(k, kernel.shape, jnp.float32, low, 1) for k, (path, kernel) in zip(keys, kernels.items(), strict=True)
-    }
-    return trees.unflatten(masks)
+    return trees.unflatten({path: draw(k, kernel.shape) for k, (path, kernel) in zip(keys, kernels.items(), strict=True)})
 
 
-def effective_weights(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
-    """The masked kernels alone, θ ⊙ m (Soft-TF, section 3).
-
-    The product is taken in float32: bfloat16 steps by 0.004 near 1, which is where masks are.
-    """
+def masked(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
+    """The masked kernels alone, θ ⊙ m (Soft-TF, section 3)."""
     kernels = trees.select(backbone, trees.flatten(masks))
     return jax.tree.map(jnp.multiply, kernels, masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftMask:
+    """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1) is the published code's.
+
+    Nothing of a task's masks changes after it.
+    """
+
+    slot: ClassVar[str] = "mask"
+    kernels: tuple[str, ...]
+    init_as: str = "uniform"
+
+    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+        """A task's masks, float32, shaped as the kernels."""
+        return _draw(key, backbone, self.kernels, MASK_INITS[self.init_as])
+
+    def weights(self, backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
+        """θ ⊙ m."""
+        return masked(backbone, masks)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def top_share(scores: jax.Array, keep: int) -> jax.Array:
+    """1 for the `keep` highest of |scores|, exactly, else 0; its gradient is that of `scores` themselves (straight-through)."""
+    order = jnp.argsort(-jnp.abs(scores).reshape(-1))  # stable: of equal ones the first are kept
+    return jnp.zeros(scores.size, scores.dtype).at[order[:keep]].set(1).reshape(scores.shape)
+
+
+@top_share.defjvp
+def _straight_through(keep, primals, tangents):
+    return top_share(primals[0], keep), tangents[0]
+
+
+def kept(share: float, size: int) -> int:
+    """How many of `size` weights the top `share` is: at least 1."""
+    return max(1, round(share * size))
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryMask:
+    """WSN (Kang et al., 2022): scores s, and the top share `keep` of |s| in each kernel as a binary mask, straight-through gradient.
+
+    With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10)) as in the published code, instead of 0.
+    They are drawn with the task and not trained. Nothing of a task's scores changes after it.
+    """
+
+    slot: ClassVar[str] = "scores"
+    kernels: tuple[str, ...]
+    keep: float = 0.9
+    soft: bool = False
+
+    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+        """A task's scores, and for SoftNet its minor weights, float32, shaped as the kernels."""
+        score_key, minor_key = jax.random.split(key)
+        own = {"scores": _draw(score_key, backbone, self.kernels, _kaiming)}
+        if self.soft:
+            minor = _draw(minor_key, backbone, self.kernels, lambda k, shape: jax.random.uniform(k, shape, jnp.float32, -50, -10))
+            own["minor"] = jax.tree.map(jax.nn.sigmoid, minor)
+        return own
+
+    def masks(self, own: trees.Tree) -> trees.Tree:
+        """The masks that the scores stand for."""
+        masks = jax.tree.map(lambda scores: top_share(scores, kept(self.keep, scores.size)), own["scores"])
+        if not self.soft:
+            return masks
+        return jax.tree.map(lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor), masks, own["minor"])
+
+    def weights(self, backbone: trees.Tree, own: trees.Tree) -> trees.Tree:
+        """θ ⊙ m."""
+        return masked(backbone, self.masks(own))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """LoRA (Hu et al., 2022): W + 8 A B, rank `rank`, for q, k, v each by itself and `proj`, `fc1`, `fc2` whole.
+
+    8 is alpha / rank of the published baseline (32 / 4), at every rank of Table 7; its dropout of 0.1 on the way in is left out.
+    B starts at 0: a new task starts as the backbone, to the bit. Nothing of a task's A and B changes after it.
+    """
+
+    slot: ClassVar[str] = "lora"
+    SCALE: ClassVar[float] = 8.0
+    kernels: tuple[str, ...]
+    rank: int = 4
+    parts: tuple[int, ...] = (0, 1, 2)  # of q, k, v
+
+    def _columns(self, path: str, out: int) -> tuple[tuple[int, ...], int]:
+        """The column blocks of a kernel that get a product of their own, and how many blocks it has."""
+        return (self.parts, 3) if path.endswith("attn/qkv/kernel") else ((0,), 1)
+
+    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+        """For each kernel `{"a": [blocks, in, rank], "b": [blocks, rank, out / all blocks]}`, float32."""
+        own = {}
+        kernels = trees.flatten(trees.select(backbone, self.kernels))
+        for k, (path, kernel) in zip(jax.random.split(key, len(kernels)), kernels.items(), strict=True):
+            blocks, of = self._columns(path, kernel.shape[1])
+            own[f"{path}/a"] = _kaiming(k, (len(blocks), kernel.shape[0], self.rank))
+            own[f"{path}/b"] = jnp.zeros((len(blocks), self.rank, kernel.shape[1] // of), jnp.float32)
+        return trees.unflatten(own)
+
+    def weights(self, backbone: trees.Tree, own: trees.Tree) -> trees.Tree:
+        """W + 8 A B: the merged weights, so that inference costs what the backbone's does."""
+        own, merged = trees.flatten(own), {}
+        for path, kernel in trees.flatten(trees.select(backbone, self.kernels)).items():
+            blocks, of = self._columns(path, kernel.shape[1])
+            products = jnp.einsum("gir,gro->gio", own[f"{path}/a"], own[f"{path}/b"], precision="highest")
+            placed = jnp.zeros((of, kernel.shape[0], kernel.shape[1] // of), products.dtype).at[np.array(blocks)].set(products)
+            merged[path] = kernel + self.SCALE * jnp.moveaxis(placed, 0, 1).reshape(kernel.shape)
+        return trees.unflatten(merged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck:
+    """Adapter (Houlsby et al., 2019), placed as the published baseline's: x + up(GELU(down x)) behind fc1 and behind fc2, no biases.
+
+    The published ones are never trained (they require no gradient); these are. `up` starts at 0: a new task starts as the backbone.
+    They stand beside the backbone's parameters, under the names that `vit.Mlp` looks for, so there is nothing to superpose for Gradient ID.
+    Nothing of a task's bottlenecks changes after it.
+    """
+
+    slot: ClassVar[str] = "bottleneck"
+    kernels: ClassVar[tuple[str, ...]] = ()
+    layers: tuple[int, ...]
+    rank: int = 4
+
+    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+        """`blocks_L/mlp/{adapter1,adapter2}/{down [width, rank], up [rank, width]}`, float32."""
+        own = {}
+        for layer, k in zip(self.layers, jax.random.split(key, len(self.layers)), strict=True):
+            mlp = backbone[f"blocks_{layer}"]["mlp"]
+            for name, dense, one in zip(("adapter1", "adapter2"), ("fc1", "fc2"), jax.random.split(k), strict=True):
+                width = mlp[dense]["kernel"].shape[1]
+                own[f"blocks_{layer}/mlp/{name}/down"] = _kaiming(one, (width, self.rank))
+                own[f"blocks_{layer}/mlp/{name}/up"] = jnp.zeros((self.rank, width), jnp.float32)
+        return trees.unflatten(own)
+
+    def weights(self, backbone: trees.Tree, own: trees.Tree) -> trees.Tree:
+        """The bottlenecks as they are."""
+        return own
+
+
+Reparam = SoftMask | BinaryMask | LoRA | Bottleneck
+
+
+def _lora(c, layers):
+    weights = c.mask_weights.split("+")
+    parts = (0, 2) if "qv" in weights else (0, 1, 2)
+    return LoRA(kernel_paths(weights, layers), c.rank, parts)
+
+
+# A kind by the name it has in a config's `method`, from the config's settings and its layers, counted from 0.
+KINDS = {
+    "softtf": lambda c, layers: SoftMask(kernel_paths(c.mask_weights.split("+"), layers), c.mask_init),
+    "wsn": lambda c, layers: BinaryMask(kernel_paths(c.mask_weights.split("+"), layers), c.keep),
+    "softnet": lambda c, layers: BinaryMask(kernel_paths(c.mask_weights.split("+"), layers), c.keep, soft=True),
+    "lora": _lora,
+    "adapter": lambda c, layers: Bottleneck(layers, c.rank),
+}
+
+
+def layers_of(reparam: Reparam | None) -> tuple[int, ...]:
+    """The layers, from 0, that differ from the backbone's."""
+    if reparam is None:
+        return ()
+    return reparam.layers if isinstance(reparam, Bottleneck) else tuple(sorted({layer_of(path) for path in reparam.kernels}))
+
+
+def check(reparam: Reparam, vit: ViTConfig) -> None:
+    """Raise ValueError where a rank is larger than the layer is wide."""
+    rank = getattr(reparam, "rank", 0)
+    if rank > vit.dim:
+        raise ValueError(f"rank: {rank} is above the backbone's width, {vit.dim}")

@@ -22,6 +22,8 @@ TITLES = {
     "per_sample/prototype": "CIL per_sample, prototype",
     "batch_vote/prompt_id": "CIL batch_vote, Prompt ID *",
     "batch_vote/gradient_id": "CIL batch_vote, Gradient ID *",
+    "per_sample/no_task_id": "CIL per_sample, no task id",
+    "batch_vote/pool": "CIL batch_vote, pool *",
     "oracle/task_given": "TIL oracle, task given",
 }
 FOOTNOTE = "* the published protocol: one task id for a test batch that holds a single task, so the batch leaks the task"
@@ -61,10 +63,20 @@ def figures(manifests: Manifests, protocol: str) -> dict[str, float]:
     return metrics.summarize(accuracy_matrix(manifests, protocol)) | {"task_id_accuracy": float(task_id)}
 
 
+def published_rows() -> list[dict[str, Any]]:
+    """Every row of the paper's tables; those with a task id are under the batch_vote protocol."""
+    return json.loads((resources.files("soft_jax") / "assets" / "published.json").read_text())["rows"]
+
+
 def published(benchmark: str) -> list[dict[str, Any]]:
-    """The paper's rows for a benchmark; every one of them is under the batch_vote protocol."""
-    rows = json.loads((resources.files("soft_jax") / "assets" / "published.json").read_text())["rows"]
-    return [row for row in rows if "accuracy" in row.get(benchmark, {})]
+    """The paper's rows with an accuracy for a benchmark."""
+    return [row for row in published_rows() if "accuracy" in row.get(benchmark, {})]
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """A published row's method, with what tells rows of one name apart."""
+    qualifiers = {"exemplars": "{} exemplars", "pretraining": "pre-trained by {}", "mask_init": "masks drawn {}"}
+    return ", ".join([row["method"], *(text.format(row[key]) for key, text in qualifiers.items() if row.get(key))])
 
 
 def write(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests) -> None:
@@ -144,7 +156,8 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
 
 
 def _size_lines(root: Path, manifests: Manifests) -> list[str]:
-    adapter, shared = manifests[-1]["parameters"]["adapter"], manifests[-1]["parameters"]["shared"]
+    parameters = manifests[-1]["parameters"]
+    adapter, shared = parameters["adapter"] - parameters["fixed"], parameters["shared"]
     sizes = manifests[-1]["bytes"]
     folders = sorted(path for path in (root / "tasks").iterdir() if path.name.isdigit())
     return [
@@ -171,10 +184,8 @@ def _published_lines(benchmark: str) -> list[str]:
         "| method | table | protocol | task id | final | forgetting |",
         "|---|---|---|---|---|---|",
     ]
-    # What tells rows of one name apart.
-    qualifiers = {"exemplars": "{} exemplars", "pretraining": "pre-trained by {}", "mask_init": "masks drawn {}"}
     for row in rows:
-        method = ", ".join([row["method"], *(text.format(row[key]) for key, text in qualifiers.items() if row.get(key))])
+        method = row_name(row)
         protocol = "batch_vote" if row["task_id"] else "–"
         value = row[benchmark]
         forgetting = "–" if value["forgetting"] is None else f"{value['forgetting']:.2f}"

@@ -1,7 +1,7 @@
 """A run on disk: one Orbax checkpoint per finished task, the state of the task in training, and the run's config.
 
     WORKDIR/config.json       what the run is; another config is refused
-    WORKDIR/tasks/000/        a task: adapter, shared part, statistics and manifest, written whole or not at all
+    WORKDIR/tasks/000/        a task: adapter, shared part, statistics, memory and manifest, written whole or not at all
     WORKDIR/training/000-000500/   task 0 after its 500th step, until the task is finished
 
 Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
@@ -54,13 +54,13 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
 
     Raises UserError when it can't be written; nothing else on disk changes then.
     """
-    named = {name: _named(tree) for name, tree in items.items()}
+    named = {name: leaves for name, tree in items.items() if (leaves := _named(tree))}  # an item may be empty
     hashes = {f"{name}/{leaf}": trees.sha256(array) for name, leaves in named.items() for leaf, array in leaves.items()}
     manifest = dict(manifest, sha256=hashes)
     manifest["manifest_sha256"] = _digest(manifest)
     args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
     try:
-        with _checkpointer(items) as checkpointer:
+        with _checkpointer(named) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
     except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
         clean(path.parent)
@@ -112,7 +112,7 @@ def load(path: Path, templates: Mapping[str, Any], sharding: Sharding, part: boo
         expected = {key.removeprefix(f"{item}/"): value for key, value in manifest["sha256"].items() if key.startswith(f"{item}/")}
         if odd := sorted(leaves.keys() - expected.keys() if part else leaves.keys() ^ expected.keys()):
             raise UserError(f"{path}: {item}/{odd[0]} is only in the {'checkpoint' if odd[0] in expected else 'configured method'}")
-        arrays = _restore(path, item, leaves)
+        arrays = _restore(path, item, leaves) if leaves else {}
         for name, array in arrays.items():
             if array.shape != leaves[name].shape or trees.sha256(array) != expected[name]:
                 raise UserError(f"{path}: array {item}/{name} is not what was saved (its SHA-256 differs); {_ADVICE}")
@@ -177,7 +177,7 @@ class Reader:
     def load_task(
         self, task: int, templates: Mapping[str, Any], sharding: Sharding, part: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Items of a finished task (of "adapter", "shared" and "statistics") like `templates`, and its manifest, verified as by `load`.
+        """Items of a finished task ("adapter", "shared", "statistics", "memory") like `templates`, and its manifest, verified as by `load`.
 
         Raises UserError when an array is damaged, or the task is missing, another one, of another run or another backbone.
         """
@@ -251,7 +251,7 @@ class Store(Reader):
         write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
 
     def save_task(self, task: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Keep a finished task's `items` ("adapter", "shared", "statistics"), and drop its training state."""
+        """Keep a finished task's `items` ("adapter", "shared", "statistics", "memory"), and drop its training state."""
         save(self.task_path(task), items, {"task": task, "run": self.identity, **manifest})
         self._keep_only(None)
 

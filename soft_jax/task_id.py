@@ -117,7 +117,7 @@ def entropy_gradients(
     ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves all tasks (`alpha_gradients`).
 
     Args:
-        method: the method, which has masks.
+        method: the method, whose tasks replace kernels.
         backbone: frozen parameters.
         mean: θ ⊙ M, the tree of `Method.weights`.
         prompt: each group's E-prompt, `[G, layers, 2, length, heads, head_dim]`.
@@ -134,7 +134,7 @@ def entropy_gradients(
     shares = (weights / totals).reshape(-1)
     positions, sizes = (jnp.broadcast_to(x, weights.shape).reshape(-1) for x in (jnp.arange(size)[None], totals.astype(int)))
     sources = prompts.prefix_sources(method.prefix_layout, positions, sizes)
-    prefix = prompts.prefixes(shared["g_prompt"], method.g_layers)
+    prefix = method.shared_prefix(shared)
     prefix |= prompts.row_prefixes(jnp.repeat(prompt, size, axis=0), method.e_layers, sources)
     params = trees.merge(backbone, mean)
 

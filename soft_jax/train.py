@@ -70,8 +70,11 @@ def stream(seed: int, name: str, task: int) -> jax.Array:
 def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of weight 1 (Soft-TF, section 3).
 
+    k is the task's key, and for L2P each of the pool's keys that the batch selects (Wang et al., 2022, eq. 5); a method without keys
+    has no such term, one with a memory adds its own.
+
     `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for padding, which
-    stands at the end), and `class_mask` bool `[classes]`, the task's classes. The second result names the terms.
+    stands at the end), `class_mask` bool `[classes]`, the task's classes, and `memory`. The second result names the terms.
     """
     method, weights = recipe.method, batch["weights"]
     images, total = batch["images"], weights.sum()
@@ -80,32 +83,46 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
         return jnp.sum(jnp.where(weights > 0, x * weights, 0)) / total
 
     adapter, shared = trainable["adapter"], trainable["shared"]
-    query = jax.lax.stop_gradient(method.query(backbone, images))
-    positions = jnp.arange(len(weights))
-    sources = prompts.prefix_sources(method.prefix_layout, positions, total.astype(int))
-    logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images), sources)
+    query, selected, pulled = None, None, jnp.zeros(len(weights), weights.dtype)
+    if method.by_task or method.pool_size:
+        query = jax.lax.stop_gradient(method.query(backbone, images))
+    if method.by_task:
+        pulled += prompts.similarity(query.astype(adapter["key"].dtype), adapter["key"][None])[:, 0]
+    if method.pool_size:
+        to_pool = method.pool_similarity(shared, query)
+        # As published, a training batch shares its selection; it holds one task, and training may know that.
+        selected = prompts.most_selected(prompts.nearest(to_pool, method.top_k), weights, method.pool_size)
+        pulled += jnp.take_along_axis(to_pool, selected, axis=1).sum(axis=1)
+    sources = prompts.prefix_sources(method.prefix_layout, jnp.arange(len(weights)), total.astype(int))
+    logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images, selected), sources)
     masked = jnp.where(batch["class_mask"][None], logits, -jnp.inf)
     cross_entropy = mean(optax.softmax_cross_entropy_with_integer_labels(masked, batch["labels"]))
-    query = query.astype(adapter["key"].dtype)
-    key_similarity = mean(prompts.similarity(query, adapter["key"][None])[:, 0])
+    key_similarity = mean(pulled)
     loss = cross_entropy - recipe.pull * key_similarity
+    if method.retention:
+        loss += method.retention.loss(batch["memory"], method, trainable, backbone, batch, logits)
     hits = mean((masked.argmax(axis=-1) == batch["labels"]).astype(weights.dtype))
     terms = {"loss": loss, "cross_entropy": cross_entropy, "key_similarity": key_similarity, "accuracy": hits}
-    return loss, terms | {"query": query, "logits": logits}
+    return loss, terms | {"logits": logits} | ({} if query is None else {"query": query})
 
 
 def gradients(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[trees.Tree, dict[str, Any]]:
-    """Gradients of every trained array, clipped to a global norm, with `loss_fn`'s terms and `grad_norm` (before clipping).
+    """Gradients of every trained array, clipped to a global norm, then projected where the method does; with `loss_fn`'s terms and
+    `grad_norm` (before clipping).
 
     Where `batch["hold_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then leaves it as it is, to the bit.
     Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_` does (Optax divides by the norm alone).
     """
     grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, recipe)
-    g_prompt = jnp.where(batch["hold_g_prompt"], 0, grads["shared"]["g_prompt"])
-    grads = grads | {"shared": grads["shared"] | {"g_prompt": g_prompt}}
+    if "g_prompt" in grads["shared"]:
+        g_prompt = jnp.where(batch["hold_g_prompt"], 0, grads["shared"]["g_prompt"])
+        grads = grads | {"shared": grads["shared"] | {"g_prompt": g_prompt}}
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(recipe.clip_norm / (norm + 1e-6), 1)
-    return jax.tree.map(lambda g: g * scale, grads), terms | {"grad_norm": norm}
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    if recipe.method.retention:
+        grads = recipe.method.retention.project(batch["memory"], recipe.method, grads)
+    return grads, terms | {"grad_norm": norm}
 
 
 def train_step(
@@ -144,6 +161,6 @@ def by_row(mesh: Mesh) -> NamedSharding:
 def compile_step(recipe: Recipe, mesh: Mesh) -> Any:
     """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
     whole, rows = replicated(mesh), by_row(mesh)
-    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "hold_g_prompt": whole}
+    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "hold_g_prompt": whole, "memory": whole}
     step = functools.partial(train_step, recipe=recipe)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)

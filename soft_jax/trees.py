@@ -31,11 +31,8 @@ def select(tree: Mapping, paths: Iterable[str]) -> Tree:
 
 
 def merge(tree: Mapping, overlay: Mapping) -> Tree:
-    """`tree` with the leaves of `overlay` in the place of its own. Raises KeyError for a path that `tree` lacks."""
-    leaves, over = flatten(tree), flatten(overlay)
-    if extra := over.keys() - leaves.keys():
-        raise KeyError(f"no such parameters: {', '.join(sorted(extra))}")
-    return unflatten(leaves | over)
+    """`tree` with the leaves of `overlay` in the place of its own, or beside them."""
+    return unflatten(flatten(tree) | flatten(overlay))
 
 
 def count(tree: Any) -> int:

@@ -67,7 +67,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers with the erf GELU between them."""
+    """Two dense layers with the erf GELU between them.
+
+    Where its parameters hold `adapter1` or `adapter2`, `{"down": [width, rank], "up": [rank, width]}`, that residual bottleneck follows
+    fc1 or fc2. A backbone has none; a task may bring them.
+    """
 
     config: ViTConfig
 
@@ -75,8 +79,14 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Tokens `[B, N, dim]` to the same."""
         c = self.config
-        x = nn.Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x)
-        return nn.Dense(c.dim, dtype=c.dtype, name="fc2")(nn.gelu(x, approximate=False))
+        x = self._adapted("adapter1", nn.Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x))
+        return self._adapted("adapter2", nn.Dense(c.dim, dtype=c.dtype, name="fc2")(nn.gelu(x, approximate=False)))
+
+    def _adapted(self, name: str, x: jax.Array) -> jax.Array:
+        if not self.has_variable("params", name):
+            return x
+        down, up = (self.get_variable("params", name)[part].astype(x.dtype) for part in ("down", "up"))
+        return x + nn.gelu(x @ down, approximate=False) @ up
 
 
 def _layer_norm(config: ViTConfig, name: str) -> nn.LayerNorm:
@@ -114,29 +124,38 @@ class ViT(nn.Module):
         self.blocks = [Block(c) for _ in range(c.depth)]
         self.norm = _layer_norm(c, "norm")
 
-    def embed(self, images: jax.Array) -> jax.Array:
-        """Images in [0, 1] `[B, H, W, 3]` to tokens `[B, 1 + patches, dim]`, [class] token first."""
+    def embed(self, images: jax.Array, prompts: jax.Array | None = None) -> jax.Array:
+        """Images in [0, 1] `[B, H, W, 3]` to tokens `[B, 1 + prompts + patches, dim]`: [class] token, `prompts` `[B, P, dim]`, patches.
+
+        Prompts get no position; they are trained where they stand.
+        """
         c = self.config
         with jax.default_matmul_precision(_precision(c)):
             patches = self.patch_embed(images.astype(c.dtype)).reshape(images.shape[0], c.grid**2, c.dim)
         cls = jnp.broadcast_to(self.cls_token.astype(c.dtype), (images.shape[0], 1, c.dim))
-        return jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
+        tokens = jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
+        if prompts is None:
+            return tokens
+        return jnp.concatenate([tokens[:, :1], prompts.astype(c.dtype), tokens[:, 1:]], axis=1)
 
-    def run_blocks(self, tokens: jax.Array, prefix: Prefix | None = None, start: int = 0, stop: int | None = None) -> jax.Array:
-        """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`; after the last layer only the [class] token, `[B, 1, dim]`.
+    def run_blocks(
+        self, tokens: jax.Array, prefix: Prefix | None = None, start: int = 0, stop: int | None = None, prompts: int = 0
+    ) -> jax.Array:
+        """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`.
 
+        After the last layer only the [class] token and the `prompts` tokens behind it are left, `[B, 1 + prompts, dim]`.
         `prefix[layer]` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
         """
         prefix = prefix or {}
         with jax.default_matmul_precision(_precision(self.config)):
             for layer in range(self.config.depth)[start:stop]:
                 # Nothing reads the other tokens of the last layer.
-                tokens = self.blocks[layer](tokens, prefix.get(layer), queries=1 if layer == self.config.depth - 1 else None)
+                tokens = self.blocks[layer](tokens, prefix.get(layer), queries=1 + prompts if layer == self.config.depth - 1 else None)
         return tokens
 
-    def pool(self, tokens: jax.Array) -> jax.Array:
-        """The [class] token after the final norm, `[B, dim]`."""
-        return self.norm(tokens[:, 0])
+    def pool(self, tokens: jax.Array, prompts: int = 0) -> jax.Array:
+        """The [class] token after the final norm, `[B, dim]`; with `prompts`, the mean of that many prompts' (L2P's features)."""
+        return self.norm(tokens[:, 1 : 1 + prompts]).mean(axis=1) if prompts else self.norm(tokens[:, 0])
 
     def __call__(self, images: jax.Array, prefix: Prefix | None = None) -> jax.Array:
         """Features `[B, dim]` of images in [0, 1] `[B, H, W, 3]`."""

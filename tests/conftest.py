@@ -19,11 +19,15 @@ from soft_jax.vit import ViT, ViTConfig
 TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=48)
 
 
+def soft_masks(init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)) -> reparam.SoftMask:
+    return reparam.SoftMask(reparam.kernel_paths(weights, layers), init_as)
+
+
 def tiny_method(**changes) -> methods.Method:
     settings = {
         "vit": TINY,
         "classes": 6,
-        "mask_paths": reparam.mask_paths(("qkv", "proj"), (2, 3)),
+        "reparam": soft_masks(),
         "e_layers": (2, 3),
         "e_length": 3,
         "g_layers": (0,),

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from soft_jax import evaluate, inference, methods, metrics, train, trees, weights
+from soft_jax import evaluate, inference, methods, metrics, reparam, train, trees, weights
 from soft_jax.vit import ViTConfig
 
 
@@ -23,7 +23,7 @@ def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> methods.Method:
     return methods.Method(
         vit=vit,
         classes=c["classes"],
-        mask_paths=tuple(_mask_path(name) for name in masked),
+        reparam=reparam.SoftMask(tuple(_mask_path(name) for name in masked)) if masked else None,
         e_layers=tuple(c["e_layers"]),
         e_length=c["e_length"],
         g_layers=tuple(c["g_layers"]),
@@ -90,6 +90,7 @@ def replay(path: str | Path) -> dict[str, float]:
             "weights": np.ones(len(labels)),
             "class_mask": task_of_class == task,
             "hold_g_prompt": False,
+            "memory": {},
         }
 
     settings = evaluate.Settings(mesh, c["eval_batch"], c["shots"], eval_batch_size=c["eval_batch"] * c["eval_batches"])

@@ -18,13 +18,13 @@ COUNT = 37
 
 def make_adapters(backbone, method):
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(3)]
-    if method.mask_paths:  # spread, so that tasks disagree
+    if method.reparam:  # spread, so that tasks disagree
         adapters = [a | {"mask": jax.tree.map(lambda m, t=t: m * (1 + t), a["mask"])} for t, a in enumerate(adapters)]
     return adapters
 
 
 def make_model(backbone, method, adapters, seen=3, **others):
-    shared = method.init_shared(jax.random.key(9))
+    shared = method.init_shared(jax.random.key(9), backbone)
     shared = shared | {"head": jax.tree.map(lambda x: 20 * x, shared["head"])}
     return model_of(method, backbone, shared, adapters, tuple(range(seen)), TASK_OF_CLASS, **others)
 
@@ -201,7 +201,7 @@ def test_chunks_are_joined(world):
 
 
 def test_dualprompt_has_no_gradient_id(backbone, rng):
-    method = tiny_method(mask_paths=())
+    method = tiny_method(reparam=None)
     assert evaluate.VOTE_GRADIENT not in evaluate.protocols(method)
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
     query = inference.queries(method, backbone, images, run_settings().batching)

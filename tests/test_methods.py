@@ -7,7 +7,7 @@ from soft_jax import methods, prompts, reparam, trees, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.vit import ViT
-from tests.conftest import TINY, tiny_method
+from tests.conftest import TINY, soft_masks, tiny_method
 
 
 def shapes(tree):
@@ -24,8 +24,12 @@ def test_literal_trees(backbone):
         "mask/blocks_3/attn/qkv/kernel": (24, 72),
         "prompt": (2, 2, 3, 3, 8),
     }
-    assert shapes(method.init_shared(jax.random.key(0))) == {"g_prompt": (1, 2, 2, 3, 8), "head/bias": (6,), "head/kernel": (24, 6)}
-    assert "mask" not in tiny_method(mask_paths=()).init_adapter(jax.random.key(0), backbone)
+    assert shapes(method.init_shared(jax.random.key(0), backbone)) == {
+        "g_prompt": (1, 2, 2, 3, 8),
+        "head/bias": (6,),
+        "head/kernel": (24, 6),
+    }
+    assert "mask" not in tiny_method(reparam=None).init_adapter(jax.random.key(0), backbone)
 
 
 def test_initial_values(backbone):
@@ -36,21 +40,21 @@ def test_initial_values(backbone):
     assert 0.9999 < masks.max() <= 1
     for drawn in (adapter["key"], adapter["prompt"]):
         assert -1 <= drawn.min() < 0 < drawn.max() < 1
-    ones = tiny_method(mask_init="ones").init_adapter(jax.random.key(0), backbone)["mask"]
+    ones = tiny_method(reparam=soft_masks("ones")).init_adapter(jax.random.key(0), backbone)["mask"]
     assert all((m == 1).all() for m in jax.tree.leaves(ones))
 
 
 def test_mask_of_ones_is_the_backbone_to_the_bit(backbone):
-    method = tiny_method(mask_init="ones")
+    method = tiny_method(reparam=soft_masks("ones"))
     adapter = method.init_adapter(jax.random.key(0), backbone)
-    params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1)))
+    params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1), backbone))
     jax.tree.map(np.testing.assert_array_equal, params, backbone)
 
 
 def test_mask_multiplies_kernels_and_nothing_else(backbone):
     method = tiny_method()
     adapter = method.init_adapter(jax.random.key(0), backbone)
-    params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1)))
+    params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1), backbone))
     before, after, masks = trees.flatten(backbone), trees.flatten(params), trees.flatten(adapter["mask"])
     for path, leaf in after.items():
         np.testing.assert_array_equal(leaf, before[path] * masks[path] if path in masks else before[path])
@@ -67,7 +71,7 @@ def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone
         return jnp.sum(ViT(TINY).apply({"params": params}, images)[:, 0])
 
     mask = jnp.full(theta.shape, 0.995)
-    by_mask = jax.grad(lambda m: loss(trees.flatten(reparam.effective_weights(backbone, trees.unflatten({path: m})))[path]))(mask)
+    by_mask = jax.grad(lambda m: loss(trees.flatten(reparam.masked(backbone, trees.unflatten({path: m})))[path]))(mask)
     moved = theta * (mask - 0.1 * by_mask) - theta * mask
     np.testing.assert_allclose(moved, -0.1 * theta**2 * jax.grad(loss)(theta * mask), atol=1e-6)
 
@@ -75,9 +79,9 @@ def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone
 def test_trunk_does_not_depend_on_the_task(backbone, rng):
     method = tiny_method()
     assert method.first_task_layer == 2
-    assert tiny_method(e_layers=(1, 3), mask_paths=()).first_task_layer == 1
+    assert tiny_method(e_layers=(1, 3), reparam=None).first_task_layer == 1
     images = rng.random((2, 16, 16, 3), np.float32)
-    shared = method.init_shared(jax.random.key(1))
+    shared = method.init_shared(jax.random.key(1), backbone)
     adapter = method.init_adapter(jax.random.key(2), backbone)
     logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images))
     params, prefix = method.realize(backbone, adapter, shared)
@@ -103,7 +107,7 @@ def test_layers_that_the_vit_does_not_have():
 def test_settings_reach_the_method():
     vit = weights.BACKBONES["vit_ti8_32"].vit
     method = methods.from_config(Config(mask_layers=(12,), mask_weights="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
-    assert method.mask_paths == ("blocks_11/attn/qkv/kernel", "blocks_11/mlp/fc1/kernel", "blocks_11/mlp/fc2/kernel")
+    assert method.kernels == ("blocks_11/attn/qkv/kernel", "blocks_11/mlp/fc1/kernel", "blocks_11/mlp/fc2/kernel")
     assert method.e_layers == (2, 3)
     assert method.g_layers == (0, 1)
-    assert methods.from_config(Config(method="dualprompt"), vit, 10).mask_paths == ()
+    assert methods.from_config(Config(method="dualprompt"), vit, 10).kernels == ()

@@ -172,6 +172,19 @@ def test_files_and_arrays(predictors, folder, test_set):
     assert predictor.predict(jax.numpy.asarray(test_set.images[:2])).classes.shape == (2,)
 
 
+def test_pillow_images_rounding_and_what_lies_under_transparency(tmp_path):
+    """Levels are what a person would see; files that are no pictures are not looked for."""
+    assert images.as_list(Image.new("L", (8, 8))) == [Image.new("L", (8, 8))]
+    assert (images.prepare(Image.new("L", (32, 32), 7), 0, 32) == 7).all()
+    assert (images.prepare(np.full((32, 32, 3), 1 + 1.2e-7), 0, 32) == 255).all()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (images.read(tmp_path / "clear.png") == 255).all()
+    for name in ("._clear.png", "data.h5", "film.mpg"):
+        (tmp_path / name).write_bytes(b"\x89HDF\r\n\x1a\n")
+    assert [path.name for path in images.find([tmp_path])] == ["clear.png"]
+    assert images.as_list(np.array(["a.png"])) == ["a.png"]
+
+
 @pytest.mark.parametrize("shape", [(32, 32), (48, 80), (90, 60), (300, 200)])
 @pytest.mark.parametrize("size", [32, 56])
 def test_a_users_image_is_prepared_as_a_test_image(rng, shape, size):
@@ -196,6 +209,8 @@ def test_a_users_image_is_prepared_as_a_test_image(rng, shape, size):
         (np.full((1, 16, 16, 3), np.nan), r"images\[0\]: has values that are not finite"),
         (np.full((1, 16, 16, 3), 200.0), r"images\[0\]: float values from 200 to 200, expected 0 to 1"),
         (["/nowhere.png"], "/nowhere.png can't be read as an image"),
+        ([np.zeros((16, 16, 3), np.uint8), [[1, 2], [3]]], r"images\[1\]: not an image"),
+        ([np.zeros((2, 2000, 3), np.uint8)], r"images\[0\]: 2000 × 2 pixels, expected sides of at most 64 to 1"),
     ],
 )
 def test_bad_images_are_named(predictors, given, message):
@@ -304,7 +319,7 @@ def test_dualprompt(tmp_path, test_set):
         method="dualprompt", dataset="digits", tasks=2, batch_size=8, epochs=1, eval_batch_size=16, prototype_features=60, **LAYERS
     )
     continual.run(config, tmp_path, Console(quiet=True))
-    with pytest.raises(UserError, match="'gradient' needs masks, and dualprompt has none"):
+    with pytest.raises(UserError, match="'gradient' needs weights of each task's own; dualprompt has none"):
         Predictor.load(tmp_path, task_id="gradient")
     predictor = Predictor.load(tmp_path, batch_size=16)
     rows = json.loads((tmp_path / "tasks/001/manifest/metadata").read_text())["metrics"][evaluate.PER_SAMPLE]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import prompts, reparam, task_id
+from soft_jax import prompts, task_id
 from soft_jax.vit import ViT
-from tests.conftest import TINY, tiny_method
+from tests.conftest import TINY, soft_masks, tiny_method
 
 DATA = Path(__file__).parent / "data"
 
@@ -46,12 +46,11 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
         rng = np.random.default_rng(0)
         vit = dataclasses.replace(TINY, dtype="float64")
-        paths = reparam.mask_paths(("qkv", "proj", "mlp"), (2, 3))
-        method = tiny_method(vit=vit, mask_paths=paths, prefix_layout=layout)
+        method = tiny_method(vit=vit, reparam=soft_masks(weights=("qkv", "proj", "mlp")), prefix_layout=layout)
         backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), jax.eval_shape(init_tiny))
         adapters = [jax.tree.map(lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)) for t in range(3)]
         adapters = [a | {"mask": jax.tree.map(lambda m: m + rng.normal(0, 0.3, m.shape), a["mask"])} for a in adapters]
-        shared = jax.tree.map(lambda x: np.asarray(x, float), method.init_shared(jax.random.key(9)))
+        shared = jax.tree.map(lambda x: np.asarray(x, float), method.init_shared(jax.random.key(9), backbone))
         shared["head"] = jax.tree.map(lambda x: 50 * x, shared["head"])
         groups = 3
         tokens = method.trunk(backbone, shared, rng.random((groups * size, 16, 16, 3))).reshape(groups, size, 17, 24)

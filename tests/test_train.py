@@ -8,7 +8,7 @@ from soft_jax.augment import Augment
 from tests.conftest import tiny_method
 
 CLASSES = np.arange(6)
-FIXED = ("class_mask", "hold_g_prompt")  # the same for every image of a task
+FIXED = ("class_mask", "hold_g_prompt", "memory")  # the same for every image of a task
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +29,13 @@ def batch(rng, task=0, real=8, padded=8, hold=False):
     images = np.zeros((padded, 16, 16, 3), np.uint8)
     images[:real] = rng.integers(0, 256, (real, 16, 16, 3))
     weights = (np.arange(padded) < real).astype(np.float32)
-    return {"images": images, "labels": labels, "weights": weights, "class_mask": task == CLASSES // 2, "hold_g_prompt": hold}
+    return {"images": images, "labels": labels, "weights": weights, "class_mask": task == CLASSES // 2, "hold_g_prompt": hold, "memory": {}}
 
 
 def start(recipe, backbone, seed=0):
     method = recipe.method
     adapter = method.init_adapter(train.stream(seed, "adapter", 0), backbone)
-    return train.init_state(recipe, adapter, method.init_shared(train.stream(seed, "shared", 0)))
+    return train.init_state(recipe, adapter, method.init_shared(train.stream(seed, "shared", 0), backbone))
 
 
 def gradients(trainable, backbone, one, recipe):

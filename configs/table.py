@@ -1,0 +1,26 @@
+"""One row of one of the paper's tables: python launch.py --config=configs/table.py:table=7,row=5
+
+`python -m soft_jax table 7 --list` numbers a table's rows and shows their settings; without --list it runs them all and prints them
+beside the published figures. The figure expected of a row is the published one, under the protocol that its row of the report names.
+
+Variants by argument: `benchmark` (c100_10, c100_20, imr_10, cub_5, tiny_10; default: the first that the table has figures for), and any
+field of soft_jax.config.Config:
+  table.py:table=1,row=18,benchmark=c100_20                    Soft-TF-L[10,11,12] on 20-Split-CIFAR100
+  table.py:table=methods,row=5,backbone=vit_ti8_32,epochs=2    L2P on the small bundled backbone
+"""
+
+from soft_jax import tables
+from soft_jax.config import as_config_dict, parse_argument
+from soft_jax.errors import UserError
+
+
+def get_config(argument=None):
+    items = [item.partition("=") for item in (argument or "table=7,row=4").split(",")]
+    of = {key.strip(): text.strip() for key, _, text in items if key.strip() in ("table", "row", "benchmark")}
+    rest = ",".join(key + equals + text for key, equals, text in items if key.strip() not in of)
+    if missing := {"table", "row"} - of.keys():
+        raise UserError(f"config argument: {missing.pop()} is missing; write table=7,row=5 (python -m soft_jax table 7 --list)")
+    benchmark = of.get("benchmark") or tables.default_benchmark(of["table"])
+    rows = tables.rows_of(of["table"], benchmark)
+    row = rows[tables.chosen(of["row"], len(rows))[0] - 1]
+    return as_config_dict(tables.config_of(row, benchmark, parse_argument(rest), seed=0))

@@ -1,0 +1,236 @@
+"""What a method keeps from older tasks so that training the next one harms them less: PGP, EWC, LwF.
+
+Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with each task and goes into the training
+step as an argument: `init` before the first task, `loss` and `project` in a step, `update` after a task.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from soft_jax import trees
+from soft_jax.vit import ViT
+
+if TYPE_CHECKING:
+    from soft_jax.methods import Method
+
+IMAGES = 256  # of a task's training images that `update` looks at, prepared as test images are
+AT_ONCE = 32
+
+
+def no_loss(*_: Any) -> float:
+    """The term of a way that adds none."""
+    return 0.0
+
+
+def as_they_are(_memory: trees.Tree, _method: "Method", grads: trees.Tree) -> trees.Tree:
+    """The gradients of a way that changes none."""
+    return grads
+
+
+@dataclasses.dataclass(frozen=True)
+class PGP:
+    """Prompt Gradient Projection (Qiao et al., 2024): prompts move at right angles to what older tasks' images ask them.
+
+    For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq; its value half moves freely, as in the
+    published code. For L2P's pool, U is a basis of the embedded images. U grows by task as in GPM (Saha et al., 2021): the residual's
+    main directions until `threshold` (0.5, the published code's) of the task's energy is in it. The published code reduces features by PCA
+    and takes the basis among the images, not the features; that is not reproduced. Projection comes after clipping and before Adam, as
+    there: Adam rescales each entry, so the update is only nearly orthogonal, and old tasks can still drift.
+
+    Memory: `{"projector": [layers, dim, dim]}`, U Uᵀ of the G- and E-prompt layers in turn; of the pool, one.
+    """
+
+    threshold: float = 0.5
+    loss = staticmethod(no_loss)
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """Nothing is held yet."""
+        count = 1 if method.pool_size else len(method.g_layers + method.e_layers)
+        return {"projector": jnp.zeros((count, method.vit.dim, method.vit.dim), jnp.float32)}
+
+    def project(self, memory: trees.Tree, method: "Method", grads: trees.Tree) -> trees.Tree:
+        """`grads` of `{"adapter": ..., "shared": ...}` with the prompts' projected."""
+        projector, adapter, shared = memory["projector"], dict(grads["adapter"]), dict(grads["shared"])
+        if method.pool_size:
+            prompt = shared["pool"]["prompt"]
+            moved = prompt - jnp.matmul(prompt, projector[0].astype(prompt.dtype), precision="highest")
+            shared["pool"] = shared["pool"] | {"prompt": moved}
+        else:
+            g_count = len(method.g_layers)
+            shared["g_prompt"] = _project_keys(shared["g_prompt"], projector[:g_count])
+            adapter["prompt"] = _project_keys(adapter["prompt"], projector[g_count:])
+        return {"adapter": adapter, "shared": shared}
+
+    def update(
+        self,
+        memory: trees.Tree,
+        method: "Method",
+        trainable: trees.Tree,
+        backbone: trees.Tree,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_mask: np.ndarray,
+    ) -> trees.Tree:
+        """The memory with the directions of one more task, from images in [0, 1] `[N, H, W, 3]`."""
+        grams = sum(
+            np.asarray(_grams(method, trainable, backbone, images[start : start + AT_ONCE]), np.float64)
+            for start in range(0, len(images), AT_ONCE)
+        )
+        grown = [_grow(np.asarray(old, np.float64), gram, self.threshold) for old, gram in zip(memory["projector"], grams, strict=True)]
+        return {"projector": jnp.asarray(np.stack(grown), jnp.float32)}
+
+
+def _project_keys(grads: jax.Array, projector: jax.Array) -> jax.Array:
+    """Gradients `[layers, 2, length, heads, head_dim]`, those of the keys without their part in `projector` `[layers, dim, dim]`."""
+    keys = grads[:, 0].reshape(*grads.shape[:1], grads.shape[2], -1)
+    keys = keys - jnp.einsum("lpd,lde->lpe", keys, projector.astype(keys.dtype), precision="highest")
+    return grads.at[:, 0].set(keys.reshape(grads[:, 0].shape))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _grams(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array) -> jax.Array:
+    """Σ xᵀx `[layers, dim, dim]` over the tokens of images in [0, 1]: of queries in prompted layers, or of embedded images for a pool."""
+    if method.pool_size:
+        features = [ViT(method.vit).apply({"params": backbone}, images, method="embed")]
+    else:
+        features = list(_attention_queries(method, trainable, backbone, images))
+    return jnp.stack([jnp.einsum("bnd,bne->de", x, x, precision="highest") for x in (f.astype(jnp.float32) for f in features)])
+
+
+def _attention_queries(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array) -> list[jax.Array]:
+    found = {}
+
+    def watch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.path[-1:] == ("qkv",):
+            found[int(context.module.path[0].removeprefix("blocks_"))] = out[..., : method.vit.dim]
+        return out
+
+    shared = trainable["shared"]
+    with nn.intercept_methods(watch):
+        method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, images))
+    last = method.vit.depth - 1  # of whose queries only the [class] token's is used
+    return [found[layer][:, :1] if layer == last else found[layer] for layer in method.g_layers + method.e_layers]
+
+
+def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarray:
+    rest = np.eye(len(gram)) - projector
+    values, vectors = np.linalg.eigh(rest @ gram @ rest)
+    captured = np.trace(projector @ gram)
+    for value, vector in zip(values[::-1], vectors.T[::-1], strict=True):
+        if captured >= threshold * np.trace(gram):
+            break
+        projector = projector + np.outer(vector, vector)
+        captured += value
+    return projector
+
+
+@dataclasses.dataclass(frozen=True)
+class EWC:
+    """Elastic Weight Consolidation (Kirkpatrick et al., 2017), online: + λ/2 Σ F (θ − θ*)² over everything trained.
+
+    F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended. All weights are shared: forgetting
+    comes from every step, and the term slows it where F is large.
+
+    Memory: `{"anchor": θ*, "fisher": F}`, shaped as the shared part.
+    """
+
+    strength: float = 1000.0
+    project = staticmethod(as_they_are)
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """Nothing to hold on to: F = 0."""
+        return {"anchor": jax.tree.map(jnp.zeros_like, shared), "fisher": jax.tree.map(jnp.zeros_like, shared)}
+
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch, logits) -> jax.Array:
+        """The term, a scalar."""
+        terms = jax.tree.map(lambda f, x, a: jnp.sum(f * (x - a) ** 2), memory["fisher"], trainable["shared"], memory["anchor"])
+        return self.strength / 2 * sum(jax.tree.leaves(terms))
+
+    def update(
+        self,
+        memory: trees.Tree,
+        method: "Method",
+        trainable: trees.Tree,
+        backbone: trees.Tree,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_mask: np.ndarray,
+    ) -> trees.Tree:
+        """F with one more task's, the mean over images of the squared gradient of each one's log p(label); θ* as it is now."""
+        fisher = _fisher(method, trainable, backbone, images, labels, class_mask)
+        return {"anchor": trainable["shared"], "fisher": jax.tree.map(jnp.add, memory["fisher"], fisher)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fisher(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array, labels: jax.Array, class_mask: jax.Array):
+    def log_p(shared, image, label):
+        logits = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, image[None]))
+        return jax.nn.log_softmax(jnp.where(class_mask[None], logits, -jnp.inf))[0, label]
+
+    def add(total, one):
+        grads = jax.grad(log_p)(trainable["shared"], *one)
+        return jax.tree.map(lambda t, g: t + g * g / len(images), total, grads), None
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable["shared"]), (images, labels))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class LwF:
+    """Learning without Forgetting (Li and Hoiem, 2016): the old network's answers on the new images, kept for the old classes.
+
+    + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks. All weights are shared: old tasks drift
+    wherever the new images do not speak for the old ones.
+
+    Memory: `{"shared": the shared part after the last task, "seen": bool [classes]}`.
+    """
+
+    strength: float = 1.0
+    temperature: float = 2.0
+    project = staticmethod(as_they_are)
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """No class is old."""
+        return {"shared": jax.tree.map(jnp.copy, shared), "seen": jnp.zeros(method.classes, bool)}
+
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch, logits) -> jax.Array:
+        """The term, a scalar; 0 while no class is old."""
+        seen, weights, shared = memory["seen"], batch["weights"], memory["shared"]
+        before = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, batch["images"]))
+        # Nothing is old: a softmax over nothing would be NaN, so all classes stand in and the term is multiplied by 0.
+        old = jnp.where(seen.any(), seen, True)[None]
+        log_then, log_now = (
+            jax.nn.log_softmax(jnp.where(old, x / self.temperature, -jnp.inf)) for x in (jax.lax.stop_gradient(before), logits)
+        )
+        divergence = jnp.sum(jnp.where(old, jnp.exp(log_then) * (jnp.where(old, log_then, 0) - jnp.where(old, log_now, 0)), 0), axis=-1)
+        mean = jnp.sum(jnp.where(weights > 0, divergence * weights, 0)) / weights.sum()
+        return self.strength * self.temperature**2 * mean * seen.any().astype(mean.dtype)
+
+    def update(
+        self,
+        memory: trees.Tree,
+        method: "Method",
+        trainable: trees.Tree,
+        backbone: trees.Tree,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_mask: np.ndarray,
+    ) -> trees.Tree:
+        """The network as it is now, and its task's classes among the old ones."""
+        return {"shared": trainable["shared"], "seen": memory["seen"] | jnp.asarray(class_mask)}
+
+
+Retention = PGP | EWC | LwF
+
+# A way by the name it has in a config's `method`, from the config's settings.
+KINDS = {
+    "pgp": lambda c: PGP(),
+    "ewc": lambda c: EWC(c.ewc_strength),
+    "lwf": lambda c: LwF(c.lwf_strength),
+}

@@ -1,0 +1,344 @@
+"""The paper's tables as runs: published row → settings → runs of several seeds → a table with ours beside theirs.
+
+A row is known by the paper's own name for it (`assets/published.json`), which `row_settings` reads: "DualPrompt-PGP-Soft-TF-L[3,4,5]" names
+host, retention, reparametrisation and layers. Choices where the paper is silent:
+
+- DualPrompt without layers has its E-prompts in L[3,4,5], as published; with masks in part of L[10,11,12] they are in all three.
+- Soft-TF without weights masks q,k,v,proj.
+- The adapter baseline's parameter counts are those of all 12 layers, whatever its name says: it is in all 12.
+- FT, EWC and LwF train the whole network at base learning rate 0.003, a tenth of what prompts take: the best of 0.0003, 0.001, 0.003 and
+  0.01 for joint training on the small backbone. The paper gives none.
+- The upper bound of a method is the method with one task of all classes.
+
+Rehearsal baselines (rows with exemplars) and CLIP are printed as published and not run.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from soft_jax import report
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from soft_jax.store import Reader
+
+BENCHMARKS: dict[str, dict[str, Any]] = {
+    "c100_10": {"dataset": "cifar100", "tasks": 10, "seed": 59},
+    "c100_20": {"dataset": "cifar100", "tasks": 20, "seed": 42},
+    "imr_10": {"dataset": "imagenet_r", "tasks": 10, "seed": 43, "epochs": 50, "learning_rate": 0.005, "e_prompt_length": 20},
+    "cub_5": {"dataset": "caltech_birds2011", "tasks": 5, "seed": 51, "epochs": 10},
+    "tiny_10": {"dataset": "tiny_imagenet", "tasks": 10, "seed": 52, "epochs": 5},
+}
+BACKBONES = {"ImageNet-21K": "vit_b16", "SAM": "vit_b16_sam", "DINO": "vit_b16_dino"}
+WHOLE_NETWORK = {"learning_rate": 0.003}
+FREE = {"data_dir", "backbone_path"}  # where things are: no part of a run's name
+
+# One row a method, under the settings that `--set` gives: every method beside every other, with the joint bounds.
+METHODS = {
+    "head": {"method": "head"},
+    "FT": {"method": "ft"} | WHOLE_NETWORK,
+    "EWC": {"method": "ewc"} | WHOLE_NETWORK,
+    "LwF": {"method": "lwf"} | WHOLE_NETWORK,
+    "L2P": {"method": "l2p"},
+    "L2P-PGP": {"method": "l2p+pgp"},
+    "L2P-Soft-TF": {"method": "l2p+softtf"},
+    "L2P-PGP-Soft-TF": {"method": "l2p+pgp+softtf"},
+    "DualPrompt": {"method": "dualprompt"},
+    "DualPrompt-PGP": {"method": "dualprompt+pgp"},
+    "DualPrompt-Soft-TF": {"method": "dualprompt+softtf"},
+    "DualPrompt-PGP-Soft-TF": {"method": "dualprompt+pgp+softtf"},
+    "DualPrompt-WSN c=90%": {"method": "dualprompt+wsn", "keep": 0.9},
+    "DualPrompt-SoftNet c=90%": {"method": "dualprompt+softnet", "keep": 0.9},
+    "DualPrompt-LoRA r=4": {"method": "dualprompt+lora", "mask_weights": "qv+proj", "rank": 4},
+    "DualPrompt-Adapter r=4": {"method": "dualprompt+adapter", "rank": 4},
+    "Soft-TF": {"method": "softtf"},
+    "LoRA r=4": {"method": "lora", "mask_weights": "qv+proj", "rank": 4},
+    "Upper bound of FT": {"method": "ft", "tasks": 1} | WHOLE_NETWORK,
+    "Upper bound of DualPrompt": {"method": "dualprompt", "tasks": 1},
+    "Upper bound of Soft-TF": {"method": "dualprompt+softtf", "tasks": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table: its name, the published figures by protocol, and the settings it is run with (None: it is not run here)."""
+
+    name: str
+    published: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any] | None
+
+
+def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings that a published row's name stands for; None for a method that is not run here."""
+    name, settings = row["method"], {}
+    if row.get("exemplars") or name.startswith("CLIP"):
+        return None
+    if name in ("FT", "EWC", "LwF"):
+        return {"method": name.lower()} | WHOLE_NETWORK
+    if name.startswith("Upper bound of "):
+        hosted = name.removeprefix("Upper bound of ")
+        inner = row_settings({"method": f"DualPrompt-{hosted}-L[10,11,12]" if hosted != "DualPrompt" else hosted})
+        return inner | {"tasks": 1} | _qualified(row)
+    parts = [part for key, part in (("DualPrompt", "dualprompt"), ("L2P", "l2p"), ("PGP", "pgp")) if key in name]
+    if "l2p" in parts:
+        settings |= {"batch_size": 16, "epochs": 5}
+    layers = tuple(int(layer) for layer in re.search(r"L\[([\d,]+)\]", name)[1].split(",")) if "L[" in name else ()
+    for key, part in (("Soft-TF", "softtf"), ("WSN", "wsn"), ("LoRA", "lora"), ("Adapter", "adapter")):
+        if key in name:
+            parts.append(part)
+            settings["mask_layers"] = tuple(range(1, 13)) if part == "adapter" else layers or (10, 11, 12)
+    settings["e_prompt_layers"] = (10, 11, 12) if "mask_layers" in settings and layers != (3, 4, 5) else (3, 4, 5)
+    if "lora" in parts:
+        settings["mask_weights"] = "qv+proj"
+    elif name.endswith(" q,k,v"):
+        settings["mask_weights"] = "qkv"
+    if found := re.search(r" c=(\d+)%", name):
+        settings["keep"] = int(found[1]) / 100
+    if found := re.search(r" r=(\d+)", name):
+        settings["rank"] = int(found[1])
+    return settings | {"method": "+".join(parts)} | _qualified(row)
+
+
+def _qualified(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row's other columns set."""
+    settings = {}
+    if row.get("pretraining"):
+        settings["backbone"] = BACKBONES[row["pretraining"]]
+    if row.get("mask_init"):
+        settings["mask_init"] = row["mask_init"]
+    if found := re.search(r"(\d+)-shot|batch", row.get("task_id") or ""):
+        settings["shots"] = int(found[1] or 0)
+    return settings
+
+
+def protocol_of(row: Mapping[str, Any]) -> str:
+    """Which of our protocols a published figure is under."""
+    if not row["task_id"]:
+        return "per_sample"
+    if row["task_id"].startswith("gradient"):
+        return "batch_vote/gradient_id"
+    return "batch_vote/pool" if row["method"].startswith("L2P") and "Soft-TF" not in row["method"] else "batch_vote/prompt_id"
+
+
+def rows_of(table: str, benchmark: str) -> list[Row]:
+    """The rows of a table on a benchmark, in the paper's order; published rows of the same settings become one.
+
+    `table` is a number, "methods" (every method, `METHODS`) or "layers" (Figure 4: Soft-TF on one layer at a time).
+    Raises UserError for a table that is not there.
+    """
+    if table == "methods":
+        return [Row(name, {}, settings) for name, settings in METHODS.items()]
+    if table == "layers":
+        return [Row(f"DualPrompt-Soft-TF-L[{layer}]", {}, {"mask_layers": (layer,)}) for layer in range(1, 13)]
+    known = {str(row["table"]) for row in report.published_rows()}
+    if table not in known:
+        raise UserError(f"table: {table!r} is unknown; known are {', '.join(sorted(known, key=int))}, methods, layers")
+    rows: dict[str, Row] = {}
+    for row in report.published_rows():
+        if str(row["table"]) != table or not (benchmark in row or "train_seconds" in row):
+            continue
+        settings = row_settings(row)
+        name = report.row_name(row) + (f", {settings['shots'] or 'all'} shots" if settings and "shots" in settings else "")
+        key = json.dumps(settings, sort_keys=True) if settings else name
+        figures = {protocol_of(row): row[benchmark]} if "accuracy" in row.get(benchmark, {}) else {}
+        before = rows.get(key, Row(name, {}, settings))
+        rows[key] = dataclasses.replace(before, published={**before.published, **figures})
+    if not rows:
+        raise UserError(f"table: Table {table} has no figures for {benchmark}")
+    return list(rows.values())
+
+
+def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int) -> Config:
+    """A row's config. `overrides` go before the benchmark's settings and the row's own, but for what the row is about.
+
+    Raises UserError for a row that is not run here, or a setting that is no good.
+    """
+    if row.settings is None:
+        raise UserError(f"table: the row {row.name!r} is not run here: it rehearses stored images, or is CLIP's")
+    if benchmark not in BENCHMARKS:
+        raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
+    settings = BENCHMARKS[benchmark] | dict(row.settings) | dict(overrides)
+    # A run on another backbone or fewer epochs is still this row; another method, rank or number of tasks is not.
+    kept = {key: value for key, value in row.settings.items() if key not in ("epochs", "batch_size", "backbone")}
+    return Config(**settings | kept | {"name": "table", "seed": settings["seed"] + seed})
+
+
+def folder_of(config: Config) -> str:
+    """The run's folder below the table's workdir: its method, what tells it apart, a digest of all its settings, and its seed."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in {*FREE, "name", "seed"}}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{config.method}-{config.dataset}-{config.tasks}x-{digest}/seed{config.seed}"
+
+
+def finished(workdir: Path, config: Config) -> list[dict[str, Any]] | None:
+    """The manifests of a run that is whole, else None."""
+    reader = Reader(workdir)
+    if len(reader.present()) < config.tasks or not (workdir / "config.json").exists():
+        return None
+    reader.read_identity()
+    return [reader.load_task_manifest(task) for task in range(config.tasks)]
+
+
+def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list[dict[str, Any]]]:
+    """The manifests of each config's run below `workdir`; those that are not finished are run, or continued.
+
+    One data set is held at a time, and seeds of one method share its compiled programs. Raises as `continual.run` does.
+    """
+    from soft_jax import continual, data  # they start jax, which a finished table does without
+
+    load = functools.lru_cache(maxsize=1)(data.load)
+    done = []
+    for number, config in enumerate(configs, 1):
+        folder = workdir / folder_of(config)
+        manifests = finished(folder, config)
+        if manifests is None:
+            console.rule(f"{number} of {len(configs)}: {config.method}, {config.tasks} tasks, seed {config.seed}")
+            manifests = continual.run(config, folder, console, load(config.dataset, config.data_dir))
+        done.append(manifests)
+    return done
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One row under one protocol: means and standard deviations over the seeds, in percent, and what it costs."""
+
+    name: str
+    protocol: str
+    figures: Mapping[str, tuple[float, float]]
+    published: Mapping[str, Any] | None
+    cost: Mapping[str, float]
+    joint: bool
+    seeds: int
+
+
+def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line]:
+    """A row's lines, one a protocol, from the manifests of its seeds."""
+    last, lines = [manifests[-1] for manifests in runs], []
+    cost = {
+        "own": last[0]["parameters"]["adapter"] - last[0]["parameters"]["fixed"],
+        "shared": last[0]["parameters"]["shared"],
+        "bytes": last[0]["bytes"]["adapter"],
+        "gflops": last[0]["step_flops"] / 1e9,
+        "seconds": float(np.mean([sum(m["seconds"]["train"] for m in manifests) for manifests in runs])),
+    }
+    for protocol in runs[0][0]["metrics"]:
+        each = [report.figures(manifests, protocol) for manifests in runs]
+        figures = {key: (float(np.mean([e[key] for e in each])), float(np.std([e[key] for e in each]))) for key in each[0]}
+        published = row.published.get(protocol) or (row.published.get("per_sample") if protocol.startswith("per_sample/") else None)
+        joint = len(runs[0]) == 1
+        if joint and protocol != "oracle/task_given" and protocol != next(iter(runs[0][0]["metrics"])):
+            continue  # with one task, all who name it agree
+        lines.append(Line(row.name, protocol, figures, published, cost, joint, len(runs)))
+    return lines
+
+
+def bound(lines: Sequence[Line]) -> float | None:
+    """The highest accuracy over all classes that joint training reached here; None where no row is joint."""
+    joint = [line.figures["final_average"][0] for line in lines if line.joint and not line.protocol.startswith("oracle")]
+    return max(joint, default=None)
+
+
+def _cells(line: Line, best: float | None) -> list[str]:
+    shown = {key: f"{mean:.2f} ± {std:.2f}" if line.seeds > 1 else f"{mean:.2f}" for key, (mean, std) in line.figures.items()}
+    given = line.protocol.startswith("oracle")
+    above = best is not None and not line.joint and not given and line.figures["final_average"][0] > best
+    published = "–"
+    if line.published:
+        published = " / ".join(f"{line.published[key]:.2f}" for key in ("accuracy", "forgetting") if line.published[key] is not None)
+    return [
+        line.name + (" (joint)" if line.joint else ""),
+        report.TITLES[line.protocol].replace("*", "\\*"),
+        shown["final_average"] + (" **▲**" if above else ""),
+        "–" if line.joint else shown["forgetting"],
+        "–" if line.joint or given else shown["task_id_accuracy"],
+        published,
+        f"{line.cost['own']:,} + {line.cost['shared']:,}",
+        f"{line.cost['bytes']:,}",
+        f"{line.cost['gflops']:.1f}",
+        f"{line.cost['seconds']:.0f}",
+    ]
+
+
+def markdown(title: str, command: str, rows: Sequence[Row], lines: Sequence[Line], settings: str) -> str:
+    """The table as Markdown."""
+    best = bound(lines)
+    columns = ["row", "protocol", "accuracy", "forgetting", "task id", "published", "parameters, own + shared"]
+    columns += ["bytes of a task's own", "GFLOP a step", "training, s"]
+    out = [f"# {title}", "", f"Made by `{command}`.", "", settings, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    out += ["| " + " | ".join(_cells(line, best)) + " |" for line in lines]
+    not_run = [row for row in rows if row.settings is None]
+    for row in not_run:
+        for figures in row.published.values():
+            out.append(f"| {row.name} | as published, not run here | – | – | – | {figures['accuracy']:.2f} | – | – | – | – |")
+    out += ["", report.FOOTNOTE.replace("*", "\\*", 1) + ".", ""]
+    out += ["Accuracy and forgetting after the last task, percent of test images; published: accuracy / forgetting, ViT-B/16.", ""]
+    if best is not None:
+        out += [f"▲: above the joint bound measured here, {best:.2f}: what no class-incremental figure can honestly be.", ""]
+    return "\n".join(out)
+
+
+def draw_layers(path: Path, lines: Sequence[Line]) -> None:
+    """Figure 4: accuracy by masked layer, a curve a protocol, as a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for protocol in dict.fromkeys(line.protocol for line in lines):
+        these = [line for line in lines if line.protocol == protocol]
+        layers = [int(re.search(r"L\[(\d+)\]", line.name)[1]) for line in these]
+        means, stds = zip(*(line.figures["final_average"] for line in these), strict=True)
+        axes.errorbar(layers, means, stds, marker="o", capsize=3, label=report.TITLES[protocol])
+    axes.set(xlabel="masked layer", ylabel="accuracy after the last task (%)", xticks=range(1, 13))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def default_benchmark(table: str) -> str:
+    """The first benchmark that a table has figures for."""
+    for benchmark in BENCHMARKS:
+        if any(str(row["table"]) == table and benchmark in row for row in report.published_rows()):
+            return benchmark
+    return next(iter(BENCHMARKS))
+
+
+def chosen(numbers: str | None, count: int) -> list[int]:
+    """Row numbers from 1, of a list such as "1,3-5"; all without one. Raises UserError for what is no such list."""
+    if not numbers:
+        return list(range(1, count + 1))
+    try:
+        parts = [(int(first), int(last or first)) for first, _, last in (part.partition("-") for part in numbers.split(","))]
+    except ValueError:
+        raise UserError(f"--rows: {numbers!r} is not a list such as 1,3-5") from None
+    out = [number for first, last in parts for number in range(first, last + 1)]
+    if not out or not all(1 <= number <= count for number in out):
+        raise UserError(f"--rows: {numbers!r}: rows are numbered 1 to {count}; --list shows them")
+    return out
+
+
+def make(
+    table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequence[Config]], workdir: Path, command: str, seeds: int
+) -> str:
+    """Run what is missing of `rows` below `workdir` and return the table as Markdown; Figure 4's picture goes to `workdir`.
+
+    `configs` holds the configs of each row's seeds, none for a row that is not run. Raises UserError where nothing would be run.
+    """
+    wanted = [config for each in configs for config in each]
+    if not wanted:
+        raise UserError("--rows: none of these rows is run here; --list shows which are")
+    runs = iter(run(wanted, workdir, Console()))
+    lines = [line for row, each in zip(rows, configs, strict=True) if each for line in lines_of(row, [next(runs) for _ in each])]
+    if table == "layers":
+        draw_layers(workdir / "layers.png", lines)
+    title = {"methods": "Every method", "layers": "Soft-TF on one layer at a time (Figure 4)"}.get(table, f"Table {table}")
+    one = wanted[0]
+    images = f"{one.train_images_per_class or 'all'} training and {one.test_images_per_class or 'all'} test images a class"
+    note = f"{one.backbone}, {one.epochs} epoch(s) in batches of {one.batch_size}, {images}, {seeds} seed(s) from {one.seed} on."
+    return markdown(f"{title}, {benchmark}", command, rows, lines, note)
