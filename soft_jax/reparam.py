@@ -86,8 +86,8 @@ class SoftMask:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_share(scores: jax.Array, keep: int) -> jax.Array:
-    """1 for the `keep` highest of |scores|, exactly, else 0; its gradient is that of `scores` themselves (straight-through)."""
-    order = jnp.argsort(-jnp.abs(scores).reshape(-1))  # stable: of equal ones the first are kept
+    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores themselves (straight-through)."""
+    order = jnp.argsort(-scores.reshape(-1))  # stable: of equal ones the first are kept
     return jnp.zeros(scores.size, scores.dtype).at[order[:keep]].set(1).reshape(scores.shape)
 
 
@@ -103,7 +103,7 @@ def kept(share: float, size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class BinaryMask:
-    """WSN (Kang et al., 2022): scores s, and the top share `keep` of |s| in each kernel as a binary mask, straight-through gradient.
+    """WSN (Kang et al., 2022): scores s, and the top share `keep` of |s| in each kernel as a binary mask, straight-through to |s|.
 
     With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10)) as in the published code, instead of 0.
     They are drawn with the task and not trained. Nothing of a task's scores changes after it.
@@ -125,7 +125,7 @@ class BinaryMask:
 
     def masks(self, own: trees.Tree) -> trees.Tree:
         """The masks that the scores stand for."""
-        masks = jax.tree.map(lambda scores: top_share(scores, kept(self.keep, scores.size)), own["scores"])
+        masks = jax.tree.map(lambda scores: top_share(jnp.abs(scores), kept(self.keep, scores.size)), own["scores"])
         if not self.soft:
             return masks
         return jax.tree.map(lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor), masks, own["minor"])

@@ -148,7 +148,7 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
     lines += ["## Accuracy by task (rows) after each task trained (columns)", ""]
     for protocol in manifests[0]["metrics"]:
         lines += [f"{_escaped(TITLES[protocol])}:", "", *_matrix(accuracy_matrix(manifests, protocol)), ""]
-    lines += [*_published_lines(benchmark), *(f"![{name}]({name})" for name in pictures)]
+    lines += [*_drift_lines(manifests), *_published_lines(benchmark), *(f"![{name}]({name})" for name in pictures)]
     backbone = manifests[-1]["backbone"]
     settings = ", ".join(f"{key}={value}" for key, value in config.items())
     lines += ["", f"Backbone {backbone['name']}, SHA-256 {backbone['sha256']}.", "", f"Settings: {settings}.", ""]
@@ -163,13 +163,30 @@ def _size_lines(root: Path, manifests: Manifests) -> list[str]:
     return [
         "## Size",
         "",
-        f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all (G-prompt, classifier).",
+        f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all.",
         f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
         f"- Bytes that one task keeps: {sizes['adapter']:,} adapter, {sizes['statistics']:,} statistics for prototype task identity, "
-        f"{sizes['shared']:,} shared part.",
+        f"{sizes['shared']:,} shared part, {sizes['memory']:,} what the method holds of older tasks.",
+        f"- Floating point operations of a training step, as XLA counts them: {manifests[-1]['step_flops']:.4g}.",
         "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in folders) + ".",
         "",
     ]
+
+
+def _drift_lines(manifests: Manifests) -> list[str]:
+    drifts = manifests[-1]["weight_drift"]
+    if not drifts:
+        return []
+    lines = [
+        "## How far each task's weights are from the frozen ones",
+        "",
+        "Relative, |θ_t − θ| / |θ|; at its largest and in the mean over tasks.",
+    ]
+    lines += ["", "| weight | largest | mean |", "|---|---|---|"]
+    for path in sorted(drifts, key=_layer_first):
+        values = [manifest["weight_drift"][path] for manifest in manifests]
+        lines.append(f"| {path} | {max(values):.4f} | {np.mean(values):.4f} |")
+    return [*lines, ""]
 
 
 def _published_lines(benchmark: str) -> list[str]:
@@ -251,16 +268,42 @@ def draw(root: Path, manifests: Manifests) -> list[str]:
         axes.legend()
     save(figure, "accuracy_and_forgetting.png")
 
+    if densities := manifests[-1]["mask_density"]:
+        save(_densities(densities), "mask_density.png")
     if distances := manifests[-1]["mask_distance_from_one"]:
-        paths = sorted(distances, key=lambda path: (int(path.split("/")[0].split("_")[1]), path))
+        paths = sorted(distances, key=_layer_first)
         figure = Figure(figsize=(2 + 0.8 * len(stages), 1 + 0.4 * len(paths)), layout="constrained")
         axes = figure.subplots()
         values = np.array([[manifest["mask_distance_from_one"][path] for manifest in manifests] for path in paths])
         image = axes.imshow(values, aspect="auto")
-        labels = [f"L{int(p.split('/')[0].split('_')[1]) + 1} {'/'.join(p.split('/')[1:-1])}" for p in paths]
-        axes.set_yticks(range(len(paths)), labels)
+        axes.set_yticks(range(len(paths)), [_label(path) for path in paths])
         axes.set_xticks(stages - 1, stages)
         axes.set(xlabel="task", title="how far each mask moved from 1")
         figure.colorbar(image, ax=axes, label="root mean square of m − 1")
         save(figure, "mask_distance.png")
     return names
+
+
+def _layer_first(path: str) -> tuple[int, str]:
+    return int(path.split("/", maxsplit=1)[0].removeprefix("blocks_")) if path.startswith("blocks_") else -1, path
+
+
+def _label(path: str) -> str:
+    layer, _ = _layer_first(path)
+    return f"L{layer + 1} {'/'.join(path.split('/')[1:-1])}"
+
+
+def _densities(densities: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The densities of the last task's mask entries, a panel a weight and a curve a layer (the paper's Figures 6 and 7)."""
+    from matplotlib.figure import Figure
+
+    weights = sorted({"/".join(path.split("/")[1:-1]) for path in densities})
+    figure = Figure(figsize=(4 * len(weights), 3.5), layout="constrained")
+    for axes, weight in zip(figure.subplots(1, len(weights), squeeze=False)[0], weights, strict=True):
+        for path in sorted((p for p in densities if f"/{weight}/" in p), key=_layer_first):
+            found, counts = densities[path], np.array(densities[path]["counts"])
+            edges = np.linspace(found["low"], found["high"], len(counts) + 1)
+            axes.stairs(counts / counts.sum() / np.diff(edges), edges, label=_label(path).split()[0])
+        axes.set(title=weight, xlabel="mask entry", ylabel="density", yscale="log")
+        axes.legend()
+    return figure

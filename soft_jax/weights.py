@@ -1,7 +1,8 @@
 """Pre-trained backbones: where they are found, and their arrays under our names.
 
-Two namings are read from `.npz` files: Google's ViT releases (`Transformer/encoderblock_0/...`) and timm's
-(`blocks.0.attn.qkv.weight`). Every array of a file is used, or reported by name as left out.
+Two namings are read, from `.npz` and `.safetensors` files: Google's ViT releases (`Transformer/encoderblock_0/...`) and timm's
+(`blocks.0.attn.qkv.weight`), which is also that of its models on the Hugging Face Hub. Every array of a file is used, or reported by name
+as left out.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from soft_jax import trees
 from soft_jax.errors import UserError
@@ -40,12 +42,22 @@ def _vit(image_size: int, patch_size: int, dim: int, depth: int, heads: int) -> 
     return ViTConfig(image_size, patch_size, dim, depth, heads, mlp_dim=4 * dim)
 
 
-BUCKET = "https://storage.googleapis.com/vit_models/imagenet21k/"
+BUCKET = "https://storage.googleapis.com/vit_models/"
+_AUGREG = "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
 BACKBONES = {
     # The backbone of the paper's tables: the original ImageNet-21k release, without its pre_logits layer.
-    "vit_b16": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16.npz", BUCKET + "ViT-B_16.npz"),
-    "vit_b32": Source(_vit(224, 32, 768, 12, 12), "ViT-B_32.npz", BUCKET + "ViT-B_32.npz"),
-    "vit_l16": Source(_vit(224, 16, 1024, 24, 16), "ViT-L_16.npz", BUCKET + "ViT-L_16.npz"),
+    "vit_b16": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16.npz", BUCKET + "imagenet21k/ViT-B_16.npz"),
+    "vit_b32": Source(_vit(224, 32, 768, 12, 12), "ViT-B_32.npz", BUCKET + "imagenet21k/ViT-B_32.npz"),
+    "vit_l16": Source(_vit(224, 16, 1024, 24, 16), "ViT-L_16.npz", BUCKET + "imagenet21k/ViT-L_16.npz"),
+    # Its successor, ImageNet-21k with augmentation and regularization (Steiner et al., 2021), before any fine-tuning.
+    "vit_b16_augreg": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16-augreg.npz", BUCKET + _AUGREG),
+    # Table 2's: ImageNet-1k with the SAM optimizer (Chen et al., 2022), and DINO's self-supervision (Caron et al., 2021) in timm's naming.
+    "vit_b16_sam": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16-sam.npz", BUCKET + "sam/ViT-B_16.npz"),
+    "vit_b16_dino": Source(
+        _vit(224, 16, 768, 12, 12),
+        "ViT-B_16-dino.safetensors",
+        "https://huggingface.co/timm/vit_base_patch16_224.dino/resolve/main/model.safetensors",
+    ),
     # Supervised on Tiny-ImageNet at 32 pixels, 17.6% top-1: weak, but pre-trained; it ships with the package.
     "vit_ti8_32": Source(_vit(32, 8, 192, 12, 3), "vit_ti8_32.npz"),
 }
@@ -119,16 +131,23 @@ def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32")
         raise UserError(f"image_size: {error}") from error
     try:
         raw = file.read_bytes()
-        with np.load(io.BytesIO(raw)) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, zlib and numpy each have their own for damaged bytes
-        raise UserError(f"backbone: {file} is not a readable .npz file ({type(error).__name__}: {error}); fetch it again") from error
+        arrays = _arrays(file, raw)
+    except Exception as error:  # zipfile, zlib, numpy and safetensors each have their own for damaged bytes
+        kind = ".safetensors" if file.suffix == ".safetensors" else ".npz"
+        raise UserError(f"backbone: {file} is not a readable {kind} file ({type(error).__name__}: {error}); fetch it again") from error
     try:
         params, left_out = convert(arrays, native)
     except ValueError as error:
         raise UserError(f"backbone: {file} does not fit {name!r}: {error}") from error
     params["pos_embed"] = interpolate_positions(params["pos_embed"], vit.grid)
     return Backbone(name, vit, params, hashlib.sha256(raw).hexdigest(), left_out)
+
+
+def _arrays(file: Path, raw: bytes) -> dict[str, np.ndarray]:
+    if file.suffix == ".safetensors":
+        return safetensors.numpy.load(raw)
+    with np.load(io.BytesIO(raw)) as archive:
+        return {key: archive[key] for key in archive.files}
 
 
 def convert(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[trees.Tree, tuple[str, ...]]:

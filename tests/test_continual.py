@@ -14,7 +14,7 @@ from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
 from soft_jax.store import Store
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_method
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_batches_from_any_step_are_those_of_the_whole(run, first):
 
 
 def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
-    calls = []
+    calls, run = [], dataclasses.replace(run, method=tiny_method())
     monkeypatch.setattr(inference, "queries", lambda method, params, images, batching: calls.append(len(images)) or images.sum((1, 2)))
     for _ in range(3):
         assert run.query(0).shape == (6, 3)
@@ -106,7 +106,7 @@ def run_two_tasks(run):
     learned, shared, adapters, models = continual.Learned(run), run.initial_shared(), [], []
     for task in range(2):
         adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
-        state, _ = continual.train_task(run, task, adapter, shared)
+        state, _ = continual.train_task(run, task, adapter, shared, run.initial_memory(shared))
         adapters.append(state.trainable["adapter"])
         shared = state.trainable["shared"]
         learned.add(task, adapters[-1], continual.task_statistics(run, task))
@@ -133,7 +133,7 @@ def test_an_old_task_keeps_its_bits_while_a_new_one_trains(small):
     learned.add(0, adapter, statistics)
     model = learned.model(run.initial_shared())
     first = jax.device_get((model.keys[0], model.prompts[0], model.weights[0]))
-    state, _ = continual.train_task(run, 1, methods.begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared())
+    state, _ = continual.train_task(run, 1, methods.begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared(), {})
     learned.add(1, state.trainable["adapter"], continual.task_statistics(run, 1))
     later = learned.model(state.trainable["shared"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((later.keys[0], later.prompts[0], later.weights[0])), first)
@@ -175,14 +175,14 @@ def test_sigterm_saves_at_once(small):
     seen = []
     stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set() if step == 1 else seen.append(step))
     with pytest.raises(continual.Preempted, match="Stopped after step 3 of task 1"):
-        continual.train_task(stopping, 0, adapter, shared)
+        continual.train_task(stopping, 0, adapter, shared, {})
     assert [path.name for path in run.store.training.iterdir()] == ["000-000003"]
     run.stop.clear()
     continued = dataclasses.replace(run, log=lambda group, step, values: seen.append(step))
-    state, _ = continual.train_task(continued, 0, adapter, shared)
+    state, _ = continual.train_task(continued, 0, adapter, shared, {})
     assert seen == [0, 2, *range(3, int(state.step))]
     whole = dataclasses.replace(run, store=small(1).store)
-    expected, _ = continual.train_task(whole, 0, adapter, shared)
+    expected, _ = continual.train_task(whole, 0, adapter, shared, {})
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 

@@ -86,10 +86,14 @@ def test_a_run_and_its_results(finished):
     assert f"{parameters['adapter']:,}" in report
     # Statistics: the upper triangle of a 2,000 × 2,000 matrix and the sums of five classes.
     assert f"{4 * (2000 * 2001 // 2 + 5 * 2000):,} statistics for prototype task identity" in report
-    for picture in ("accuracy_matrix.png", "accuracy_and_forgetting.png", "mask_distance.png", "task_confusion.png"):
+    for picture in ("accuracy_matrix.png", "accuracy_and_forgetting.png", "mask_distance.png", "mask_density.png", "task_confusion.png"):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
         assert picture in report
     manifest = json.loads((workdir / "tasks/001/manifest/metadata").read_text())
+    drifts = manifest["weight_drift"]
+    assert len(drifts) == 6  # q,k,v and proj of three layers
+    assert all(0 < drift < 0.1 for drift in drifts.values())  # masks from U(0.99, 1), six steps of at most 0.014 each
+    assert manifest["step_flops"] > 1e9
     assert manifest["classes"] == [5, 6, 7, 8, 9]
     assert manifest["backbone"]["sha256"] == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
     assert manifest["config"]["epochs"] == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from soft_jax import trees, weights
 from soft_jax.errors import UserError
@@ -95,6 +96,22 @@ def test_file_that_does_not_fit(tmp_path, google):
     np.savez(file, **timm | {"blocks.12.norm1.weight": np.zeros(192, np.float16)})
     with pytest.raises(UserError, match="13 layers, expected 12"):
         weights.load("vit_ti8_32", str(file))
+
+
+def test_safetensors_hold_the_same(tmp_path):
+    """As timm's models on the Hub come; and damage has a name there too."""
+    file = tmp_path / "model.safetensors"
+    arrays = {name: np.ascontiguousarray(array) for name, array in np.load(weights.locate("vit_ti8_32")).items()}
+    safetensors.numpy.save_file(arrays, file)
+    jax.tree.map(np.testing.assert_array_equal, weights.load("vit_ti8_32", str(file)).params, weights.load("vit_ti8_32").params)
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"model.safetensors is not a readable .safetensors file"):
+        weights.load("vit_ti8_32", str(file))
+
+
+def test_cached_files_do_not_take_each_others_place():
+    files = [source.file for source in weights.BACKBONES.values()]
+    assert len(set(files)) == len(files)
 
 
 def test_files_that_can_not_be_read(tmp_path):

@@ -1,0 +1,102 @@
+"""What peers' own code computed on given arrays, in float64: Google's L2P, and the layers of the published PyTorch code.
+
+`l2p.npz`: google-research/l2p's ViT (its tanh GELU set to the exact one, which the published PyTorch code has) on `google_vit.npz`'s
+checkpoint, one batch of one task with batch-wise selection: loss, its terms and its gradients. `published_layers.npz`: the published LoRA
+of q and v, the MLP with adapters, and the binary mask of WSN.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from soft_jax import methods, reparam, train, trees, weights
+from soft_jax.vit import Mlp, ViTConfig
+
+DATA = Path(__file__).parent / "data"
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+FLAX = {"rtol": 1e-6, "atol": 1e-7}  # Google's model takes the variance in one pass and its softmax in float32
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
+        yield
+
+
+@pytest.fixture(scope="module")
+def layers():
+    with np.load(DATA / "published_layers.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def test_a_step_of_googles_l2p():
+    with np.load(DATA / "google_vit.npz") as file:
+        checkpoint = {key.removeprefix("checkpoint/"): file[key].astype(float) for key in file.files if key.startswith("checkpoint/")}
+    with np.load(DATA / "l2p.npz") as file:
+        theirs = {key: file[key] for key in file.files}
+    depth = sum(key.endswith("Dense_0/bias") for key in checkpoint)
+    vit = ViTConfig(16, 4, 24, depth, 3, 48, dtype="float64")
+    backbone, _ = weights.convert(checkpoint, vit)
+    method = methods.Method(vit, classes=6, pool_size=6, pool_length=2, top_k=3)
+    shared = {
+        "head": {"kernel": theirs["head_kernel"], "bias": theirs["head_bias"]},
+        "pool": {"key": theirs["pool_key"], "prompt": theirs["pool_prompt"]},
+    }
+    shared = jax.tree.map(jnp.asarray, shared)
+    batch = {
+        "images": theirs["images"],
+        "labels": theirs["labels"],
+        "weights": np.ones(len(theirs["labels"])),
+        "class_mask": np.arange(6) < 2,
+    }
+    recipe = train.Recipe(method, learning_rate=0.01)
+    grads, terms = jax.grad(train.loss_fn, has_aux=True)({"adapter": {}, "shared": shared}, backbone, batch, recipe)
+    np.testing.assert_allclose(terms["query"], theirs["query"], **FLAX)
+    for name in ("loss", "cross_entropy", "key_similarity", "logits"):
+        np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **FLAX)
+    for ours, name in ((("pool", "key"), "pool_key"), (("pool", "prompt"), "pool_prompt"), (("head", "kernel"), "head_kernel")):
+        np.testing.assert_allclose(grads["shared"][ours[0]][ours[1]], theirs[f"grad_{name}"], err_msg=name, **FLAX)
+        assert np.abs(theirs[f"grad_{name}"]).max() > 1e-3
+
+
+def test_the_published_lora(layers):
+    """Its matrices are [rank, in] and [out, rank], those of q and of v one below the other."""
+    theirs = {key.removeprefix("lora/"): value for key, value in layers.items() if key.startswith("lora/")}
+    path = "blocks_0/attn/qkv/kernel"
+    kind = reparam.LoRA((path,), rank=3, parts=(0, 2))
+    backbone = trees.unflatten({path: jnp.asarray(theirs["weight"].T)})
+
+    def split(a, b):
+        return a.reshape(2, 3, 24).transpose(0, 2, 1), b.reshape(2, 24, 3).transpose(0, 2, 1)
+
+    a, b = split(theirs["a"], theirs["b"])
+
+    def output(a, b):
+        own = trees.unflatten({f"{path}/a": a, f"{path}/b": b})
+        return theirs["x"] @ trees.flatten(kind.weights(backbone, own))[path] + theirs["bias"][None]
+
+    np.testing.assert_allclose(output(a, b), theirs["y"], **CLOSE)
+    grads = jax.grad(lambda a, b: jnp.sum(output(a, b) * theirs["c"]), (0, 1))(jnp.asarray(a), jnp.asarray(b))
+    for ours, expected in zip(grads, split(theirs["grad_a"], theirs["grad_b"]), strict=True):
+        np.testing.assert_allclose(ours, expected, **CLOSE)
+
+
+def test_the_published_adapters(layers):
+    theirs = {key.removeprefix("adapter/"): value for key, value in layers.items() if key.startswith("adapter/")}
+    params = {name: {"kernel": theirs[f"{name}.weight"].T, "bias": theirs[f"{name}.bias"]} for name in ("fc1", "fc2")}
+    for name in ("adapter1", "adapter2"):
+        params[name] = {part: theirs[f"{name}.adapter_{part}_proj"].T for part in ("down", "up")}
+    out = Mlp(ViTConfig(16, 4, 24, 1, 3, 48, dtype="float64")).apply({"params": params}, theirs["x"])
+    np.testing.assert_allclose(out, theirs["y"], **CLOSE)
+
+
+@pytest.mark.parametrize("percent", [80, 83, 90])
+def test_the_published_binary_mask(layers, percent):
+    scores, c = jnp.asarray(layers["wsn/scores"]), layers["wsn/c"]
+    keep = reparam.kept(percent / 100, scores.size)
+    np.testing.assert_array_equal(reparam.top_share(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"])
+    grads = jax.grad(lambda s: jnp.sum(reparam.top_share(jnp.abs(s), keep) * c))(scores)
+    np.testing.assert_array_equal(grads, layers["wsn/grad"])

@@ -1,0 +1,131 @@
+"""What each kind of reparametrisation does to the weights, against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from soft_jax import reparam, trees
+from soft_jax.vit import Mlp, ViT
+from soft_jax.weights import BACKBONES
+from tests.conftest import TINY, soft_masks
+
+PATHS = reparam.kernel_paths(("qkv", "proj"), (2, 3))
+QKV, PROJ = "blocks_2/attn/qkv/kernel", "blocks_2/attn/proj/kernel"
+
+
+@pytest.mark.parametrize(
+    ("init_as", "low", "high", "deviation"),
+    [
+        ("uniform", 0.99, 1, 0.01 / 12**0.5),
+        ("ones", 1, 1, 0),
+        ("xavier", -((6 / 96) ** 0.5), (6 / 96) ** 0.5, (2 / 96) ** 0.5),  # in 24, out 72
+        ("kaiming", -(24**-0.5), 24**-0.5, (3 * 24) ** -0.5),
+        ("normal", -0.06, 0.06, 0.01),
+    ],
+)
+def test_masks_are_drawn_as_the_ablation_says(backbone, init_as, low, high, deviation):
+    mask = trees.flatten(soft_masks(init_as).init(jax.random.key(0), backbone))[QKV]
+    assert low <= mask.min() <= mask.max() <= high
+    assert mask.std() == pytest.approx(deviation, rel=0.05, abs=1e-7)
+    assert mask.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.83, 0.9, 1.0])
+def test_a_binary_mask_keeps_exactly_its_share(backbone, keep):
+    kind = reparam.BinaryMask(PATHS, keep)
+    own = kind.init(jax.random.key(0), backbone)
+    # Ties at the threshold are common in float32; here they are the rule.
+    own = {"scores": jax.tree.map(lambda s: jnp.round(s, 1), own["scores"])}
+    for path, mask in trees.flatten(kind.masks(own)).items():
+        assert set(np.unique(mask)) <= {0.0, 1.0}
+        assert mask.sum() == round(keep * mask.size), path
+        scores = np.abs(trees.flatten(own["scores"])[path])
+        assert scores[mask == 1].min() >= scores[mask == 0].max(initial=0)
+
+
+def test_scores_get_the_gradient_of_the_mask(backbone, rng):
+    """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped weights alike."""
+    kind = reparam.BinaryMask((PROJ,), 0.5)
+    own = kind.init(jax.random.key(0), backbone)
+    theta, c = trees.flatten(backbone)[PROJ], rng.normal(size=(24, 24)).astype(np.float32)
+    grads = jax.grad(lambda own: jnp.sum(c * trees.flatten(kind.weights(backbone, own))[PROJ]))(own)
+    signs = np.sign(trees.flatten(own["scores"])[PROJ])
+    np.testing.assert_allclose(trees.flatten(grads["scores"])[PROJ], c * theta * signs, rtol=1e-6)
+
+
+def test_softnet_keeps_the_rest_as_small_fixed_values(backbone):
+    hard, soft = reparam.BinaryMask(PATHS, 0.7), reparam.BinaryMask(PATHS, 0.7, soft=True)
+    own = soft.init(jax.random.key(0), backbone)
+    binary, masks, minor = (trees.flatten(t) for t in (hard.masks(own), soft.masks(own), own["minor"]))
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(mask[binary[path] == 1], 1)
+        np.testing.assert_array_equal(mask[binary[path] == 0], minor[path][binary[path] == 0])
+        assert 0 < minor[path].max() < 1e-4  # σ(-10) at most
+    grads = jax.grad(lambda own: sum(jnp.sum(w) for w in jax.tree.leaves(soft.weights(backbone, own))))(own)
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads["minor"]))
+    assert all(np.asarray(g).any() for g in jax.tree.leaves(grads["scores"]))
+
+
+@pytest.mark.parametrize("parts", [(0, 1, 2), (0, 2)])
+def test_lora_equals_the_merged_weight(backbone, rng, parts):
+    """x W + 8 (x A) B, for q, k and v apart."""
+    kind = reparam.LoRA(PATHS, rank=3, parts=parts)
+    own = kind.init(jax.random.key(0), backbone)
+    jax.tree.map(np.testing.assert_array_equal, kind.weights(backbone, own), trees.select(backbone, PATHS))  # as drawn: the backbone
+    own = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), own)
+    flat, merged, theta = (trees.flatten(t) for t in (own, kind.weights(backbone, own), backbone))
+    x = rng.normal(size=(5, 24)).astype(np.float32)
+    np.testing.assert_allclose(
+        x @ merged[PROJ], x @ theta[PROJ] + 8 * (x @ flat[f"{PROJ}/a"][0]) @ flat[f"{PROJ}/b"][0], rtol=1e-3, atol=1e-3
+    )
+    for part in range(3):
+        columns = slice(24 * part, 24 * part + 24)
+        expected = x @ theta[QKV][:, columns]
+        if part in parts:
+            index = parts.index(part)
+            expected += 8 * (x @ flat[f"{QKV}/a"][index]) @ flat[f"{QKV}/b"][index]
+        np.testing.assert_allclose(x @ merged[QKV][:, columns], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_parameter_counts_are_the_papers():
+    """Table 7, ViT-B, in millions: r = 4, 24 and 500 of LoRA in three layers, r = 1, 4 and 75 of the adapter in all twelve."""
+    vit = jax.eval_shape(ViT(BACKBONES["vit_b16"].vit).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    three = reparam.kernel_paths(("qv", "proj"), (9, 10, 11))
+
+    def millions(kind):
+        return trees.count(jax.eval_shape(kind.init, jax.random.key(0), vit)) / 1e6
+
+    assert [round(millions(reparam.LoRA(three, r, (0, 2))), 2) for r in (4, 24)] == [0.06, 0.33]  # 331,776; printed as 0.32
+    assert millions(reparam.LoRA(three, 500, (0, 2))) == pytest.approx(6.91, abs=0.005)
+    assert [round(millions(reparam.Bottleneck(tuple(range(12)), r)), 2) for r in (1, 75)] == [0.09, 6.91]
+    assert millions(reparam.Bottleneck(tuple(range(12)), 4)) == pytest.approx(0.36, abs=0.01)
+    assert millions(soft_masks(weights=("qkv",), layers=(11,))) == pytest.approx(1.77, abs=0.005)
+
+
+def test_a_bottleneck_is_the_published_residual(backbone, rng):
+    """As drawn, the backbone to the bit; else x + up(GELU(down x)) behind fc1 and behind fc2, and nowhere else."""
+    kind = reparam.Bottleneck((1, 3), rank=2)
+    images = rng.random((2, 16, 16, 3), np.float32)
+    vit, own = ViT(TINY), kind.init(jax.random.key(0), backbone)
+    plain = vit.apply({"params": backbone}, images)
+    np.testing.assert_array_equal(vit.apply({"params": trees.merge(backbone, kind.weights(backbone, own))}, images), plain)
+    own = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), own)
+    params = trees.merge(backbone, kind.weights(backbone, own))
+    x = rng.normal(size=(1, 5, 24)).astype(np.float32)
+    mlp = {"params": params["blocks_1"]["mlp"]}
+
+    def dense(name, x):
+        return x @ mlp["params"][name]["kernel"] + mlp["params"][name]["bias"][None, None]
+
+    def residual(name, x):
+        weights = mlp["params"][name]
+        return x + jax.nn.gelu(x @ weights["down"], approximate=False) @ weights["up"]
+
+    hidden = residual("adapter1", dense("fc1", x))
+    expected = residual("adapter2", dense("fc2", jax.nn.gelu(hidden, approximate=False)))
+    np.testing.assert_allclose(Mlp(TINY).apply(mlp, x), expected, rtol=1e-4, atol=1e-3)
+    touched = {path.split("/")[0] for path in traverse_util.flatten_dict(kind.weights(backbone, own), sep="/")}
+    assert touched == {"blocks_1", "blocks_3"}
+    assert np.abs(vit.apply({"params": params}, images) - plain).max() > 0.01

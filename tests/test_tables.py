@@ -1,0 +1,193 @@
+"""The paper's rows as settings, and the tables that come of runs."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from soft_jax import __main__ as command_line
+from soft_jax import continual, data, methods, report, tables, weights
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from tests.conftest import TINY
+
+ALL = ("e_prompt_layers", "mask_layers")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FT", {"method": "ft", "learning_rate": 0.003}),
+        ("L2P-PGP", {"method": "l2p+pgp", "batch_size": 16, "epochs": 5, "e_prompt_layers": (3, 4, 5)}),
+        ("DualPrompt-PGP-Soft-TF-L[3,4,5]", {"method": "dualprompt+pgp+softtf", **dict.fromkeys(ALL, (3, 4, 5))}),
+        (
+            "DualPrompt-Soft-TF-L[12] q,k,v",
+            {"method": "dualprompt+softtf", "mask_layers": (12,), "mask_weights": "qkv", "e_prompt_layers": (10, 11, 12)},
+        ),
+        ("DualPrompt-WSN-L[10,11,12] c=83%", {"method": "dualprompt+wsn", "keep": 0.83, **dict.fromkeys(ALL, (10, 11, 12))}),
+        (
+            "DualPrompt-LoRA-L[10,11,12] r=24",
+            {"method": "dualprompt+lora", "rank": 24, "mask_weights": "qv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
+        ),
+        (
+            "DualPrompt-Adapter-L[10,11,12] r=75",
+            {"method": "dualprompt+adapter", "rank": 75, "e_prompt_layers": (10, 11, 12), "mask_layers": tuple(range(1, 13))},
+        ),
+        ("Upper bound of DualPrompt", {"method": "dualprompt", "tasks": 1, "e_prompt_layers": (3, 4, 5)}),
+    ],
+)
+def test_a_rows_name_is_its_settings(name, settings):
+    assert tables.row_settings({"method": name, "task_id": None}) == settings
+
+
+def test_a_rows_other_columns_set_things_too():
+    row = {"method": "DualPrompt-Soft-TF", "pretraining": "DINO", "task_id": "gradient, 3-shot", "mask_init": "xavier"}
+    assert {("backbone", "vit_b16_dino"), ("shots", 3), ("mask_init", "xavier")} <= set(
+        (k, v) for k, v in tables.row_settings(row).items() if not isinstance(v, tuple)
+    )
+    assert tables.row_settings(row | {"task_id": "gradient, batch"})["shots"] == 0
+    assert tables.row_settings({"method": "iCaRL", "exemplars": 1000, "task_id": None}) is None
+    assert tables.row_settings({"method": "CLIP-Prompt", "task_id": "prompt"}) is None
+
+
+def test_every_published_row_can_be_made():
+    """A method for each but rehearsal's and CLIP's, on every benchmark that has a figure, with its published figure beside it."""
+    seen = 0
+    for number in ("1", "2", "4", "5", "6", "7", "9", "10"):
+        for benchmark in tables.BENCHMARKS:
+            try:
+                rows = tables.rows_of(number, benchmark)
+            except UserError:
+                continue
+            assert len({row.name for row in rows}) == len(rows)
+            for row in rows:
+                assert number == "6" or row.published
+                if row.settings is None:
+                    continue
+                config = tables.config_of(row, benchmark, {}, seed=1)
+                assert config.seed == tables.BENCHMARKS[benchmark]["seed"] + 1
+                methods.from_config(config, weights.BACKBONES[config.backbone].vit, 100)
+                seen += 1
+    assert seen > 60
+    for row in report.published_rows():
+        assert row.get("exemplars") or str(row["table"]) == "3" or tables.row_settings(row)
+
+
+def test_one_run_serves_rows_that_differ_in_the_protocol_only():
+    rows = {row.name: row for row in tables.rows_of("7", "c100_10")}
+    row = rows["DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"]
+    assert {protocol: figures["accuracy"] for protocol, figures in row.published.items()} == {
+        "batch_vote/gradient_id": 98.05,
+        "batch_vote/prompt_id": 92.35,
+    }
+
+
+def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
+    joint = next(row for row in tables.rows_of("1", "c100_10") if row.name.startswith("Upper"))
+    config = tables.config_of(joint, "c100_10", {"tasks": 5, "epochs": 2, "backbone": "vit_ti8_32", "seed": 3}, seed=0)
+    assert (config.tasks, config.epochs, config.backbone, config.seed) == (1, 2, "vit_ti8_32", 3)
+    same = dataclasses.replace(config, data_dir="/elsewhere", seed=4)
+    assert tables.folder_of(same).split("/")[0] == tables.folder_of(config).split("/")[0]
+    assert tables.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0] != tables.folder_of(config).split("/")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("8",), "table: '8' is unknown; known are 1, 2, 3, 4, 5, 6, 7, 9, 10, methods, layers"),
+        (("10", "--benchmark=c100_10"), "table: Table 10 has no figures for c100_10"),
+        (("7", "--rows=11"), "--rows: '11': rows are numbered 1 to 10"),
+        (("7", "--rows=x"), "--rows: 'x' is not a list such as 1,3-5"),
+        (("7", "--seeds=0"), "--seeds: 0 is below 1"),
+        (("7", "--set=epoch=2"), "config argument: unknown key 'epoch'"),
+        (("1", "--rows=1-3"), "--rows: none of these rows is run here"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
+    assert command_line.main(["table", *arguments, f"--workdir={tmp_path}"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.fixture
+def _tiny_world(backbone, monkeypatch):
+    digits = data.load("digits")
+    few = data.Dataset(*(data.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
+    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
+    monkeypatch.setattr(data, "load", lambda *_: few)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
+        yield
+
+
+@pytest.mark.usefixtures("_tiny_world")
+def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path, capsys, monkeypatch):
+    arguments = ["table", "methods", f"--workdir={tmp_path}", "--rows=1,21", "--seeds=2"]
+    arguments.append(
+        "--set=dataset=digits,tasks=2,epochs=1,batch_size=16,layers=3-4,g_prompt_layers=1,prototype_features=50,eval_batch_size=16"
+    )
+    assert command_line.main([*arguments, f"--output={tmp_path / 'table.md'}"]) == 0
+    assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
+    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [(line[0], line[1]) for line in lines] == [
+        ("| head", "CIL per_sample, no task id"),
+        ("| head", "TIL oracle, task given"),
+        ("| Upper bound of Soft-TF (joint)", "CIL per_sample, Prompt ID"),
+        ("| Upper bound of Soft-TF (joint)", "TIL oracle, task given"),
+    ]
+    each = [json.loads(line) for path in tmp_path.glob("head*/*/results.jsonl") for line in path.read_text().splitlines()]
+    finals = [row["final_average"] for row in each if row["protocol"] == "per_sample" and row["tasks_trained"] == 2]
+    assert len(finals) == 2
+    assert lines[0][2].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2:.2f}")
+    monkeypatch.setattr(continual, "run", None)  # nothing is missing now
+    assert command_line.main(arguments) == 0
+    assert "no task id" in capsys.readouterr().out
+
+
+def test_what_is_above_the_joint_bound_is_marked():
+    figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0))
+    cost = {"own": 1, "shared": 2, "bytes": 3, "gflops": 4.0, "seconds": 5.0}
+
+    def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False):
+        return tables.Line(
+            name, protocol, figures | {"final_average": (accuracy, 0.5)}, {"accuracy": 97.87, "forgetting": 0.21}, cost, joint, 3
+        )
+
+    lines = [
+        line("above", 94.0),
+        line("below", 93.0),
+        line("told", 99.0, "oracle/task_given"),
+        line("all", 93.5, "per_sample/prompt_id", True),
+    ]
+    text = tables.markdown("T", "make it", [tables.Row("BiC", {"per_sample": {"accuracy": 81.0}}, None)], lines, "so")
+    marked = [row.split(" | ")[0] for row in text.splitlines() if "**▲**" in row]
+    assert marked == ["| above"]
+    assert "joint bound measured here, 93.50" in text
+    assert "97.87 / 0.21" in text
+    assert "| BiC | as published, not run here" in text
+    assert tables.bound(lines[:3]) is None
+
+
+@pytest.mark.usefixtures("_tiny_world")
+@pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "ewc", "lwf"])
+def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, tmp_path):
+    """Task 2 trained again from what task 1 left on disk: the same counts; and the predictor's are those of the evaluation."""
+    import shutil
+
+    from rich.console import Console
+
+    import soft_jax
+    from soft_jax import evaluate
+
+    config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
+    config = dataclasses.replace(config, mask_layers=(3, 4), e_prompt_layers=(3, 4), g_prompt_layers=(1,), pool_size=3, top_k=2)
+    once = continual.run(config, tmp_path, Console(quiet=True))
+    shutil.rmtree(tmp_path / "tasks/001")
+    again = continual.run(config, tmp_path, Console(quiet=True))
+    assert again[1]["metrics"] == once[1]["metrics"]
+    assert {k: v for k, v in again[1]["sha256"].items()} == {k: v for k, v in once[1]["sha256"].items()} if "sha256" in once[1] else True
+    test = data.load("digits").test
+    classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
+    protocol = evaluate.PER_SAMPLE if config.method in ("l2p+pgp+softtf", "dualprompt+pgp+adapter") else evaluate.NO_TASK_ID
+    rows = once[1]["metrics"][protocol]
+    assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
+    assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)
