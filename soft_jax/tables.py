@@ -69,8 +69,12 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table: its name, the published figures by protocol, and the settings it is run with (None: it is not run here)."""
+    """A row of a table: its number in it, its name, the published figures by protocol, and the settings it is run with.
 
+    `settings` is None for a row that is not run here.
+    """
+
+    number: int
     name: str
     published: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any] | None
@@ -135,9 +139,9 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
     Raises UserError for a table that is not there.
     """
     if table == "methods":
-        return [Row(name, {}, settings) for name, settings in METHODS.items()]
+        return [Row(number, name, {}, settings) for number, (name, settings) in enumerate(METHODS.items(), 1)]
     if table == "layers":
-        return [Row(f"DualPrompt-Soft-TF-L[{layer}]", {}, {"mask_layers": (layer,)}) for layer in range(1, 13)]
+        return [Row(layer, f"DualPrompt-Soft-TF-L[{layer}]", {}, {"mask_layers": (layer,)}) for layer in range(1, 13)]
     known = {str(row["table"]) for row in report.published_rows()}
     if table not in known:
         raise UserError(f"table: {table!r} is unknown; known are {', '.join(sorted(known, key=int))}, methods, layers")
@@ -149,7 +153,7 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
         name = report.row_name(row) + (f", {settings['shots'] or 'all'} shots" if settings and "shots" in settings else "")
         key = json.dumps(settings, sort_keys=True) if settings else name
         figures = {protocol_of(row): row[benchmark]} if "accuracy" in row.get(benchmark, {}) else {}
-        before = rows.get(key, Row(name, {}, settings))
+        before = rows.get(key, Row(len(rows) + 1, name, {}, settings))
         rows[key] = dataclasses.replace(before, published={**before.published, **figures})
     if not rows:
         raise UserError(f"table: Table {table} has no figures for {benchmark}")
@@ -210,6 +214,7 @@ def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list
 class Line:
     """One row under one protocol: means and standard deviations over the seeds, in percent, and what it costs."""
 
+    number: int
     name: str
     protocol: str
     figures: Mapping[str, tuple[float, float]]
@@ -236,7 +241,7 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         joint = len(runs[0]) == 1
         if joint and protocol != "oracle/task_given" and protocol != next(iter(runs[0][0]["metrics"])):
             continue  # with one task, all who name it agree
-        lines.append(Line(row.name, protocol, figures, published, cost, joint, len(runs)))
+        lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, len(runs)))
     return lines
 
 
@@ -254,6 +259,7 @@ def _cells(line: Line, best: float | None) -> list[str]:
     if line.published:
         published = " / ".join(f"{line.published[key]:.2f}" for key in ("accuracy", "forgetting") if line.published[key] is not None)
     return [
+        str(line.number),
         line.name + (" (joint)" if line.joint else ""),
         report.TITLES[line.protocol].replace("*", "\\*"),
         shown["final_average"] + (" **▲**" if above else ""),
@@ -270,19 +276,62 @@ def _cells(line: Line, best: float | None) -> list[str]:
 def markdown(title: str, command: str, rows: Sequence[Row], lines: Sequence[Line], settings: str) -> str:
     """The table as Markdown."""
     best = bound(lines)
-    columns = ["row", "protocol", "accuracy", "forgetting", "task id", "published", "parameters, own + shared"]
+    columns = ["#", "row", "protocol", "accuracy", "forgetting", "task id", "published", "parameters, own + shared"]
     columns += ["bytes of a task's own", "GFLOP a step", "training, s"]
-    out = [f"# {title}", "", f"Made by `{command}`.", "", settings, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    out = [
+        f"# {title}",
+        "",
+        f"Made by `{command}`; a row alone by its number, with `--rows=#`.",
+        "",
+        settings,
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
     out += ["| " + " | ".join(_cells(line, best)) + " |" for line in lines]
     not_run = [row for row in rows if row.settings is None]
     for row in not_run:
         for figures in row.published.values():
-            out.append(f"| {row.name} | as published, not run here | – | – | – | {figures['accuracy']:.2f} | – | – | – | – |")
+            out.append(f"| {row.number} | {row.name} | as published, not run | – | – | – | {figures['accuracy']:.2f} | – | – | – | – |")
     out += ["", report.FOOTNOTE.replace("*", "\\*", 1) + ".", ""]
     out += ["Accuracy and forgetting after the last task, percent of test images; published: accuracy / forgetting, ViT-B/16.", ""]
     if best is not None:
-        out += [f"▲: above the joint bound measured here, {best:.2f}: what no class-incremental figure can honestly be.", ""]
-    return "\n".join(out)
+        out += [f"▲: above the highest joint training measured here, {best:.2f}.", ""]
+    return "\n".join([*out, *reading(lines)])
+
+
+def reading(lines: Sequence[Line]) -> list[str]:
+    """What the figures say, as Markdown: the best, what Soft-TF adds to each method, what the vote over single-task batches adds."""
+    found = {(line.name, line.protocol): line.figures["final_average"] for line in lines if not line.joint}
+    out = []
+    for title, prefix in (("each image by itself", "per_sample"), ("the task given", "oracle")):
+        ranked = sorted(((mean, std, key) for key, (mean, std) in found.items() if key[1].startswith(prefix)), reverse=True)
+        if len(ranked) > 1:
+            best = "; ".join(f"{name} ({report.TITLES[protocol]}) {mean:.2f} ± {std:.2f}" for mean, std, (name, protocol) in ranked[:3])
+            out.append(f"- Highest with {title}: {best}. Lowest: {ranked[-1][2][0]}, {ranked[-1][0]:.2f}.")
+    protocols = ("per_sample/prompt_id", "batch_vote/prompt_id", "oracle/task_given")
+    for name in dict.fromkeys(name for name, _ in found):
+        pairs = [(protocol, found.get((f"{name}-Soft-TF", protocol)), found.get((name, protocol))) for protocol in protocols]
+        changes = [f"{protocol} {_change(*pair)}" for protocol, *pair in pairs if None not in pair]
+        if changes:
+            out.append(f"- Soft-TF on {name}: {', '.join(changes)} points.")
+    leaks = {}
+    for name, protocol in found:
+        voted = found.get((name, protocol.replace("per_sample/no_task_id", "batch_vote/pool").replace("per_sample", "batch_vote")))
+        if protocol.startswith("per_sample") and voted:
+            leaks[f"{name} {protocol.split('/')[1]}"] = voted[0] - found[name, protocol][0]
+    if leaks:
+        most = max(leaks, key=leaks.get)
+        out.append(
+            f"- Going by batches of one task adds {np.mean(list(leaks.values())):+.2f} points in the mean of {len(leaks)} pairs of rows, "
+            f"{leaks[most]:+.2f} at most ({most})."
+        )
+    return ["## What the figures say", "", *out, ""] if out else []
+
+
+def _change(new: tuple[float, float], old: tuple[float, float]) -> str:
+    """A difference of means with the standard deviation of both together."""
+    return f"{new[0] - old[0]:+.2f} ± {np.hypot(new[1], old[1]):.2f}"
 
 
 def draw_layers(path: Path, lines: Sequence[Line]) -> None:

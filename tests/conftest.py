@@ -9,6 +9,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# These models are tiny: compiling takes most of a test's time, and what XLA optimizes changes no definition.
+jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np
 import pytest

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
+from rich.console import Console
 
+import soft_jax
 from soft_jax import __main__ as command_line
-from soft_jax import continual, data, methods, report, tables, weights
+from soft_jax import continual, data, evaluate, methods, report, store, tables, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from tests.conftest import TINY
@@ -128,66 +131,72 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     assert command_line.main([*arguments, f"--output={tmp_path / 'table.md'}"]) == 0
     assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
     lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
-    assert [(line[0], line[1]) for line in lines] == [
-        ("| head", "CIL per_sample, no task id"),
-        ("| head", "TIL oracle, task given"),
-        ("| Upper bound of Soft-TF (joint)", "CIL per_sample, Prompt ID"),
-        ("| Upper bound of Soft-TF (joint)", "TIL oracle, task given"),
+    assert [(line[1], line[2]) for line in lines] == [
+        ("head", "CIL per_sample, no task id"),
+        ("head", "TIL oracle, task given"),
+        ("Upper bound of Soft-TF (joint)", "CIL per_sample, Prompt ID"),
+        ("Upper bound of Soft-TF (joint)", "TIL oracle, task given"),
     ]
     each = [json.loads(line) for path in tmp_path.glob("head*/*/results.jsonl") for line in path.read_text().splitlines()]
     finals = [row["final_average"] for row in each if row["protocol"] == "per_sample" and row["tasks_trained"] == 2]
     assert len(finals) == 2
-    assert lines[0][2].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2:.2f}")
+    assert lines[0][3].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2:.2f}")
     monkeypatch.setattr(continual, "run", None)  # nothing is missing now
     assert command_line.main(arguments) == 0
     assert "no task id" in capsys.readouterr().out
 
 
-def test_what_is_above_the_joint_bound_is_marked():
-    figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0))
+def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False):
+    figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0)) | {"final_average": (accuracy, 0.5)}
     cost = {"own": 1, "shared": 2, "bytes": 3, "gflops": 4.0, "seconds": 5.0}
+    return tables.Line(7, name, protocol, figures, {"accuracy": 97.87, "forgetting": 0.21}, cost, joint, 3)
 
-    def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False):
-        return tables.Line(
-            name, protocol, figures | {"final_average": (accuracy, 0.5)}, {"accuracy": 97.87, "forgetting": 0.21}, cost, joint, 3
-        )
 
-    lines = [
-        line("above", 94.0),
-        line("below", 93.0),
-        line("told", 99.0, "oracle/task_given"),
-        line("all", 93.5, "per_sample/prompt_id", True),
-    ]
-    text = tables.markdown("T", "make it", [tables.Row("BiC", {"per_sample": {"accuracy": 81.0}}, None)], lines, "so")
-    marked = [row.split(" | ")[0] for row in text.splitlines() if "**▲**" in row]
-    assert marked == ["| above"]
-    assert "joint bound measured here, 93.50" in text
+def test_what_is_above_the_joint_bound_is_marked():
+    lines = [line("above", 94.0), line("below", 93.0), line("told", 99.0, "oracle/task_given")]
+    lines.append(line("all", 93.5, "per_sample/prompt_id", joint=True))
+    text = tables.markdown("T", "make it", [tables.Row(1, "BiC", {"per_sample": {"accuracy": 81.0}}, None)], lines, "so")
+    marked = [row.split(" | ")[1] for row in text.splitlines() if "**▲**" in row]
+    assert marked == ["above"]
+    assert "highest joint training measured here, 93.50" in text
     assert "97.87 / 0.21" in text
-    assert "| BiC | as published, not run here" in text
+    assert "| 1 | BiC | as published, not run" in text
     assert tables.bound(lines[:3]) is None
+
+
+def test_what_the_figures_say_is_computed():
+    lines = [line("DualPrompt", 20.0, "per_sample/prompt_id"), line("DualPrompt-Soft-TF", 19.5, "per_sample/prompt_id")]
+    lines += [line("DualPrompt", 26.0), line("all", 90.0, "per_sample/prompt_id", joint=True)]
+    text = "\n".join(tables.reading(lines))
+    assert "Highest with each image by itself: DualPrompt (CIL per_sample, Prompt ID) 20.00 ± 0.50" in text
+    assert "Soft-TF on DualPrompt: per_sample/prompt_id -0.50 ± 0.71 points." in text
+    assert "+6.00 points in the mean of 1 pairs of rows, +6.00 at most (DualPrompt prompt_id)" in text
+    assert tables.reading(lines[:1]) == []
+
+
+def test_the_layer_sweep_has_a_picture(tmp_path):
+    rows = tables.rows_of("layers", "c100_10")
+    assert [row.settings["mask_layers"] for row in rows] == [(layer,) for layer in range(1, 13)]
+    protocols = ("per_sample/prompt_id", "oracle/task_given")
+    tables.draw_layers(tmp_path / "layers.png", [line(row.name, 50.0, protocol) for row in rows for protocol in protocols])
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("_tiny_world")
 @pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "ewc", "lwf"])
 def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, tmp_path):
-    """Task 2 trained again from what task 1 left on disk: the same counts; and the predictor's are those of the evaluation."""
-    import shutil
-
-    from rich.console import Console
-
-    import soft_jax
-    from soft_jax import evaluate
-
+    """Task 2 trained again from what task 1 left on disk: the same arrays; and the predictor's counts are those of the evaluation."""
     config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
     config = dataclasses.replace(config, mask_layers=(3, 4), e_prompt_layers=(3, 4), g_prompt_layers=(1,), pool_size=3, top_k=2)
     once = continual.run(config, tmp_path, Console(quiet=True))
+    arrays = store.load_manifest(tmp_path / "tasks/001")["sha256"]
     shutil.rmtree(tmp_path / "tasks/001")
     again = continual.run(config, tmp_path, Console(quiet=True))
     assert again[1]["metrics"] == once[1]["metrics"]
-    assert {k: v for k, v in again[1]["sha256"].items()} == {k: v for k, v in once[1]["sha256"].items()} if "sha256" in once[1] else True
+    assert store.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
     test = data.load("digits").test
     classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
-    protocol = evaluate.PER_SAMPLE if config.method in ("l2p+pgp+softtf", "dualprompt+pgp+adapter") else evaluate.NO_TASK_ID
+    protocol = evaluate.NO_TASK_ID if method in ("ewc", "lwf") else evaluate.PER_SAMPLE
     rows = once[1]["metrics"][protocol]
     assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)
