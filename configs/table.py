@@ -9,6 +9,8 @@ field of soft_jax.config.Config:
   table.py:table=methods,row=5,backbone=vit_ti8_32,epochs=2    L2P on the small bundled backbone
 """
 
+import dataclasses
+
 from soft_jax import tables
 from soft_jax.config import as_config_dict, parse_argument
 from soft_jax.errors import UserError
@@ -22,5 +24,7 @@ def get_config(argument=None):
         raise UserError(f"config argument: {missing.pop()} is missing; write table=7,row=5 (python -m soft_jax table 7 --list)")
     benchmark = of.get("benchmark") or tables.default_benchmark(of["table"])
     rows = tables.rows_of(of["table"], benchmark)
-    row = rows[tables.chosen(of["row"], len(rows))[0] - 1]
-    return as_config_dict(tables.config_of(row, benchmark, parse_argument(rest), seed=0))
+    if not of["row"].isdigit() or not 1 <= int(of["row"]) <= len(rows):
+        raise UserError(f"config argument: row={of['row']!r} is not one row's number, 1 to {len(rows)}")
+    config = tables.config_of(rows[int(of["row"]) - 1], benchmark, parse_argument(rest), seed=0)
+    return as_config_dict(dataclasses.replace(config, name=f"table{of['table']}-row{of['row']}"))

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: the command lines answer a wrong argument before flax and Orbax, which take seconds, are imported.
+    # On demand: it brings in all the rest, which a user of one module may do without.
     if name == "Predictor":
         from soft_jax.predictor import Predictor
 

@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        print(f"error: {error}; finished tasks are as they were, and the same command continues", file=sys.stderr)
+    return 1
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -75,12 +77,14 @@ def _table(arguments: argparse.Namespace) -> int:
     configs = [
         [tables.config_of(row, benchmark, overrides, seed) for seed in range(arguments.seeds)] if row.settings else [] for row in rows
     ]
-    # Imported here: jax takes seconds to start, and a wrong argument is answered at once.
+    # Imported here: a wrong argument is answered sooner.
     from absl import logging
 
     from soft_jax.continual import Preempted
 
     logging.set_verbosity(logging.ERROR)
+    if arguments.output:  # now, not after hours
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     try:
         text = tables.make(arguments.table, benchmark, rows, configs, Path(arguments.workdir), _command(arguments), arguments.seeds)
     except Preempted as stopped:
@@ -106,7 +110,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     except ValueError:
         raise UserError(f"--tasks: {arguments.tasks!r} is not a list of numbers such as 0,2,5") from None
     files = images.find(arguments.images)
-    # Imported here: jax takes seconds to start, and a wrong argument is answered at once.
+    # Imported here: a wrong argument is answered sooner.
     from soft_jax.predictor import Predictor
 
     task_id = "oracle" if arguments.task is not None else arguments.task_id

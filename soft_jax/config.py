@@ -13,6 +13,8 @@ from soft_jax.errors import UserError
 HOSTS = ("dualprompt", "l2p")
 ALONE = ("head", "ft", "ewc", "lwf")  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
+# Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
+FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,13 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from soft_jax import data, evaluate, inference, methods, prototype, report, retention, train, trees, weights
 from soft_jax.augment import prepare_test
-from soft_jax.config import Config
+from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
 from soft_jax.store import Store
-
-# Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
-_FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
 
 
 class Preempted(Exception):
@@ -75,15 +72,18 @@ class Run:
         return self.queries[task]
 
     @functools.cached_property
-    def step_flops(self) -> float:
-        """Floating point operations of one training step as XLA counts them, before it optimizes; crops and Adam are in it."""
+    def step_flops(self) -> float | None:
+        """Floating point operations of one training step as XLA counts them; crops and Adam are in it. None where it can't tell."""
         shared = jax.eval_shape(self.initial_shared)
         trainable = jax.eval_shape(lambda: (self.initial_adapter(0), self.initial_shared()))
         state = jax.eval_shape(functools.partial(train.init_state, self.recipe), *trainable)
         _, batch = next(batches(self, 0, 0))
         batch = batch | {"memory": jax.eval_shape(self.initial_memory, shared)}
         step = train.compile_step(self.recipe, self.mesh)
-        return float(step.lower(state, self.params, batch, jax.random.key(0)).cost_analysis()["flops"])
+        lowered = step.lower(state, self.params, batch, jax.random.key(0))
+        # GPUs and TPUs count only what is compiled; on a CPU the program as it is written will do.
+        counted = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+        return counted.get("flops")
 
     @functools.cached_property
     def projection(self) -> np.ndarray:
@@ -263,7 +263,7 @@ def prepare(
     config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None, dataset: data.Dataset | None = None
 ) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's. `mesh` defaults to all devices."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     store.compare(settings)  # before anything is downloaded
     backbone = weights.load(config.backbone, config.backbone_path, config.image_size, config.dtype)
     for name in backbone.left_out:

@@ -20,14 +20,14 @@ def read(path: str | os.PathLike) -> np.ndarray:
     """An image file, upright and in colour, as uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
     try:
         with Image.open(path) as file:
-            if file.mode.startswith(_DEEP):
-                raise ValueError(f"more than 8 bits a channel (Pillow's mode {file.mode}); convert it to 8 bits")
             return _colours(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged files
         raise UserError(f"{os.fspath(path)} can't be read as an image ({type(error).__name__}: {error})") from error
 
 
 def _colours(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(_DEEP):
+        raise ValueError(f"more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8 bits")
     if image.has_transparency_data:  # what lies under it is arbitrary: shown as on a white page
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -63,6 +63,8 @@ def as_list(images: Any) -> Sequence[Any]:
         images = np.asarray(images)
         if images.ndim != 4:
             raise UserError(f"images: shape {images.shape}, expected [N, H, W, 3]; for a single image give images[None]")
+    elif not isinstance(images, Iterable):
+        raise UserError(f"images: {type(images).__name__}, expected an array [N, H, W, 3], a path, or a sequence of images and paths")
     elif not isinstance(images, Sequence):
         images = list(images)
     if len(images) == 0:  # an array has no truth value
@@ -94,7 +96,7 @@ def prepare(image: Any, index: int, size: int) -> np.ndarray:
 def _array(image: Any, name: str) -> np.ndarray:
     try:
         return _colours(image) if isinstance(image, Image.Image) else np.asarray(image)
-    except (ValueError, TypeError) as error:  # rows of different lengths, and whatever is no array
+    except Exception as error:  # rows of different lengths, whatever is no array, and all that Pillow's decoders raise
         raise UserError(f"{name}: not an image ({error}); expected [H, W, 3], uint8 or float, or a path") from error
 
 

@@ -134,7 +134,8 @@ class Predictor:
 
     def warm_up(self) -> None:
         """Compile everything now, for any number and mix of images. Without it, each size is compiled when it is first met."""
-        queried, model, batching = self.task_id != "oracle", self.model, self.batching
+        model, batching = self.model, self.batching
+        queried = self.task_id != "oracle" and model.method.by_task
         blank = np.zeros((batching.chunk, *[model.method.vit.image_size] * 2, 3), np.uint8)
         parts: dict[int, jax.Array] = {}
         for count in (*reversed(batching.sizes), batching.chunk):
@@ -171,8 +172,11 @@ class Predictor:
 
     def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
         """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size, 3]`; `given` int `[N]` or None."""
-        tokens, query = inference.encode(self.model, images, self.batching, queried=given is None)
-        tasks, posterior = (given, None) if query is None else self._identify(tokens, query)
+        identified = given is None and self.model.method.by_task
+        tokens, query = inference.encode(self.model, images, self.batching, queried=identified)
+        tasks, posterior = (np.zeros(len(images), int) if given is None else given), None
+        if identified:
+            tasks, posterior = self._identify(tokens, query)
         logits = inference.logits(self.model, tokens, inference.alone(tasks), self.batching)
         if posterior is not None:
             logits = posterior + logits
@@ -188,8 +192,6 @@ class Predictor:
 
     def _identify(self, tokens: jax.Array, query: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Each image's task, int `[N]`, and the prototypes' log p(class | x) where they name it."""
-        if not self.model.method.by_task:
-            return np.zeros(len(query), int), None
         if self.task_id == "prototype":
             posterior = inference.log_posterior(self.model, query, self.batching)
             return inference.prototype_id(self.model, posterior), posterior

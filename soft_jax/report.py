@@ -158,7 +158,7 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
 def _size_lines(root: Path, manifests: Manifests) -> list[str]:
     parameters = manifests[-1]["parameters"]
     adapter, shared = parameters["adapter"] - parameters["fixed"], parameters["shared"]
-    sizes = manifests[-1]["bytes"]
+    sizes, flops = manifests[-1]["bytes"], manifests[-1]["step_flops"]
     folders = sorted(path for path in (root / "tasks").iterdir() if path.name.isdigit())
     return [
         "## Size",
@@ -167,8 +167,8 @@ def _size_lines(root: Path, manifests: Manifests) -> list[str]:
         f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
         f"- Bytes that one task keeps: {sizes['adapter']:,} adapter, {sizes['statistics']:,} statistics for prototype task identity, "
         f"{sizes['shared']:,} shared part, {sizes['memory']:,} what the method holds of older tasks.",
-        f"- Floating point operations of a training step, as XLA counts them: {manifests[-1]['step_flops']:.4g}.",
         "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in folders) + ".",
+        *([f"- Floating point operations of a training step, as XLA counts them: {flops:.4g}."] if flops else []),
         "",
     ]
 

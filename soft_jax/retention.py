@@ -39,8 +39,9 @@ class PGP:
 
     For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq; its value half moves freely, as in the
     published code. For L2P's pool, U is a basis of the embedded images. U grows by task as in GPM (Saha et al., 2021): the residual's
-    main directions until `threshold` (0.5, the published code's) of the task's energy is in it. The published code reduces features by PCA
-    and takes the basis among the images, not the features; that is not reproduced. Projection comes after clipping and before Adam, as
+    main directions until `threshold` of the task's energy Σ σ² is in it. The published code, whose threshold is also 0.5, centres and
+    reduces features by PCA, weighs σ⁴, and takes the basis among the images, not the features; that is not reproduced. Under the
+    interleaved layout the halves named here are those of the arrays, not of their use. Projection comes after clipping and before Adam, as
     there: Adam rescales each entry, so the update is only nearly orthogonal, and old tasks can still drift.
 
     Memory: `{"projector": [layers, dim, dim]}`, U Uᵀ of the G- and E-prompt layers in turn; of the pool, one.

@@ -26,7 +26,7 @@ import numpy as np
 from rich.console import Console
 
 from soft_jax import report
-from soft_jax.config import Config
+from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
 from soft_jax.store import Reader
 
@@ -39,7 +39,8 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }
 BACKBONES = {"ImageNet-21K": "vit_b16", "SAM": "vit_b16_sam", "DINO": "vit_b16_dino"}
 WHOLE_NETWORK = {"learning_rate": 0.003}
-FREE = {"data_dir", "backbone_path"}  # where things are: no part of a run's name
+# Of L2P's rows, where they differ from its row settings or the benchmark's.
+L2P_ON = {"imr_10": {"epochs": 50, "e_prompt_length": 30}}
 
 # One row a method, under the settings that `--set` gives: every method beside every other, with the joint bounds.
 METHODS = {
@@ -147,12 +148,18 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
         raise UserError(f"table: {table!r} is unknown; known are {', '.join(sorted(known, key=int))}, methods, layers")
     rows: dict[str, Row] = {}
     for row in report.published_rows():
-        if str(row["table"]) != table or not (benchmark in row or "train_seconds" in row):
+        if str(row["table"]) != table or benchmark not in row.get("train_seconds", row):
             continue
         settings = row_settings(row)
+        if settings and "l2p" in settings["method"]:
+            settings |= L2P_ON.get(benchmark, {})
         name = report.row_name(row) + (f", {settings['shots'] or 'all'} shots" if settings and "shots" in settings else "")
         key = json.dumps(settings, sort_keys=True) if settings else name
         figures = {protocol_of(row): row[benchmark]} if "accuracy" in row.get(benchmark, {}) else {}
+        if "train_seconds" in row:
+            figures = {
+                protocol_of(row): {part: row[f"{part}_seconds"][benchmark] for part in ("train", "test")} | {"device": row["device"]}
+            }
         before = rows.get(key, Row(len(rows) + 1, name, {}, settings))
         rows[key] = dataclasses.replace(before, published={**before.published, **figures})
     if not rows:
@@ -170,8 +177,8 @@ def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int)
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
     settings = BENCHMARKS[benchmark] | dict(row.settings) | dict(overrides)
-    # A run on another backbone or fewer epochs is still this row; another method, rank or number of tasks is not.
-    kept = {key: value for key, value in row.settings.items() if key not in ("epochs", "batch_size", "backbone")}
+    # A run on another backbone, of fewer epochs or at another rate is still this row; another method, rank or number of tasks is not.
+    kept = {key: value for key, value in row.settings.items() if key not in ("epochs", "batch_size", "backbone", "learning_rate")}
     return Config(**settings | kept | {"name": "table", "seed": settings["seed"] + seed})
 
 
@@ -219,9 +226,10 @@ class Line:
     protocol: str
     figures: Mapping[str, tuple[float, float]]
     published: Mapping[str, Any] | None
-    cost: Mapping[str, float]
+    cost: Mapping[str, float | None]
     joint: bool
     seeds: int
+    backbone: str
 
 
 def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line]:
@@ -230,34 +238,55 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
     cost = {
         "own": last[0]["parameters"]["adapter"] - last[0]["parameters"]["fixed"],
         "shared": last[0]["parameters"]["shared"],
-        "bytes": last[0]["bytes"]["adapter"],
-        "gflops": last[0]["step_flops"] / 1e9,
-        "seconds": float(np.mean([sum(m["seconds"]["train"] for m in manifests) for manifests in runs])),
+        "own_bytes": last[0]["bytes"]["adapter"],
+        "shared_bytes": last[0]["bytes"]["shared"],
+        "memory_bytes": last[0]["bytes"]["memory"],
+        "gflops": last[0]["step_flops"] and last[0]["step_flops"] / 1e9,
     }
+    for part in ("train", "evaluate"):
+        cost[part] = float(np.mean([sum(m["seconds"][part] for m in manifests) for manifests in runs]))
     for protocol in runs[0][0]["metrics"]:
         each = [report.figures(manifests, protocol) for manifests in runs]
         figures = {key: (float(np.mean([e[key] for e in each])), float(np.std([e[key] for e in each]))) for key in each[0]}
         published = row.published.get(protocol) or (row.published.get("per_sample") if protocol.startswith("per_sample/") else None)
         joint = len(runs[0]) == 1
-        if joint and protocol != "oracle/task_given" and protocol != next(iter(runs[0][0]["metrics"])):
-            continue  # with one task, all who name it agree
-        lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, len(runs)))
+        if joint and protocol not in ("per_sample/no_task_id", "per_sample/prompt_id", "per_sample/prototype"):
+            continue  # with one task, the others are one of these
+        lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, len(runs), last[0]["backbone"]["name"]))
     return lines
 
 
-def bound(lines: Sequence[Line]) -> float | None:
-    """The highest accuracy over all classes that joint training reached here; None where no row is joint."""
-    joint = [line.figures["final_average"][0] for line in lines if line.joint and not line.protocol.startswith("oracle")]
+def bound(line: Line, lines: Sequence[Line]) -> float | None:
+    """What joint training reached among `lines` in what `line` is: all classes, its backbone, with or without prototypes.
+
+    None where that was not measured, where the task is given, and for joint training itself.
+    """
+    if line.joint or line.protocol.startswith("oracle"):
+        return None
+
+    def kind(one: Line) -> tuple[str, bool]:
+        return one.backbone, one.protocol.endswith("prototype")
+
+    joint = [one.figures["final_average"][0] for one in lines if one.joint and kind(one) == kind(line)]
     return max(joint, default=None)
 
 
+def _mean(values: tuple[float, float], seeds: int) -> str:
+    return f"{values[0]:.2f} ± {values[1]:.2f}" if seeds > 1 else f"{values[0]:.2f}"
+
+
+def _published(figures: Mapping[str, Any] | None) -> str:
+    if not figures:
+        return "–"
+    if "train" in figures:
+        return f"training {figures['train']} s, test {figures['test']} s on a {figures['device']}"
+    return " / ".join(f"{figures[key]:.2f}" for key in ("accuracy", "forgetting") if figures.get(key) is not None)
+
+
 def _cells(line: Line, best: float | None) -> list[str]:
-    shown = {key: f"{mean:.2f} ± {std:.2f}" if line.seeds > 1 else f"{mean:.2f}" for key, (mean, std) in line.figures.items()}
-    given = line.protocol.startswith("oracle")
-    above = best is not None and not line.joint and not given and line.figures["final_average"][0] > best
-    published = "–"
-    if line.published:
-        published = " / ".join(f"{line.published[key]:.2f}" for key in ("accuracy", "forgetting") if line.published[key] is not None)
+    shown = {key: _mean(values, line.seeds) for key, values in line.figures.items()}
+    cost, given = line.cost, line.protocol.startswith("oracle")
+    above = best is not None and line.figures["final_average"][0] > best
     return [
         str(line.number),
         line.name + (" (joint)" if line.joint else ""),
@@ -265,54 +294,58 @@ def _cells(line: Line, best: float | None) -> list[str]:
         shown["final_average"] + (" **▲**" if above else ""),
         "–" if line.joint else shown["forgetting"],
         "–" if line.joint or given else shown["task_id_accuracy"],
-        published,
-        f"{line.cost['own']:,} + {line.cost['shared']:,}",
-        f"{line.cost['bytes']:,}",
-        f"{line.cost['gflops']:.1f}",
-        f"{line.cost['seconds']:.0f}",
+        _published(line.published),
+        f"{cost['own']:,} + {cost['shared']:,}",
+        " + ".join(f"{cost[part] / 2**20:.2f}" for part in ("own_bytes", "shared_bytes", "memory_bytes")),
+        "–" if cost["gflops"] is None else f"{cost['gflops']:.1f}",
+        f"{cost['train']:.0f} + {cost['evaluate']:.0f}",
     ]
 
 
 def markdown(title: str, command: str, rows: Sequence[Row], lines: Sequence[Line], settings: str) -> str:
     """The table as Markdown."""
-    best = bound(lines)
-    columns = ["#", "row", "protocol", "accuracy", "forgetting", "task id", "published", "parameters, own + shared"]
-    columns += ["bytes of a task's own", "GFLOP a step", "training, s"]
-    out = [
-        f"# {title}",
-        "",
-        f"Made by `{command}`; a row alone by its number, with `--rows=#`.",
-        "",
-        settings,
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-    ]
-    out += ["| " + " | ".join(_cells(line, best)) + " |" for line in lines]
-    not_run = [row for row in rows if row.settings is None]
-    for row in not_run:
-        for figures in row.published.values():
-            out.append(f"| {row.number} | {row.name} | as published, not run | – | – | – | {figures['accuracy']:.2f} | – | – | – | – |")
+    columns = ["#", "row", "protocol", "accuracy", "forgetting", "task id", "published", "parameters: own + shared"]
+    columns += ["MiB a task: own + shared + memory", "GFLOP a step", "seconds: training + evaluation"]
+    out = [f"# {title}", "", f"Made by `{command}`; a row alone by its number, with `--rows=#`.", "", settings, ""]
+    out += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    out += ["| " + " | ".join(_cells(line, bound(line, lines))) + " |" for line in lines]
+    for row in rows:
+        for figures in row.published.values() if row.settings is None else ():
+            out.append(f"| {row.number} | {row.name} | as published, not run |{' – |' * 3} {_published(figures)} |{' – |' * 4}")
     out += ["", report.FOOTNOTE.replace("*", "\\*", 1) + ".", ""]
-    out += ["Accuracy and forgetting after the last task, percent of test images; published: accuracy / forgetting, ViT-B/16.", ""]
-    if best is not None:
-        out += [f"▲: above the highest joint training measured here, {best:.2f}.", ""]
+    out += [
+        "Accuracy and forgetting after the last task, in percent of test images, ± the standard deviation over seeds; published: "
+        "accuracy / forgetting, on ViT-B/16. Memory is what a method holds of older tasks. Evaluation is of all protocols and stages.",
+        "",
+    ]
+    if any(line.joint for line in lines):
+        out += ["▲: above joint training on all classes, as measured here on the same backbone (for prototype rows: with prototypes).", ""]
     return "\n".join([*out, *reading(lines)])
+
+
+# A host's protocols, and those of the same host with Soft-TF, which names the task where the host has no need to.
+_PAIRS = {
+    "per_sample/prompt_id": ("per_sample/prompt_id", "per_sample/no_task_id"),
+    "batch_vote/prompt_id": ("batch_vote/prompt_id", "batch_vote/pool"),
+    "oracle/task_given": ("oracle/task_given",),
+}
 
 
 def reading(lines: Sequence[Line]) -> list[str]:
     """What the figures say, as Markdown: the best, what Soft-TF adds to each method, what the vote over single-task batches adds."""
     found = {(line.name, line.protocol): line.figures["final_average"] for line in lines if not line.joint}
-    out = []
+    seeds, out = min((line.seeds for line in lines), default=1), []
     for title, prefix in (("each image by itself", "per_sample"), ("the task given", "oracle")):
-        ranked = sorted(((mean, std, key) for key, (mean, std) in found.items() if key[1].startswith(prefix)), reverse=True)
+        ranked = sorted(((values[0], values, key) for key, values in found.items() if key[1].startswith(prefix)), reverse=True)
         if len(ranked) > 1:
-            best = "; ".join(f"{name} ({report.TITLES[protocol]}) {mean:.2f} ± {std:.2f}" for mean, std, (name, protocol) in ranked[:3])
+            best = "; ".join(f"{name} ({report.TITLES[protocol]}) {_mean(values, seeds)}" for _, values, (name, protocol) in ranked[:3])
             out.append(f"- Highest with {title}: {best}. Lowest: {ranked[-1][2][0]}, {ranked[-1][0]:.2f}.")
-    protocols = ("per_sample/prompt_id", "batch_vote/prompt_id", "oracle/task_given")
     for name in dict.fromkeys(name for name, _ in found):
-        pairs = [(protocol, found.get((f"{name}-Soft-TF", protocol)), found.get((name, protocol))) for protocol in protocols]
-        changes = [f"{protocol} {_change(*pair)}" for protocol, *pair in pairs if None not in pair]
+        changes = []
+        for protocol, theirs in _PAIRS.items():
+            new, old = found.get((f"{name}-Soft-TF", protocol)), next((found[name, p] for p in theirs if (name, p) in found), None)
+            if new and old:
+                changes.append(f"{protocol} {new[0] - old[0]:+.2f}" + (f" ± {np.hypot(new[1], old[1]):.2f}" if seeds > 1 else ""))
         if changes:
             out.append(f"- Soft-TF on {name}: {', '.join(changes)} points.")
     leaks = {}
@@ -329,11 +362,6 @@ def reading(lines: Sequence[Line]) -> list[str]:
     return ["## What the figures say", "", *out, ""] if out else []
 
 
-def _change(new: tuple[float, float], old: tuple[float, float]) -> str:
-    """A difference of means with the standard deviation of both together."""
-    return f"{new[0] - old[0]:+.2f} ± {np.hypot(new[1], old[1]):.2f}"
-
-
 def draw_layers(path: Path, lines: Sequence[Line]) -> None:
     """Figure 4: accuracy by masked layer, a curve a protocol, as a PNG at `path`."""
     from matplotlib.figure import Figure
@@ -348,6 +376,19 @@ def draw_layers(path: Path, lines: Sequence[Line]) -> None:
     axes.set(xlabel="masked layer", ylabel="accuracy after the last task (%)", xticks=range(1, 13))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)
+
+
+def _conditions(rows: Sequence[Row], configs: Sequence[Sequence[Config]]) -> str:
+    """Backbone, epochs, batches, rates and images, and for which rows."""
+    by_condition: dict[str, list[int]] = {}
+    for row, each in zip(rows, configs, strict=True):
+        for c in each[:1]:
+            images = f"{c.train_images_per_class or 'all'} training and {c.test_images_per_class or 'all'} test images a class"
+            text = f"{c.backbone}, {c.epochs} epoch(s) in batches of {c.batch_size} at base rate {c.learning_rate}, {images}"
+            by_condition.setdefault(text, []).append(row.number)
+    if len(by_condition) == 1:
+        return f"{next(iter(by_condition))}."
+    return " ".join(f"Rows {', '.join(map(str, numbers))}: {text}." for text, numbers in by_condition.items())
 
 
 def default_benchmark(table: str) -> str:
@@ -387,7 +428,5 @@ def make(
     if table == "layers":
         draw_layers(workdir / "layers.png", lines)
     title = {"methods": "Every method", "layers": "Soft-TF on one layer at a time (Figure 4)"}.get(table, f"Table {table}")
-    one = wanted[0]
-    images = f"{one.train_images_per_class or 'all'} training and {one.test_images_per_class or 'all'} test images a class"
-    note = f"{one.backbone}, {one.epochs} epoch(s) in batches of {one.batch_size}, {images}, {seeds} seed(s) from {one.seed} on."
+    note = f"{seeds} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs)
     return markdown(f"{title}, {benchmark}", command, rows, lines, note)

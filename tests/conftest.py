@@ -9,8 +9,6 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# These models are tiny: compiling takes most of a test's time, and what XLA optimizes changes no definition.
-jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np
 import pytest
@@ -46,6 +44,14 @@ def backbone():
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(treedef, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture
+def fast_compile():
+    """For tests of definitions on tiny models, where compiling is most of the time; not for those of bits."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

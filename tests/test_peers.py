@@ -15,6 +15,8 @@ import pytest
 from soft_jax import methods, reparam, train, trees, weights
 from soft_jax.vit import Mlp, ViTConfig
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 DATA = Path(__file__).parent / "data"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 FLAX = {"rtol": 1e-6, "atol": 1e-7}  # Google's model takes the variance in one pass and its softmax in float32

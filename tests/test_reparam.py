@@ -11,6 +11,8 @@ from soft_jax.vit import Mlp, ViT
 from soft_jax.weights import BACKBONES
 from tests.conftest import TINY, soft_masks
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 PATHS = reparam.kernel_paths(("qkv", "proj"), (2, 3))
 QKV, PROJ = "blocks_2/attn/qkv/kernel", "blocks_2/attn/proj/kernel"
 

@@ -9,6 +9,8 @@ from soft_jax import prompts, retention, trees
 from soft_jax.vit import ViT
 from tests.conftest import TINY, tiny_method
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 MASK = np.arange(6) < 2
 
 

@@ -11,6 +11,8 @@ from soft_jax import prompts, task_id
 from soft_jax.vit import ViT
 from tests.conftest import TINY, soft_masks, tiny_method
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 DATA = Path(__file__).parent / "data"
 
 

@@ -7,6 +7,8 @@ from soft_jax import train, trees
 from soft_jax.augment import Augment
 from tests.conftest import tiny_method
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 CLASSES = np.arange(6)
 FIXED = ("class_mask", "hold_g_prompt", "memory")  # the same for every image of a task
 

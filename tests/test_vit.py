@@ -8,6 +8,8 @@ import pytest
 from soft_jax.vit import ViT
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def test_parts_make_the_whole(backbone, rng):
     vit, params = ViT(TINY), {"params": backbone}
