@@ -198,3 +198,12 @@ def test_a_run_that_ended_lets_go_of_its_workdir(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="backbone_path: no file"):
             continual.run(Config(backbone_path="/nowhere"), tmp_path, Console(quiet=True))
+
+
+def test_steps_are_counted_where_only_compiled_programs_can_be(small, monkeypatch):
+    """As on GPUs and TPUs; and a backend that can't count leaves the figure out instead of ending the run."""
+    written = small().step_flops
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
+    assert 0.2 * written < small().step_flops < 2 * written
+    monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda self: None)
+    assert small().step_flops is None
