@@ -10,11 +10,16 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import hypothesis
 import numpy as np
 import pytest
 
 from soft_jax import methods, reparam
 from soft_jax.vit import ViT, ViTConfig
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=48)
 

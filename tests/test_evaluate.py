@@ -142,7 +142,7 @@ def test_unseen_tasks_and_classes_only_under_batch_vote(world):
 
 
 @given(data=strategies.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
     """Any choice of the images, in any order, under any batch size: the same task and class for each."""
     model, _, images, query = world

@@ -80,7 +80,7 @@ def test_predictions_are_what_evaluation_counted(workdir, test_set, predictors, 
 
 
 @given(data=strategies.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @pytest.mark.parametrize("task_id", PROTOCOLS)
 def test_order_and_company_never_change_a_prediction(test_set, predictors, task_id, data):
     predictor = predictors[task_id]
