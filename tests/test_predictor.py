@@ -93,7 +93,7 @@ def test_order_and_company_never_change_a_prediction(test_set, predictors, task_
 
 
 @pytest.mark.parametrize("task_id", PROTOCOLS)
-def test_nothing_is_compiled_after_warm_up(workdir, test_set, task_id):
+def test_nothing_is_compiled_after_warm_up(workdir, test_set, predictors, task_id):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
@@ -109,6 +109,10 @@ def test_nothing_is_compiled_after_warm_up(workdir, test_set, task_id):
         predictor.predict(test_set.images[chosen], **asked(predictor, test_set.labels[chosen]))
         predictor.predict(test_set.images[chosen], task=int(count) % 5)
     assert not compiled
+    # And the size of the batches changes no answer.
+    ours, others = (p.predict(test_set.images, **asked(p, test_set.labels)) for p in (predictor, predictors[task_id]))
+    np.testing.assert_array_equal(ours.classes, others.classes)
+    np.testing.assert_array_equal(ours.tasks, others.tasks)
 
 
 def test_some_tasks_only(workdir, test_set):
