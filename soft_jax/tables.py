@@ -247,13 +247,18 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         cost[part] = float(np.mean([sum(m["seconds"][part] for m in manifests) for manifests in runs]))
     for protocol in runs[0][0]["metrics"]:
         each = [report.figures(manifests, protocol) for manifests in runs]
-        figures = {key: (float(np.mean([e[key] for e in each])), float(np.std([e[key] for e in each]))) for key in each[0]}
+        figures = {key: _statistics([e[key] for e in each]) for key in each[0]}
         published = row.published.get(protocol) or (row.published.get("per_sample") if protocol.startswith("per_sample/") else None)
         joint = len(runs[0]) == 1
         if joint and protocol not in ("per_sample/no_task_id", "per_sample/prompt_id", "per_sample/prototype"):
             continue  # with one task, the others are one of these
         lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, len(runs), last[0]["backbone"]["name"]))
     return lines
+
+
+def _statistics(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1; 0 for one value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def bound(line: Line, lines: Sequence[Line]) -> float | None:

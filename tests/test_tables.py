@@ -156,7 +156,7 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     each = [json.loads(line) for path in tmp_path.glob("head*/*/results.jsonl") for line in path.read_text().splitlines()]
     finals = [row["final_average"] for row in each if row["protocol"] == "per_sample" and row["tasks_trained"] == 2]
     assert len(finals) == 2
-    assert lines[0][3].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2:.2f}")
+    assert lines[0][3].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2**0.5:.2f}")
     monkeypatch.setattr(continual, "run", None)  # nothing is missing now
     assert command_line.main(arguments) == 0
     assert "no task id" in capsys.readouterr().out
