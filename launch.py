@@ -4,9 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+from soft_jax.cache import COMPILED
+
 # Set before jax is imported. Programs compiled once are kept for later runs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(os.environ.get("SOFT_JAX_CACHE", "~/.cache/soft_jax")).expanduser() / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 
 from absl import app, flags, logging
 from ml_collections import config_flags

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from soft_jax.cache import COMPILED
+
 # Set before jax is imported. Programs compiled once are kept for later runs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(os.environ.get("SOFT_JAX_CACHE", "~/.cache/soft_jax")).expanduser() / "xla"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 
 from soft_jax import images, tables
 from soft_jax.config import parse_argument
@@ -86,7 +88,7 @@ def _table(arguments: argparse.Namespace) -> int:
     if arguments.output:  # now, not after hours
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     try:
-        text = tables.make(arguments.table, benchmark, rows, configs, Path(arguments.workdir), _command(arguments), arguments.seeds)
+        text = tables.make(arguments.table, benchmark, rows, configs, Path(arguments.workdir), _command(arguments))
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + 15

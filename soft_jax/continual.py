@@ -255,8 +255,8 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
     members = run.scenario.members(split.labels, task)
     chosen = np.random.default_rng([run.config.seed, zlib.crc32(b"memory"), task]).permutation(members)[: retention.IMAGES]
     images = np.asarray(prepare_test(jnp.asarray(split.images[chosen]), size), np.float32) / 255
-    arguments = (run.method, trainable, run.params, images, split.labels[chosen], run.scenario.class_mask(task))
-    return jax.device_put(run.method.retention.update(memory, *arguments), train.replicated(run.mesh))
+    batch = {"images": images, "labels": split.labels[chosen], "class_mask": run.scenario.class_mask(task)}
+    return jax.device_put(run.method.retention.update(memory, run.method, trainable, run.params, batch), train.replicated(run.mesh))
 
 
 def prepare(

@@ -200,10 +200,7 @@ def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
     for part in parts:
         if part in reparam.KINDS:
             settings["reparam"] = reparam.KINDS[part](config, _from_zero(config.mask_layers))
-            try:
-                reparam.check(settings["reparam"], vit)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            reparam.check(settings["reparam"], vit)
         elif part in retention.KINDS:
             settings["retention"] = retention.KINDS[part](config)
         elif part == "dualprompt":

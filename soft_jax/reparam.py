@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import trees
+from soft_jax.errors import UserError
 from soft_jax.vit import ViTConfig
 
 WEIGHTS = {"qkv": ("attn/qkv",), "qv": ("attn/qkv",), "proj": ("attn/proj",), "mlp": ("mlp/fc1", "mlp/fc2")}
@@ -149,7 +150,7 @@ class LoRA:
     rank: int = 4
     parts: tuple[int, ...] = (0, 1, 2)  # of q, k, v
 
-    def _columns(self, path: str, out: int) -> tuple[tuple[int, ...], int]:
+    def _columns(self, path: str) -> tuple[tuple[int, ...], int]:
         """The column blocks of a kernel that get a product of their own, and how many blocks it has."""
         return (self.parts, 3) if path.endswith("attn/qkv/kernel") else ((0,), 1)
 
@@ -158,7 +159,7 @@ class LoRA:
         own = {}
         kernels = trees.flatten(trees.select(backbone, self.kernels))
         for k, (path, kernel) in zip(jax.random.split(key, len(kernels)), kernels.items(), strict=True):
-            blocks, of = self._columns(path, kernel.shape[1])
+            blocks, of = self._columns(path)
             own[f"{path}/a"] = _kaiming(k, (len(blocks), kernel.shape[0], self.rank))
             own[f"{path}/b"] = jnp.zeros((len(blocks), self.rank, kernel.shape[1] // of), jnp.float32)
         return trees.unflatten(own)
@@ -167,7 +168,7 @@ class LoRA:
         """W + 8 A B: the merged weights, so that inference costs what the backbone's does."""
         own, merged = trees.flatten(own), {}
         for path, kernel in trees.flatten(trees.select(backbone, self.kernels)).items():
-            blocks, of = self._columns(path, kernel.shape[1])
+            blocks, of = self._columns(path)
             products = jnp.einsum("gir,gro->gio", own[f"{path}/a"], own[f"{path}/b"], precision="highest")
             placed = jnp.zeros((of, kernel.shape[0], kernel.shape[1] // of), products.dtype).at[np.array(blocks)].set(products)
             merged[path] = kernel + self.SCALE * jnp.moveaxis(placed, 0, 1).reshape(kernel.shape)
@@ -231,7 +232,7 @@ def layers_of(reparam: Reparam | None) -> tuple[int, ...]:
 
 
 def check(reparam: Reparam, vit: ViTConfig) -> None:
-    """Raise ValueError where a rank is larger than the layer is wide."""
+    """Raise UserError where a rank is larger than the layer is wide."""
     rank = getattr(reparam, "rank", 0)
     if rank > vit.dim:
-        raise ValueError(f"rank: {rank} is above the backbone's width, {vit.dim}")
+        raise UserError(f"rank: {rank} is above the backbone's width, {vit.dim}")

@@ -6,6 +6,7 @@ step as an argument: `init` before the first task, `loss` and `project` in a ste
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -23,18 +24,27 @@ IMAGES = 256  # of a task's training images that `update` looks at, prepared as 
 AT_ONCE = 32
 
 
-def no_loss(*_: Any) -> float:
-    """The term of a way that adds none."""
-    return 0.0
+Batch = Mapping[str, Any]
 
 
-def as_they_are(_memory: trees.Tree, _method: "Method", grads: trees.Tree) -> trees.Tree:
-    """The gradients of a way that changes none."""
-    return grads
+class _Way:
+    """What a way does unless it says otherwise.
+
+    `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in [0, 1] `[N, H, W, 3]`, `labels` int `[N]`
+    and `class_mask` bool `[classes]`, and in a step the `weights` `[N]` of `train.loss_fn`.
+    """
+
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+        """What is added to the loss, a scalar; `logits` `[N, classes]` are the batch's. Nothing."""
+        return 0.0
+
+    def project(self, memory: trees.Tree, method: "Method", grads: trees.Tree) -> trees.Tree:
+        """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
+        return grads
 
 
 @dataclasses.dataclass(frozen=True)
-class PGP:
+class PGP(_Way):
     """Prompt Gradient Projection (Qiao et al., 2024): prompts move at right angles to what older tasks' images ask them.
 
     For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq; its value half moves freely, as in the
@@ -48,7 +58,6 @@ class PGP:
     """
 
     threshold: float = 0.5
-    loss = staticmethod(no_loss)
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """Nothing is held yet."""
@@ -68,17 +77,9 @@ class PGP:
             adapter["prompt"] = _project_keys(adapter["prompt"], projector[g_count:])
         return {"adapter": adapter, "shared": shared}
 
-    def update(
-        self,
-        memory: trees.Tree,
-        method: "Method",
-        trainable: trees.Tree,
-        backbone: trees.Tree,
-        images: np.ndarray,
-        labels: np.ndarray,
-        class_mask: np.ndarray,
-    ) -> trees.Tree:
-        """The memory with the directions of one more task, from images in [0, 1] `[N, H, W, 3]`."""
+    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
+        """The memory with the directions of one more task."""
+        images = batch["images"]
         grams = sum(
             np.asarray(_grams(method, trainable, backbone, images[start : start + AT_ONCE]), np.float64)
             for start in range(0, len(images), AT_ONCE)
@@ -89,7 +90,7 @@ class PGP:
 
 def _project_keys(grads: jax.Array, projector: jax.Array) -> jax.Array:
     """Gradients `[layers, 2, length, heads, head_dim]`, those of the keys without their part in `projector` `[layers, dim, dim]`."""
-    keys = grads[:, 0].reshape(*grads.shape[:1], grads.shape[2], -1)
+    keys = grads[:, 0].reshape(grads.shape[0], grads.shape[2], -1)
     keys = keys - jnp.einsum("lpd,lde->lpe", keys, projector.astype(keys.dtype), precision="highest")
     return grads.at[:, 0].set(keys.reshape(grads[:, 0].shape))
 
@@ -100,7 +101,7 @@ def _grams(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images
     if method.pool_size:
         features = [ViT(method.vit).apply({"params": backbone}, images, method="embed")]
     else:
-        features = list(_attention_queries(method, trainable, backbone, images))
+        features = _attention_queries(method, trainable, backbone, images)
     return jnp.stack([jnp.einsum("bnd,bne->de", x, x, precision="highest") for x in (f.astype(jnp.float32) for f in features)])
 
 
@@ -133,7 +134,7 @@ def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarr
 
 
 @dataclasses.dataclass(frozen=True)
-class EWC:
+class EWC(_Way):
     """Elastic Weight Consolidation (Kirkpatrick et al., 2017), online: + λ/2 Σ F (θ − θ*)² over everything trained.
 
     F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended. All weights are shared: forgetting
@@ -143,29 +144,19 @@ class EWC:
     """
 
     strength: float = 1000.0
-    project = staticmethod(as_they_are)
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """Nothing to hold on to: F = 0."""
         return {"anchor": jax.tree.map(jnp.zeros_like, shared), "fisher": jax.tree.map(jnp.zeros_like, shared)}
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch, logits) -> jax.Array:
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
         """The term, a scalar."""
         terms = jax.tree.map(lambda f, x, a: jnp.sum(f * (x - a) ** 2), memory["fisher"], trainable["shared"], memory["anchor"])
         return self.strength / 2 * sum(jax.tree.leaves(terms))
 
-    def update(
-        self,
-        memory: trees.Tree,
-        method: "Method",
-        trainable: trees.Tree,
-        backbone: trees.Tree,
-        images: np.ndarray,
-        labels: np.ndarray,
-        class_mask: np.ndarray,
-    ) -> trees.Tree:
+    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
         """F with one more task's, the mean over images of the squared gradient of each one's log p(label); θ* as it is now."""
-        fisher = _fisher(method, trainable, backbone, images, labels, class_mask)
+        fisher = _fisher(method, trainable, backbone, batch["images"], batch["labels"], batch["class_mask"])
         return {"anchor": trainable["shared"], "fisher": jax.tree.map(jnp.add, memory["fisher"], fisher)}
 
 
@@ -183,7 +174,7 @@ def _fisher(method: "Method", trainable: trees.Tree, backbone: trees.Tree, image
 
 
 @dataclasses.dataclass(frozen=True)
-class LwF:
+class LwF(_Way):
     """Learning without Forgetting (Li and Hoiem, 2016): the old network's answers on the new images, kept for the old classes.
 
     + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks. All weights are shared: old tasks drift
@@ -194,13 +185,12 @@ class LwF:
 
     strength: float = 1.0
     temperature: float = 2.0
-    project = staticmethod(as_they_are)
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """No class is old."""
         return {"shared": jax.tree.map(jnp.copy, shared), "seen": jnp.zeros(method.classes, bool)}
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch, logits) -> jax.Array:
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
         """The term, a scalar; 0 while no class is old."""
         seen, weights, shared = memory["seen"], batch["weights"], memory["shared"]
         before = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, batch["images"]))
@@ -213,18 +203,9 @@ class LwF:
         mean = jnp.sum(jnp.where(weights > 0, divergence * weights, 0)) / weights.sum()
         return self.strength * self.temperature**2 * mean * seen.any().astype(mean.dtype)
 
-    def update(
-        self,
-        memory: trees.Tree,
-        method: "Method",
-        trainable: trees.Tree,
-        backbone: trees.Tree,
-        images: np.ndarray,
-        labels: np.ndarray,
-        class_mask: np.ndarray,
-    ) -> trees.Tree:
+    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
         """The network as it is now, and its task's classes among the old ones."""
-        return {"shared": trainable["shared"], "seen": memory["seen"] | jnp.asarray(class_mask)}
+        return {"shared": trainable["shared"], "seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
 
 
 Retention = PGP | EWC | LwF

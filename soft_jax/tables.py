@@ -336,6 +336,14 @@ _PAIRS = {
 }
 
 
+# What the batch decides in the place of each image.
+_VOTED = {
+    "per_sample/no_task_id": "batch_vote/pool",
+    "per_sample/prompt_id": "batch_vote/prompt_id",
+    "per_sample/gradient_id": "batch_vote/gradient_id",
+}
+
+
 def reading(lines: Sequence[Line]) -> list[str]:
     """What the figures say, as Markdown: the best, what Soft-TF adds to each method, what the vote over single-task batches adds."""
     found = {(line.name, line.protocol): line.figures["final_average"] for line in lines if not line.joint}
@@ -355,8 +363,7 @@ def reading(lines: Sequence[Line]) -> list[str]:
             out.append(f"- Soft-TF on {name}: {', '.join(changes)} points.")
     leaks = {}
     for name, protocol in found:
-        voted = found.get((name, protocol.replace("per_sample/no_task_id", "batch_vote/pool").replace("per_sample", "batch_vote")))
-        if protocol.startswith("per_sample") and voted:
+        if voted := found.get((name, _VOTED.get(protocol))):
             leaks[f"{name} {protocol.split('/')[1]}"] = voted[0] - found[name, protocol][0]
     if leaks:
         most = max(leaks, key=leaks.get)
@@ -418,9 +425,7 @@ def chosen(numbers: str | None, count: int) -> list[int]:
     return out
 
 
-def make(
-    table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequence[Config]], workdir: Path, command: str, seeds: int
-) -> str:
+def make(table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequence[Config]], workdir: Path, command: str) -> str:
     """Run what is missing of `rows` below `workdir` and return the table as Markdown; Figure 4's picture goes to `workdir`.
 
     `configs` holds the configs of each row's seeds, none for a row that is not run. Raises UserError where nothing would be run.
@@ -433,5 +438,5 @@ def make(
     if table == "layers":
         draw_layers(workdir / "layers.png", lines)
     title = {"methods": "Every method", "layers": "Soft-TF on one layer at a time (Figure 4)"}.get(table, f"Table {table}")
-    note = f"{seeds} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs)
+    note = f"{max(map(len, configs))} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs)
     return markdown(f"{title}, {benchmark}", command, rows, lines, note)

@@ -23,10 +23,9 @@ import numpy as np
 import safetensors.numpy
 
 from soft_jax import trees
+from soft_jax.cache import CACHE
 from soft_jax.errors import UserError
 from soft_jax.vit import ViT, ViTConfig
-
-CACHE = Path(os.environ.get("SOFT_JAX_CACHE", "~/.cache/soft_jax")).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,3 +111,9 @@ def test_settings_reach_the_method():
     assert method.e_layers == (2, 3)
     assert method.g_layers == (0, 1)
     assert methods.from_config(Config(method="dualprompt"), vit, 10).kernels == ()
+
+
+def test_a_rank_that_the_vit_does_not_have():
+    vit = weights.BACKBONES["vit_ti8_32"].vit
+    with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
+        methods.from_config(Config(method="lora", rank=193), vit, 10)

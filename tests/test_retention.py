@@ -19,6 +19,10 @@ def trainable_of(method, backbone, seed=0):
     return {"adapter": method.init_adapter(key, backbone), "shared": method.init_shared(jax.random.fold_in(key, 1), backbone)}
 
 
+def taught(images, labels):
+    return {"images": images, "labels": labels, "class_mask": MASK}
+
+
 def pictures(rng, count=12):
     return rng.random((count, 16, 16, 3), np.float32), rng.integers(0, 2, count).astype(np.int32)
 
@@ -33,7 +37,7 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
     held = 0
     for _ in range(2):
         images, labels = pictures(rng)
-        memory = method.retention.update(memory, method, trainable, backbone, images, labels, MASK)
+        memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
         for layer, projector in enumerate(np.asarray(memory["projector"], float)):
             np.testing.assert_allclose(projector @ projector, projector, atol=1e-5)
             gram = np.asarray(retention._grams(method, trainable, backbone, images)[layer], float)
@@ -120,7 +124,7 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     memory = method.retention.init(method, trainable["shared"])
     assert method.retention.loss(memory, method, trainable, backbone, None, None) == 0
     images, labels = pictures(rng, 5)
-    memory = method.retention.update(memory, method, trainable, backbone, images, labels, MASK)
+    memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
 
     def log_p(kernel, image, label):
         shared = trainable["shared"] | {"head": trainable["shared"]["head"] | {"kernel": kernel}}
@@ -135,7 +139,7 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     moved = trainable | {"shared": trainable["shared"] | {"head": trainable["shared"]["head"] | {"kernel": kernel + 0.1}}}
     loss = method.retention.loss(memory, method, moved, backbone, None, None)
     assert loss == pytest.approx(3.0 / 2 * 0.01 * float(fisher.sum()), rel=1e-3)
-    again = method.retention.update(memory, method, trainable, backbone, images, labels, MASK)
+    again = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
     np.testing.assert_allclose(again["fisher"]["head"]["kernel"], 2 * fisher, rtol=1e-5)
 
 
@@ -153,7 +157,7 @@ def test_lwf_holds_the_old_answers(whole, backbone, rng):
     memory = method.retention.init(method, trainable["shared"])
     moved = trainable | {"shared": jax.tree.map(lambda x: x * 1.1, trainable["shared"])}
     assert loss(memory, moved) == 0  # nothing is old
-    memory = method.retention.update(memory, method, trainable, backbone, images, labels, MASK)
+    memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
     assert memory["seen"].tolist() == MASK.tolist()
     assert loss(memory, trainable) == pytest.approx(0, abs=1e-5)
     then, now = (np.asarray(logits_of(t["shared"]), float)[:3, :2] / 2 for t in (trainable, moved))
