@@ -21,11 +21,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported here: a wrong flag is answered at once, not after jax has started.
-    from soft_jax import continual
+    from soft_jax import continual, processes
 
     logging.set_verbosity(logging.ERROR)
     try:
         config = config_lib.from_config_dict(flags.FLAGS.config)
+        if flags.FLAGS.distributed:
+            processes.join(flags.FLAGS.distributed)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}-{config.method}-{config.tasks}x-seed{config.seed}"
         continual.run(config, workdir)
     except UserError as error:
@@ -40,6 +42,11 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """The flags, and the config file that they name; what is wrong in either is one line."""
     flags.DEFINE_string("workdir", None, "The run's folder; the same command continues it. Default: runs/NAME-METHOD-TASKSx-seedSEED.")
+    flags.DEFINE_string(
+        "distributed",
+        None,
+        'Several processes, one a host, in one run: "auto" on TPU pod slices and clusters that jax knows, else "HOST:PORT,INDEX,COUNT".',
+    )
     try:
         # Defining it reads the file and the overrides of its fields.
         config_flags.DEFINE_config_file(

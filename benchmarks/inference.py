@@ -86,7 +86,7 @@ class Requests:
         self.images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
         draw = jax.jit(method.init_adapter)
         self.adapters = [draw(jax.random.key(task), params) for task in range(count)]
-        query = inference.queries(method, params, self.images, self.batching)
+        query = inference.queries(method, params, self.images, self.batching, prepared=True)
         # Keys towards single images, so that tasks share the images out.
         keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
         projection = prototype.projection(0, method.vit.dim, FEATURES)
@@ -121,7 +121,7 @@ class Requests:
     def batch_prompt(self) -> None:
         """The published batches, each by the majority of its images' nearest keys."""
         model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
-        tokens, query = inference.encode(model, self.images, self.batching, queried=True)
+        tokens, query = inference.encode(model, self.images, self.batching, queried=True, prepared=True)
         nearest = inference.key_similarity(model, query, self.batching).argmax(axis=1)
         voted = task_id.majority(nearest, batches.index, self.count)
         inference.logits(model, tokens, inference.alone(voted), self.batching)
@@ -129,11 +129,11 @@ class Requests:
     def batch_gradient(self) -> None:
         """The published batches, each by ∂H/∂α on its first images; only those need q(x), for the vote on the E-prompt."""
         model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
-        settings = evaluate.Settings(self.batching.mesh, BATCH, SHOTS, self.batching.largest)
-        tokens, _ = inference.encode(model, self.images, self.batching, queried=False)
+        settings = evaluate.Settings(self.batching.mesh, BATCH, SHOTS, self.batching.largest, prepared=True)
+        tokens, _ = inference.encode(model, self.images, self.batching, queried=False, prepared=True)
         shots = np.flatnonzero(batches.position < SHOTS)
         nearest = np.zeros(len(self.images), int)
-        query = inference.queries(model.method, model.backbone, self.images[shots], self.batching)
+        query = inference.queries(model.method, model.backbone, self.images[shots], self.batching, prepared=True)
         nearest[shots] = inference.key_similarity(model, query, self.batching).argmax(axis=1)
         gradients = evaluate.batch_alpha_gradients(model, tokens, nearest, batches, settings)
         inference.logits(model, tokens, inference.alone(gradients.argmin(axis=1)[batches.index]), self.batching)

@@ -1,4 +1,4 @@
-"""Image preparation on the device, in uint8 steps as Pillow does it: random crops and flips, and the test-time resize.
+"""Image preparation in uint8 steps as Pillow does it: random crops and flips, and the test-time resize; on the device, but for files.
 
 A resize is two passes, horizontal then vertical, each rounded to whole levels, with weights that stay
 inside the crop (Pillow's `Image.resize` after `Image.crop`).
@@ -9,6 +9,8 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 TRIES = 10  # draws of a crop before the centre is taken
 
@@ -63,21 +65,31 @@ def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Arra
     return levels(jnp.einsum("hxc,yh->yxc", wide, rows, precision="highest"))
 
 
-def draw_crop(key: jax.Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> jax.Array:
-    """A random crop (top, left, height, width) in pixels, int32 `[4]`: torchvision's RandomResizedCrop.get_params."""
-    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    area = height * width * jax.random.uniform(area_key, (TRIES,), minval=scale[0], maxval=scale[1])
-    aspect = jnp.exp(jax.random.uniform(ratio_key, (TRIES,), minval=math.log(ratio[0]), maxval=math.log(ratio[1])))
-    w, h = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+DRAWS = 2 * TRIES + 2  # uniform numbers that a crop takes
+
+
+def draw_crop(
+    draws: jax.Array | np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> jax.Array | np.ndarray:
+    """A random crop (top, left, height, width) in pixels, int32 `[4]`: torchvision's RandomResizedCrop.get_params.
+
+    `draws`, float `[DRAWS]`, are from U[0, 1); NumPy's are answered in NumPy, on the host.
+    """
+    xp = np if isinstance(draws, np.ndarray) else jnp
+    area = height * width * (scale[0] + draws[:TRIES] * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = xp.exp(low + draws[TRIES : 2 * TRIES] * (high - low))
+    w, h = xp.round(xp.sqrt(area * aspect)), xp.round(xp.sqrt(area / aspect))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = jnp.argmax(fits)
-    crop_h, crop_w = h[first].astype(int), w[first].astype(int)
-    top = jax.random.randint(top_key, (), 0, jnp.maximum(height - crop_h, 0) + 1)
-    left = jax.random.randint(left_key, (), 0, jnp.maximum(width - crop_w, 0) + 1)
+    first = xp.argmax(fits)
+    crop_h, crop_w = h[first], w[first]
+    # The product is rounded: just below 1, a draw can end at the number of places.
+    top = xp.minimum(xp.floor(draws[-2] * (height - crop_h + 1)), height - crop_h)
+    left = xp.minimum(xp.floor(draws[-1] * (width - crop_w + 1)), width - crop_w)
     # No draw fits: the largest centred crop whose ratio is allowed.
     wide, tall = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-    centre = jnp.array([(height - tall) // 2, (width - wide) // 2, tall, wide])
-    return jnp.where(fits.any(), jnp.stack([top, left, crop_h, crop_w]), centre).astype(jnp.int32)
+    centre = xp.array([(height - tall) // 2, (width - wide) // 2, tall, wide])
+    return xp.where(fits.any(), xp.stack([top, left, crop_h, crop_w]).astype(xp.int32), centre.astype(xp.int32))
 
 
 def crop_and_resize(image: jax.Array, crop: jax.Array, size: int, filter: str = "bilinear") -> jax.Array:
@@ -95,12 +107,23 @@ def augment(key: jax.Array, images: jax.Array, spec: Augment) -> jax.Array:
     def one(key, image):
         crop_key, flip_key = jax.random.split(key)
         if spec.scale != (1, 1) or spec.ratio != (1, 1) or (height, width) != (spec.size, spec.size):
-            image = crop_and_resize(image, draw_crop(crop_key, height, width, spec.scale, spec.ratio), spec.size)
+            draws = jax.random.uniform(crop_key, (DRAWS,))
+            image = crop_and_resize(image, draw_crop(draws, height, width, spec.scale, spec.ratio), spec.size)
         if spec.flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         return image.astype(jnp.uint8)
 
     return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
+
+
+def augment_file(rng: np.random.Generator, image: Image.Image, spec: Augment) -> np.ndarray:
+    """As `augment` for one image of any size, by Pillow on the host: uint8 `[size, size, 3]`."""
+    if spec.scale != (1, 1) or spec.ratio != (1, 1) or image.size != (spec.size, spec.size):
+        top, left, height, width = draw_crop(rng.random(DRAWS), image.height, image.width, spec.scale, spec.ratio).tolist()
+        image = image.crop((left, top, left + width, top + height)).resize((spec.size, spec.size), Image.Resampling.BILINEAR)
+    if spec.flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
 
 
 def tested_geometry(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:

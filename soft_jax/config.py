@@ -52,6 +52,7 @@ class Config:
     g_prompt_length: int = 5
     prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
     pull: float = 1.0  # λ of the key-matching term
+    fixed_query: bool = False  # train with q(x) of the whole image, computed once, not of each crop as the paper does; saves a third or so
     hold_g_prompt: bool = False  # train the G-prompt in the first task only; the paper trains it on, and old tasks drift with it
     # Training
     epochs: int = 20

@@ -21,12 +21,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from soft_jax import data, evaluate, inference, methods, prototype, report, retention, train, trees, weights
+from soft_jax import batches, data, evaluate, inference, methods, processes, prototype, report, retention, train, trees, weights
 from soft_jax.augment import prepare_test
 from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
 from soft_jax.store import Store
+
+CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
+READ_AT_ONCE = 1024  # files whose images are held at once
 
 
 class Preempted(Exception):
@@ -49,41 +52,79 @@ class Run:
     console: Console
     stop: threading.Event
     log: Callable[[str, int, Mapping[str, float]], None] = lambda *_: None
-    queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by task: q(x) depends on nothing trained
+    # By task, computed once: q(x) depends on nothing trained, and files are decoded for the test but once.
+    queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    train_queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    tested: dict[int, data.Split] = dataclasses.field(default_factory=dict)
 
     @property
     def settings(self) -> evaluate.Settings:
         """How evaluation batches its images."""
         c = self.config
-        return evaluate.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size)
+        return evaluate.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size, isinstance(self.dataset.test, data.Files))
 
     def test_set(self, task: int) -> data.Split:
-        """Task `task`'s test images."""
+        """Task `task`'s test images; those from files are prepared, and then held in the host's memory."""
         test = self.dataset.test
-        members = self.scenario.members(test.labels, task)
-        return data.Split(test.images[members], test.labels[members])
+        if task not in self.tested:
+            part = test.take(self.scenario.members(test.labels, task))
+            if isinstance(part, data.Files):
+                part = data.Split(part.prepared(np.arange(len(part.labels)), self.method.vit.image_size), part.labels)
+            self.tested[task] = part
+        return self.tested[task]
+
+    def train_set(self, task: int) -> data.Split | data.Files:
+        """Task `task`'s training images."""
+        return self.dataset.train.take(self.scenario.members(self.dataset.train.labels, task))
+
+    def schedule(self, task: int) -> batches.Schedule:
+        """Which of `train_set`'s images make each step's batch."""
+        c, count = self.config, len(self.scenario.members(self.dataset.train.labels, task))
+        return batches.Schedule(c.seed, task, count, c.epochs, c.batch_size, self.mesh.size)
 
     def query(self, task: int) -> np.ndarray:
         """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run; `[N, 0]` where the method asks nothing of it."""
         if not (self.method.by_task or self.method.pool_size):
             return np.zeros((len(self.test_set(task).labels), 0), np.float32)
         if task not in self.queries:
-            self.queries[task] = inference.queries(self.method, self.params, self.test_set(task).images, self.settings.batching)
+            settings = self.settings
+            images = self.test_set(task).images
+            self.queries[task] = inference.queries(self.method, self.params, images, settings.batching, settings.prepared)
         return self.queries[task]
 
     @functools.cached_property
     def step_flops(self) -> float | None:
         """Floating point operations of one training step as XLA counts them; crops and Adam are in it. None where it can't tell."""
-        shared = jax.eval_shape(self.initial_shared)
-        trainable = jax.eval_shape(lambda: (self.initial_adapter(0), self.initial_shared()))
-        state = jax.eval_shape(functools.partial(train.init_state, self.recipe), *trainable)
-        _, batch = next(batches(self, 0, 0))
-        batch = batch | {"memory": jax.eval_shape(self.initial_memory, shared)}
+        method, key = self.method, jax.random.key(0)
+        adapter, shared = (jax.eval_shape(draw, key, self.params) for draw in (method.init_adapter, method.init_shared))
+        memory = jax.eval_shape(functools.partial(method.retention.init, method), shared) if method.retention else {}
+        state = jax.eval_shape(functools.partial(train.init_state, self.recipe), adapter, shared)
+        split, rows, size = self.dataset.train, self.schedule(0).padded, self.method.vit.image_size
+        shape = (size, size, 3) if isinstance(split, data.Files) else split.images.shape[1:]
+        like = jax.ShapeDtypeStruct
+        batch = {"images": like((rows, *shape), jnp.uint8), "labels": like((rows,), jnp.int32), "weights": like((rows,), jnp.float32)}
+        batch |= {"class_mask": like((self.scenario.classes,), bool), "hold_g_prompt": like((), bool)}
+        batch |= {"query": like((rows, self.method.vit.dim), self.method.vit.dtype)} if self.recipe.fixed_query else {}
+        batch |= {"memory": memory}
         step = train.compile_step(self.recipe, self.mesh)
-        lowered = step.lower(state, self.params, batch, jax.random.key(0))
+        lowered = step.lower(state, self.params, batch, key)
         # GPUs and TPUs count only what is compiled; on a CPU the program as it is written will do.
         counted = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
         return counted.get("flops")
+
+    def train_query(self, task: int) -> np.ndarray:
+        """q(x) of task `task`'s training images prepared as test images are, `[N, dim]`; that of the task asked for last is held."""
+        if task not in self.train_queries:
+            self.train_queries.clear()
+            self.train_queries[task] = self._train_query(task)
+        return self.train_queries[task]
+
+    def _train_query(self, task: int) -> np.ndarray:
+        split, ask = self.train_set(task), functools.partial(inference.queries, self.method, self.params, batching=self.settings.batching)
+        if isinstance(split, data.Split):
+            return ask(split.images)
+        parts = np.split(np.arange(len(split.labels)), range(READ_AT_ONCE, len(split.labels), READ_AT_ONCE))
+        return np.concatenate([ask(split.prepared(part, self.method.vit.image_size), prepared=True) for part in parts])
 
     @functools.cached_property
     def projection(self) -> np.ndarray:
@@ -93,7 +134,7 @@ class Run:
     def initial_adapter(self, task: int) -> methods.Adapter:
         """Task `task`'s adapter as it is drawn, on the devices."""
         adapter = self.method.init_adapter(train.stream(self.config.seed, "adapter", task), self.params)
-        return jax.device_put(adapter, train.replicated(self.mesh))
+        return processes.put(adapter, train.replicated(self.mesh))
 
     def initial_prompts(self, task: int) -> methods.Adapter:
         """Key and E-prompt of `initial_adapter`, as far as the method has them."""
@@ -108,12 +149,12 @@ class Run:
     def initial_shared(self) -> methods.Shared:
         """The shared part before the first task, on the devices."""
         shared = self.method.init_shared(train.stream(self.config.seed, "shared", 0), self.params)
-        return jax.device_put(shared, train.replicated(self.mesh))
+        return processes.put(shared, train.replicated(self.mesh))
 
     def initial_memory(self, shared: methods.Shared) -> trees.Tree:
         """What the method holds of older tasks before the first, `shared` being as it is then; empty where it holds nothing."""
         memory = self.method.retention.init(self.method, shared) if self.method.retention else {}
-        return jax.device_put(memory, train.replicated(self.mesh))
+        return processes.put(memory, train.replicated(self.mesh))
 
 
 _init_prompts = jax.jit(methods.Method.init_prompts, static_argnums=0)
@@ -125,7 +166,7 @@ def run(config: Config, workdir: str | Path, console: Console | None = None, dat
     `dataset` is `config`'s as `data.load` gives it, for a caller who has it; None: it is loaded. Raises UserError for anything the
     user has to mend, Preempted after a SIGTERM.
     """
-    console = console or Console()
+    console = console or Console(quiet=not processes.first())
     with _sigterm() as stop, closing(Store(workdir)) as store:
         this = prepare(config, store, console, stop, dataset=dataset)
         with _tensorboard(config, store.root) as log:
@@ -148,15 +189,14 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         manifests.append(manifest)
     if manifests:
         run.console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {store.root}")
-        # A kill may have come between the last task's commit and its report.
-        report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
+        _report(run, manifests)  # a kill may have come between the last task's commit and its report
     for task in range(len(manifests), config.tasks):
         adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
-        state, train_seconds = train_task(run, task, adapter, shared, memory)
+        state, seconds = train_task(run, task, adapter, shared, memory)
         start = time.monotonic()
         memory = task_memory(run, task, memory, state.trainable)
         items = {**state.trainable, "statistics": task_statistics(run, task), "memory": memory}
-        seconds = {"train": train_seconds, "statistics": time.monotonic() - start}
+        seconds["statistics"] = time.monotonic() - start
         shared = items["shared"]
         learned.add(task, items["adapter"], items["statistics"])
         table, seconds["evaluate"] = evaluate_stage(run, learned.model(shared))
@@ -164,9 +204,14 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         store.save_task(task, items, manifest)
         learned.stored(task)
         manifests.append(manifest)
-        report.write(store.root, dataclasses.asdict(config), config.benchmark, manifests)
+        _report(run, manifests)
         run.console.print(report.line(manifests))
     return manifests
+
+
+def _report(run: Run, manifests: list[dict[str, Any]]) -> None:
+    if processes.first():
+        report.write(run.store.root, dataclasses.asdict(run.config), run.config.benchmark, manifests)
 
 
 class Learned:
@@ -215,7 +260,7 @@ class Learned:
     def model(self, shared: methods.Shared) -> inference.Model:
         """The model of the tasks so far."""
         whole = train.replicated(self._run.mesh)
-        rows = jax.device_put({name: array.copy() for name, array in self._rows.items()}, whole)
+        rows = processes.put({name: array.copy() for name, array in self._rows.items()}, whole)
         return inference.Model(
             method=self._run.method,
             backbone=self._run.params,
@@ -225,7 +270,7 @@ class Learned:
             weights=self._weights,
             tasks=tuple(range(self.tasks)),
             task_of_class=self._run.scenario.task_of_class,
-            prototypes=jax.device_put(self._sums.solve(), whole) if self._run.method.by_task else None,
+            prototypes=processes.put(self._sums.solve(), whole) if self._run.method.by_task else None,
         )
 
     def _load(self, task: int) -> methods.Adapter:
@@ -241,22 +286,24 @@ def task_statistics(run: Run, task: int) -> trees.Tree:
     """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are; empty without task identity."""
     if not run.method.by_task:
         return {}
-    split = run.dataset.train
-    members = run.scenario.members(split.labels, task)
-    query = inference.queries(run.method, run.params, split.images[members], run.settings.batching)
-    return prototype.statistics(query, split.labels[members], run.scenario.classes_of(task), run.projection)
+    labels = run.train_set(task).labels
+    statistics = prototype.statistics(run.train_query(task), labels, run.scenario.classes_of(task), run.projection)
+    return processes.put(statistics, train.replicated(run.mesh))
 
 
 def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> trees.Tree:
     """The method's memory after task `task`, from some of its training images, drawn at random and prepared as test images are."""
     if not run.method.retention:
         return {}
-    split, size = run.dataset.train, run.method.vit.image_size
-    members = run.scenario.members(split.labels, task)
-    chosen = np.random.default_rng([run.config.seed, zlib.crc32(b"memory"), task]).permutation(members)[: retention.IMAGES]
-    images = np.asarray(prepare_test(jnp.asarray(split.images[chosen]), size), np.float32) / 255
-    batch = {"images": images, "labels": split.labels[chosen], "class_mask": run.scenario.class_mask(task)}
-    return jax.device_put(run.method.retention.update(memory, run.method, trainable, run.params, batch), train.replicated(run.mesh))
+    split, size, whole = run.train_set(task), run.method.vit.image_size, train.replicated(run.mesh)
+    chosen = np.random.default_rng([run.config.seed, zlib.crc32(b"memory"), task]).permutation(len(split.labels))[: retention.IMAGES]
+    if isinstance(split, data.Files):
+        images = split.prepared(chosen, size)
+    else:
+        images = np.asarray(prepare_test(jnp.asarray(split.images[chosen]), size))
+    batch = {"images": images.astype(np.float32) / 255, "labels": split.labels[chosen], "class_mask": run.scenario.class_mask(task)}
+    updated = run.method.retention.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
+    return processes.put(updated, whole)
 
 
 def prepare(
@@ -286,9 +333,9 @@ def prepare(
         scenario=scenario,
         dataset=dataset,
         backbone=backbone,
-        params=jax.device_put(backbone.params, train.replicated(mesh)),
+        params=processes.put(backbone.params, train.replicated(mesh)),
         method=method,
-        recipe=train.recipe_from_config(config, method),
+        recipe=train.recipe_from_config(config, method, on_device=isinstance(dataset.train, data.Split)),
         mesh=mesh,
         store=store,
         console=console,
@@ -296,47 +343,103 @@ def prepare(
     )
 
 
-def train_task(run: Run, task: int, adapter: methods.Adapter, shared: methods.Shared, memory: trees.Tree) -> tuple[train.TrainState, float]:
-    """Train task `task` from where its kept state stands, or from `adapter` and `shared`; the state and the seconds it took.
+def train_task(
+    run: Run, task: int, adapter: methods.Adapter, shared: methods.Shared, memory: trees.Tree
+) -> tuple[train.TrainState, dict[str, float]]:
+    """Train task `task` from where its kept state stands, or from `adapter` and `shared`; the state, and the seconds it took.
 
-    `memory` is what the method holds of older tasks.
+    `memory` is what the method holds of older tasks. Of the seconds, "train", "input_wait" were spent on waiting for batches, since
+    this process began.
 
     The state after the last step is kept, so that a run killed in evaluation does not train again.
     Raises UserError for a loss that is not finite, Preempted after a SIGTERM.
     """
     config, start = run.config, time.monotonic()
-    # The step donates its state; the adapters and the shared part that others still hold are copied first.
-    state = train.init_state(run.recipe, *jax.tree.map(jnp.copy, (adapter, shared)))
-    state, before = _continued(run, task, jax.device_put(state, train.replicated(run.mesh)))
-    step_fn, key = train.compile_step(run.recipe, run.mesh), train.stream(config.seed, "augment", task)
-    first, total = int(state.step), config.epochs * _steps_per_epoch(run, task)
-    last: tuple[int, dict[str, jax.Array]] | None = None
+    state, before = _continued(run, task, train.compile_init(run.recipe, run.mesh)(adapter, shared))
+    done, total = int(state.step), run.schedule(task).steps
+    feed = _Feed(run, task, done, memory)
+    call, pending, mark = 1, None, time.monotonic()
     with _progress(run.console) as progress:
-        bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=first)
-        for step, batch in batches(run, task, first):
-            state, terms = step_fn(state, run.params, batch | {"memory": memory}, key)
-            # Looked at one step late: the device computes this step while the host reads the one before.
-            if last:
-                _check(run, task, *last)
-            last = step, terms
-            progress.advance(bar)
-            stopping = run.stop.is_set()
-            if stopping or (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
-                _check(run, task, *last)
-                run.store.save_training(task, step + 1, state, before + time.monotonic() - start)
-                last = None
-            if stopping:
-                raise Preempted(f"Stopped after step {step + 1} of task {task + 1}; the same command continues")
-    return state, before + time.monotonic() - start
+        bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=done)
+        while done < total:
+            count = min(call, train.CHUNK, total - done, config.checkpoint_every - done % config.checkpoint_every)
+            state, terms = feed.advance(state, done, count)
+            # Looked at one call late: the devices compute this one while the host reads the one before.
+            if pending:
+                _check(run, task, *pending)
+                call, mark = _next_call(call, pending[1], time.monotonic() - mark), time.monotonic()
+            pending, done = (done, count, terms), done + count
+            progress.update(bar, completed=done)
+            stopping, call = processes.highest(run.stop.is_set(), call)
+            if stopping or done % config.checkpoint_every == 0 or done == total:
+                _check(run, task, *pending)
+                run.store.save_training(task, done, state, before + time.monotonic() - start)
+                pending, mark = None, time.monotonic()
+                if processes.highest(run.stop.is_set())[0]:
+                    raise Preempted(f"Stopped after step {done} of task {task + 1}; the same command continues")
+    return state, {"train": before + time.monotonic() - start, "input_wait": feed.waited}
+
+
+def _next_call(call: int, steps: int, seconds: float) -> int:
+    """How many steps the next call should run, by how long `steps` of them took; growing slowly, since the first also compile."""
+    return max(1, min(4 * call, int(CALL_SECONDS * steps / max(seconds, 1e-6))))
+
+
+class _Feed:
+    """A task's steps on its images: many in one call where the images are on the devices, one by one where they come from files.
+
+    `waited` counts the seconds that the host spent on getting batches ready, of which files are loaded in threads meanwhile.
+    """
+
+    def __init__(self, run: Run, task: int, first: int, memory: trees.Tree):
+        whole, split = train.replicated(run.mesh), run.train_set(task)
+        fixed = {"class_mask": run.scenario.class_mask(task), "hold_g_prompt": np.bool_(run.config.hold_g_prompt and task > 0)}
+        self._fixed = processes.put(fixed, whole) | {"memory": memory}
+        self._key = processes.put(train.stream(run.config.seed, "augment", task), whole)
+        self._run, self._schedule, self.waited = run, run.schedule(task), 0.0
+        self._query = run.train_query(task) if run.recipe.fixed_query else None
+        if isinstance(split, data.Split):
+            # All tasks' pools have the size of the largest, so that one program serves them.
+            most = max(run.schedule(t).count for t in range(run.config.tasks))
+            pool = {"images": split.images, "labels": split.labels} | ({} if self._query is None else {"query": self._query})
+            self._pool = processes.put({name: inference.pad(array, most) for name, array in pool.items()}, whole)
+            self.advance = self._from_pool
+        else:
+            spec = train.augmentation(run.config, run.method)
+            self._files = batches.from_files(self._schedule, split, spec, first, jax.process_index(), jax.process_count())
+            self.advance = self._from_files
+
+    def _from_pool(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, dict[str, jax.Array]]:
+        start = time.monotonic()
+        rows = processes.put(self._schedule.chunk(first, count, train.CHUNK), train.replicated(self._run.mesh))
+        self.waited += time.monotonic() - start
+        steps = train.compile_steps(self._run.recipe, self._run.mesh)
+        return steps(state, self._run.params, self._pool, rows, self._fixed, self._key, np.int32(count))
+
+    def _from_files(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, list[dict[str, jax.Array]]]:
+        step, terms = train.compile_step(self._run.recipe, self._run.mesh), []
+        for _ in range(count):
+            start = time.monotonic()
+            batch, rows = next(self._files)
+            batch |= {} if self._query is None else {"query": self._query[rows]}
+            batch = processes.put_local(batch, train.by_row(self._run.mesh))
+            self.waited += time.monotonic() - start
+            state, now = step(state, self._run.params, batch | self._fixed, self._key)
+            terms.append(now)
+        return state, terms
 
 
 def _continued(run: Run, task: int, state: train.TrainState) -> tuple[train.TrainState, float]:
     """The kept state of this task and its seconds, or `state`. A damaged one costs its steps, not the run: the task starts again."""
+    kept, problem = None, None
     try:
         kept = run.store.load_training(task, state, train.replicated(run.mesh))
     except UserError as error:
+        problem = error
+    if processes.highest(problem is not None)[0]:  # in any of the processes: they go on together
         aside = run.store.set_aside_training()
-        run.console.print(f"The kept training state can't be used and is now in {aside}; task {task + 1} starts again. {error}")
+        problem = problem or "Another process could not read it."
+        run.console.print(f"The kept training state can't be used and is now in {aside}; task {task + 1} starts again. {problem}")
         return state, 0.0
     if kept is None:
         return state, 0.0
@@ -344,34 +447,15 @@ def _continued(run: Run, task: int, state: train.TrainState) -> tuple[train.Trai
     return kept
 
 
-def _steps_per_epoch(run: Run, task: int) -> int:
-    return math.ceil(len(run.scenario.members(run.dataset.train.labels, task)) / run.config.batch_size)
+def _check(run: Run, task: int, first: int, count: int, terms: dict[str, jax.Array] | list[dict[str, jax.Array]]) -> None:
+    """Log the terms of `count` steps from `first` on. Raises UserError for one that is not finite."""
+    terms = jax.device_get(terms)
+    for index in range(count):
+        values = {name: float(terms[index][name] if isinstance(terms, list) else terms[name][index]) for name in train.TERMS}
+        _check_step(run, task, first + index, values)
 
 
-def batches(run: Run, task: int, first: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-    """A task's training batches from step `first` on, as (step, batch); a pure function of seed, task and step.
-
-    The last batch of an epoch holds what is left. Every batch is padded to one shape that the devices divide, with weight 0.
-    """
-    config, split = run.config, run.dataset.train
-    members = run.scenario.members(split.labels, task)
-    steps = _steps_per_epoch(run, task)
-    padded = math.ceil(config.batch_size / run.mesh.size) * run.mesh.size
-    rows, whole = train.by_row(run.mesh), train.replicated(run.mesh)
-    fixed = jax.device_put({"class_mask": run.scenario.class_mask(task), "hold_g_prompt": config.hold_g_prompt and task > 0}, whole)
-    for epoch in range(first // steps, config.epochs):
-        order = np.random.default_rng([config.seed, zlib.crc32(b"shuffle"), task, epoch]).permutation(members)
-        for index in range(first - epoch * steps if epoch == first // steps else 0, steps):
-            chosen = order[index * config.batch_size : (index + 1) * config.batch_size]
-            pad = np.zeros(padded - len(chosen), chosen.dtype)
-            weights_ = np.concatenate([np.ones(len(chosen), np.float32), pad.astype(np.float32)])
-            chosen = np.concatenate([chosen, pad])
-            batch = jax.device_put({"images": split.images[chosen], "labels": split.labels[chosen], "weights": weights_}, rows)
-            yield epoch * steps + index, batch | fixed
-
-
-def _check(run: Run, task: int, step: int, terms: dict[str, jax.Array]) -> None:
-    values = {name: float(value) for name, value in jax.device_get(terms).items()}
+def _check_step(run: Run, task: int, step: int, values: dict[str, float]) -> None:
     run.log(f"task_{task + 1}", step, values)
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
@@ -389,7 +473,7 @@ def evaluate_stage(run: Run, model: inference.Model) -> tuple[dict[str, list[eva
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Evaluate {seen}/{run.config.tasks}", total=seen)
         for task in model.tasks:
-            if run.stop.is_set():
+            if processes.highest(run.stop.is_set())[0]:
                 raise Preempted(f"Stopped while evaluating after task {seen}; the same command continues")
             split = run.test_set(task)
             rows = evaluate.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
@@ -454,7 +538,7 @@ def _sigterm() -> Iterator[threading.Event]:
 
 @contextmanager
 def _tensorboard(config: Config, root: Path) -> Iterator[Callable[..., None]]:
-    if not config.tensorboard:
+    if not config.tensorboard or not processes.first():
         yield lambda *_: None
         return
     try:

@@ -1,54 +1,130 @@
-"""Image sets as uint8 arrays in memory: TFDS sets by name, and scikit-learn's bundled digits."""
+"""Image sets: TFDS sets by name, Tiny-ImageNet, folders of one's own, and scikit-learn's bundled digits.
+
+Small sets of one shape are held in memory as uint8 (`Split`); sets of many shapes, and large ones, stay files that are decoded when they
+are needed (`Files`).
+"""
 
 import dataclasses
 import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from soft_jax import images as images_lib
 from soft_jax import trees
 from soft_jax.errors import UserError
+
+HELD_BYTES = 4 * 2**30  # of decoded images: larger splits are not held in memory
+BLOCK = 1000  # records read at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """`images` uint8 `[N, H, W, 3]`, `labels` int32 `[N]`."""
+    """Images in memory. `images` uint8 `[N, H, W, 3]`, `labels` int32 `[N]`."""
 
     images: np.ndarray
     labels: np.ndarray
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """The images at `indices`, int `[M]`."""
+        return Split(self.images[indices], self.labels[indices])
+
+    @property
+    def fingerprint(self) -> tuple[str, str]:
+        """Hex SHA-256 of the images and of the labels."""
+        return trees.sha256(self.images), trees.sha256(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Images as encoded files, each of its own size. `read(i)` gives file i's bytes, `names` and `digests` tell it by name and SHA-256.
+
+    `labels` int32 `[N]`. What `read` and `names` count is the set as it is stored; `order` int `[N]` says which of it make this split.
+    """
+
+    read: Callable[[int], bytes]
+    names: Callable[[int], str]
+    digests: Sequence[str]
+    labels: np.ndarray
+    order: np.ndarray
+
+    def take(self, indices: np.ndarray) -> "Files":
+        """The files at `indices`, int `[M]`."""
+        return dataclasses.replace(self, labels=self.labels[indices], order=self.order[indices])
+
+    @property
+    def fingerprint(self) -> tuple[str, str]:
+        """Hex SHA-256 of the files and of the labels."""
+        return hashlib.sha256("".join(self.digests[i] for i in self.order).encode()).hexdigest(), trees.sha256(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` of the split, decoded, in colour. Raises UserError naming the file when it can't be read."""
+        record = int(self.order[index])
+        try:
+            return decode(self.read(record))
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged files
+            raise UserError(f"dataset: {self.names(record)} can't be read ({type(error).__name__}: {error}); restore it") from error
+
+    def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
+        with ThreadPoolExecutor() as threads:
+            images = threads.map(lambda i: images_lib.prepare(np.asarray(self.image(i)), int(i), size), indices)
+            return np.stack(list(images)) if len(indices) else np.zeros((0, size, size, 3), np.uint8)
+
+
+def decode(content: bytes) -> Image.Image:
+    """A file's image in colour, as it is stored: data sets keep their pictures upright."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A set's two splits and its class names in label order."""
 
-    train: Split
-    test: Split
+    train: Split | Files
+    test: Split | Files
     class_names: tuple[str, ...]
 
     def first(self, train: int, test: int) -> "Dataset":
         """The set with the first `train` and `test` images of each class, in their order; 0 is all of them."""
 
-        def cut(split: Split, count: int) -> Split:
+        def cut(split: Split | Files, count: int) -> Split | Files:
             if not count:
                 return split
-            kept = np.sort(np.concatenate([np.flatnonzero(split.labels == label)[:count] for label in np.unique(split.labels)]))
-            return Split(split.images[kept], split.labels[kept])
+            kept = [np.flatnonzero(split.labels == label)[:count] for label in np.unique(split.labels)]
+            return split.take(np.sort(np.concatenate(kept)))
 
         return Dataset(cut(self.train, train), cut(self.test, test), self.class_names)
 
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of all images and labels."""
-        parts = (self.train.images, self.train.labels, self.test.images, self.test.labels)
-        return hashlib.sha256("".join(trees.sha256(part) for part in parts).encode()).hexdigest()
+        return hashlib.sha256("".join((*self.train.fingerprint, *self.test.fingerprint)).encode()).hexdigest()
 
 
 def load(name: str, data_dir: str = "") -> Dataset:
-    """The set `name`: "digits", or a TFDS set with `image` and `label` and the splits train and test.
+    """The set `name`.
 
-    Raises UserError when TFDS does not know the set, it is neither prepared nor can be, or it does not fit.
+    "digits" is bundled. "tiny_imagenet" is `data_dir/tiny-imagenet-200` as it is published. "folder" is `data_dir` with an image a file,
+    `train/CLASS/*` and `test/CLASS/*`. Other names are TFDS's, of sets with `image` and `label`.
+
+    Raises UserError when there is no such set, it is neither prepared nor can be, or it does not fit.
     """
-    return _digits() if name == "digits" else _tfds(name, data_dir)
+    own = {"digits": lambda _: _digits(), "tiny_imagenet": _tiny_imagenet, "folder": _folder}
+    return own[name](data_dir) if name in own else _tfds(name, data_dir)
+
+
+def _every_fifth(labels: np.ndarray) -> np.ndarray:
+    """Which images are for the test where a set has no such split: of each class every fifth, from its first on; bool `[N]`."""
+    test = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        test[np.flatnonzero(labels == label)[::5]] = True
+    return test
 
 
 def _digits() -> Dataset:
@@ -59,10 +135,69 @@ def _digits() -> Dataset:
     small = np.round(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     images = np.repeat(np.kron(small, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
     labels = labels.astype(np.int32)
-    test = np.zeros(len(labels), bool)
-    for digit in range(10):
-        test[np.flatnonzero(labels == digit)[::5]] = True
+    test = _every_fifth(labels)
     return Dataset(Split(images[~test], labels[~test]), Split(images[test], labels[test]), tuple("0123456789"))
+
+
+def _tiny_imagenet(data_dir: str) -> Dataset:
+    """Tiny-ImageNet-200 in the folders of its archive; its validation images, 50 a class, are the test. Classes go by their WordNet id."""
+    root = Path(data_dir or ".").expanduser() / "tiny-imagenet-200"
+    try:
+        names = tuple(sorted((root / "wnids.txt").read_text().split()))
+        rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
+    except OSError as error:
+        raise UserError(
+            f"dataset: no Tiny-ImageNet at {root} ({error.filename}: {error.strerror}). Unpack tiny-imagenet-200.zip "
+            f"(Stanford CS231n) and give the folder that tiny-imagenet-200 is in: --config.data_dir=DIR"
+        ) from error
+    train = [(path, names.index(name)) for name in names for path in sorted((root / "train" / name / "images").glob("*.JPEG"))]
+    test = [(root / "val/images" / file, names.index(name)) for file, name in rows]
+    return Dataset(_from_paths(train, str(root)), _from_paths(test, str(root)), names)
+
+
+def _folder(data_dir: str) -> Dataset:
+    root = Path(data_dir).expanduser()
+    names = tuple(sorted(p.name for p in root.glob("train/*") if p.is_dir() and p.name[0] != ".")) if data_dir else ()
+    if not names:
+        raise UserError(
+            f"dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of --config.data_dir=DIR; no classes in {root}/train"
+        )
+    if odd := sorted({p.name for p in root.glob("test/*") if p.is_dir() and p.name[0] != "."} ^ set(names)):
+        raise UserError(f"dataset: {root}/train and {root}/test differ in their classes: {odd[0]!r} is in one of them only")
+    pairs = {s: [(path, i) for i, name in enumerate(names) for path in images_lib.find([root / s / name])] for s in ("train", "test")}
+    return Dataset(_from_paths(pairs["train"], f"{root}/train"), _from_paths(pairs["test"], f"{root}/test"), names)
+
+
+def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> Split | Files:
+    paths, labels = [path for path, _ in pairs], np.array([label for _, label in pairs], np.int32)
+    if not paths:
+        raise UserError(f"dataset: no images in {where}")
+    return _split(lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), labels)
+
+
+def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray) -> Split | Files:
+    """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as files. Raises UserError naming a bad one."""
+
+    def look(index: int) -> tuple[str, tuple[int, int]]:
+        try:
+            content = read(index)
+            with Image.open(io.BytesIO(content)) as image:  # its header alone
+                return hashlib.sha256(content).hexdigest(), image.size
+        except Exception as error:  # as in `Files.image`
+            raise UserError(f"dataset: {names(index)} can't be read ({type(error).__name__}: {error}); restore it") from error
+
+    with ThreadPoolExecutor() as threads:
+        digests, sizes = zip(*threads.map(look, range(len(labels))), strict=True)
+        files = Files(read, names, digests, labels, np.arange(len(labels)))
+        if len(set(sizes)) > 1 or len(labels) * sizes[0][0] * sizes[0][1] * 3 > HELD_BYTES:
+            return files
+        images = np.empty((len(labels), sizes[0][1], sizes[0][0], 3), np.uint8)
+
+        def place(index: int) -> None:
+            images[index] = np.asarray(files.image(index))
+
+        list(threads.map(place, range(len(labels))))
+    return Split(images, labels)
 
 
 def _tfds(name: str, data_dir: str) -> Dataset:
@@ -72,16 +207,19 @@ def _tfds(name: str, data_dir: str) -> Dataset:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # the last two: not a name, no such version
-        raise UserError(f"dataset: TFDS does not know {name!r}; 'digits' is bundled, 'cifar100' is the paper's") from error
+        raise UserError(
+            f"dataset: TFDS does not know {name!r}; 'digits' is bundled, 'cifar100' is the paper's, 'folder' reads your own images"
+        ) from error
     features = dict(builder.info.features.items()) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
     if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise UserError(f"dataset: {name} is not an image classification set: it has no 'image' with a class 'label'")
     if not builder.info.splits:
         builder = _prepare(name, data_dir, str(builder.data_dir))
-    if missing := {"train", "test"} - set(builder.info.splits):
+    splits = ("test",) if name == "imagenet_r" else ("train", "test")
+    if missing := set(splits) - set(builder.info.splits):
         raise UserError(f"dataset: {name} at {builder.data_dir} has no split {', '.join(sorted(missing))}")
     try:
-        train, test = (_read(builder.as_data_source(split), name) for split in ("train", "test"))
+        read = [_read(builder, name, split) for split in splits]
     except NotImplementedError as error:
         raise UserError(
             f"dataset: {name} at {builder.data_dir} is stored as {builder.info.file_format}, which has no random access. "
@@ -89,7 +227,16 @@ def _tfds(name: str, data_dir: str) -> Dataset:
         ) from error
     except (OSError, RuntimeError, ValueError) as error:  # array_record and Pillow on missing or damaged files
         raise UserError(f"dataset: {name} at {builder.data_dir} can't be read ({error}); prepare it again") from error
-    return Dataset(train, test, tuple(builder.info.features["label"].names))
+    class_names = tuple(builder.info.features["label"].names)
+    return _imagenet_r(read[0], class_names) if name == "imagenet_r" else Dataset(*read, class_names)
+
+
+def _imagenet_r(images: Split | Files, class_names: tuple[str, ...]) -> Dataset:
+    """ImageNet-R's 200 of ImageNet's 1,000 labels, counted from 0. It comes in one split: every fifth image of a class is for the test."""
+    there = np.unique(images.labels)
+    images = dataclasses.replace(images, labels=np.searchsorted(there, images.labels).astype(np.int32))
+    test = _every_fifth(images.labels)
+    return Dataset(images.take(np.flatnonzero(~test)), images.take(np.flatnonzero(test)), tuple(class_names[label] for label in there))
 
 
 def _prepare(name: str, data_dir: str, looked: str):
@@ -113,11 +260,20 @@ def _prepare(name: str, data_dir: str, looked: str):
     return builder
 
 
-def _read(source, name: str) -> Split:
-    records = source.__getitems__(list(range(len(source))))
-    images = [record["image"] for record in records]
-    if len(shapes := {image.shape for image in images}) != 1:
-        raise UserError(f"dataset: {name} has images of {len(shapes)} different shapes; only sets of one shape fit in memory here")
-    if images[0].shape[-1] != 3:
-        raise UserError(f"dataset: {name} has images of shape {images[0].shape}, expected 3 channels")
-    return Split(np.stack(images), np.array([record["label"] for record in records], np.int32))
+def _read(builder, name: str, split: str) -> Split | Files:
+    import tensorflow_datasets as tfds
+
+    def records(source):
+        for start in range(0, len(source), BLOCK):
+            yield from source.__getitems__(list(range(start, min(start + BLOCK, len(source)))))
+
+    shape = builder.info.features["image"].shape
+    if shape[-1] not in (3, None):
+        raise UserError(f"dataset: {name} has images of shape {shape}, expected 3 channels")
+    if None not in shape and builder.info.splits[split].num_examples * np.prod(shape) <= HELD_BYTES:
+        # TFDS's own way, in blocks: several times faster than a record at a time.
+        images, labels = zip(*((r["image"], r["label"]) for r in records(builder.as_data_source(split))), strict=True)
+        return Split(np.stack(images), np.array(labels, np.int32))
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    labels = [record["label"] for record in records(source)]
+    return _split(lambda i: source[i]["image"], lambda i: f"{name} at {builder.data_dir}, {split} record {i},", np.array(labels, np.int32))

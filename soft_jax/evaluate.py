@@ -69,12 +69,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`batch_size` of the published test batches, `shots` that Gradient ID sees of each (0: all), size of forward passes."""
+    """`batch_size` of the published test batches, `shots` that Gradient ID sees of each (0: all), size of forward passes.
+
+    `prepared`: whether test images come at the model's size, prepared already.
+    """
 
     mesh: Mesh
     batch_size: int
     shots: int
     eval_batch_size: int
+    prepared: bool = False
 
     @property
     def batching(self) -> Batching:
@@ -142,7 +146,7 @@ def answer(model: Model, images: np.ndarray, query: np.ndarray, task: int, setti
 
 def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
     method, batching, batches = model.method, settings.batching, Batches(len(images), settings.batch_size)
-    tokens, batch_tokens = _tokens(model, inference.prepare(method, images, batching), query, batches, batching)
+    tokens, batch_tokens = _tokens(model, images, query, batches, settings)
     ids = {protocol: np.full(len(images), task) for protocol in (ORACLE, NO_TASK_ID, VOTE_POOL)}
     gradients = posterior = None
     if method.by_task:
@@ -176,17 +180,18 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     return Answers(ids, logits, scores, gradients)
 
 
-def _tokens(model: Model, images: np.ndarray, query: np.ndarray, batches: Batches, batching: Batching) -> tuple[Array, Array]:
+def _tokens(model: Model, images: np.ndarray, query: np.ndarray, batches: Batches, settings: Settings) -> tuple[Array, Array]:
     """Trunk tokens of each image by itself, and as part of its test batch: another selection of L2P's prompts, else the same array."""
+    batching, prepared = settings.batching, settings.prepared
     if not model.method.pool_size:
-        tokens, _ = inference.encode(model, images, batching, queried=False)
+        tokens, _ = inference.encode(model, images, batching, queried=False, prepared=prepared)
         return tokens, tokens
     selected = inference.pool_selection(model, query, batching)
     voted = np.empty_like(selected)
     for batch in range(batches.index[-1] + 1):
         members = batches.index == batch
         voted[members] = prompts.most_selected(selected[members], np.ones(members.sum(), np.float32), model.method.pool_size)
-    return tuple(inference.encode(model, images, batching, queried=False, selected=chosen)[0] for chosen in (selected, voted))
+    return tuple(inference.encode(model, images, batching, False, prepared, selected=chosen)[0] for chosen in (selected, voted))
 
 
 def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Batches, batching: Batching) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from soft_jax import prompts, prototype, task_id, train, trees
+from soft_jax import processes, prompts, prototype, task_id, train, trees
 from soft_jax.augment import prepare_test, to_unit
 from soft_jax.methods import Adapter, Method, Shared
 
@@ -58,12 +58,12 @@ class Batching:
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """`rows` padded with zeros to `size` and split over the devices."""
-        return jax.device_put(pad(rows, size), train.by_row(self.mesh))
+        return processes.put(pad(rows, size), train.by_row(self.mesh))
 
     def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
         """`function` of all rows, called on pieces. The rows of its results must not depend on each other."""
         out = [(function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))]
-        return np.concatenate([np.asarray(values)[:count] for values, count in out])
+        return np.concatenate([processes.fetch(values)[:count] for values, count in out])
 
 
 def pad(rows: np.ndarray, length: int) -> np.ndarray:
@@ -147,24 +147,25 @@ class Model:
 
 _weights = jax.jit(Method.weights, static_argnums=0)
 _select = jax.jit(Method.select, static_argnums=0)
-_prepare = jax.jit(prepare_test, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "queried"))
+@functools.partial(jax.jit, static_argnames=("method", "queried", "prepared"))
 def _encode(
-    method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None, queried: bool
+    method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None, queried: bool, prepared: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     # In one program, XLA computes once what the two passes share (the patch embedding at least).
-    images = _unit(backbone, images)
+    images = _unit(method, backbone, images, prepared)
     return method.trunk(backbone, shared, images, selected), method.query(backbone, images) if queried else None
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _query(method: Method, backbone: trees.Tree, images: jax.Array) -> jax.Array:
-    return method.query(backbone, _unit(backbone, prepare_test(images, method.vit.image_size)))
+@functools.partial(jax.jit, static_argnames=("method", "prepared"))
+def _query(method: Method, backbone: trees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
+    return method.query(backbone, _unit(method, backbone, images, prepared))
 
 
-def _unit(backbone: trees.Tree, images: jax.Array) -> jax.Array:
+def _unit(method: Method, backbone: trees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
+    # Small images are resized where they are used, each time: sending them at the model's size would take longer than that.
+    images = images if prepared else prepare_test(images, method.vit.image_size)
     return to_unit(images, backbone["cls_token"].dtype)
 
 
@@ -201,22 +202,15 @@ def _take(tokens: jax.Array, rows: jax.Array) -> jax.Array:
     return tokens[rows]
 
 
-def prepare(method: Method, images: np.ndarray, batching: Batching) -> np.ndarray:
-    """Test images uint8 `[N, H, W, 3]` to the size of the model, uint8 `[N, size, size, 3]`."""
-    if images.shape[1:3] == (method.vit.image_size,) * 2 and method.vit.image_size <= 32:
-        return images
-    return batching.map(functools.partial(_prepare, size=method.vit.image_size), images)
-
-
-def queries(method: Method, backbone: trees.Tree, images: np.ndarray, batching: Batching) -> np.ndarray:
-    """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]` as they are tested. It depends on nothing that is trained."""
-    return batching.map(functools.partial(_query, method, backbone), images)
+def queries(method: Method, backbone: trees.Tree, images: np.ndarray, batching: Batching, prepared: bool = False) -> np.ndarray:
+    """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]`, prepared as test images here or before. It depends on nothing that is trained."""
+    return batching.map(functools.partial(_query, method, backbone, prepared=prepared), images)
 
 
 def encode(
-    model: Model, images: np.ndarray, batching: Batching, queried: bool, selected: np.ndarray | None = None
+    model: Model, images: np.ndarray, batching: Batching, queried: bool, prepared: bool = False, selected: np.ndarray | None = None
 ) -> tuple[jax.Array, np.ndarray | None]:
-    """Trunk tokens of prepared images uint8 `[N, size, size, 3]`, and q(x) `[N, dim]` where `queried`.
+    """Trunk tokens of images uint8 `[N, H, W, 3]`, prepared as test images here or before, and q(x) `[N, dim]` where `queried`.
 
     `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The tokens, `[N rounded up to a fixed
     size or to whole chunks, tokens, dim]`, stay on the devices.
@@ -227,11 +221,11 @@ def encode(
     parts, query = [], []
     for start, stop, size in pieces:
         chosen = None if selected is None else batching.put(selected[start:stop], size)
-        part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), chosen, queried)
+        part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), chosen, queried, prepared)
         parts.append(part)
         query.append((q, stop - start))
     tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
-    return tokens, np.concatenate([np.asarray(q)[:count] for q, count in query]) if queried else None
+    return tokens, np.concatenate([processes.fetch(q)[:count] for q, count in query]) if queried else None
 
 
 def gather_tokens(parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching) -> jax.Array:
@@ -297,7 +291,7 @@ def alpha_gradients(
 def _products(model: Model, gradient: dict[str, task_id.Factors], tasks: list[int], padded: int) -> np.ndarray:
     """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so that no weights outlive their use."""
     weights = tuple(model.weights[task] for task in tasks)
-    return np.asarray(task_id.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
+    return processes.fetch(task_id.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
 
 
 def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:
@@ -332,7 +326,7 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
             columns = batching.put(pairs[chosen], size)
             pending.append((chosen, _logits(model.method, model.backbone, weights, model.prompts, model.shared, part, columns)))
     for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
-        out[chosen] = np.asarray(values)[: len(chosen)]
+        out[chosen] = processes.fetch(values)[: len(chosen)]
     return out
 
 

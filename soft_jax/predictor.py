@@ -140,8 +140,8 @@ class Predictor:
         parts: dict[int, jax.Array] = {}
         for count in (*reversed(batching.sizes), batching.chunk):
             if queried:
-                inference.encode(model, blank[:count], batching, queried=False)  # for a task that is given
-            tokens, query = inference.encode(model, blank[:count], batching, queried)
+                inference.encode(model, blank[:count], batching, queried=False, prepared=True)  # for a task that is given
+            tokens, query = inference.encode(model, blank[:count], batching, queried, prepared=True)
             for part in parts.values():
                 tokens = inference.gather_tokens([part, part], [0, 0], count, batching)
             parts |= {count: tokens} if count in batching.sizes else {}
@@ -173,7 +173,7 @@ class Predictor:
     def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
         """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size, 3]`; `given` int `[N]` or None."""
         identified = given is None and self.model.method.by_task
-        tokens, query = inference.encode(self.model, images, self.batching, queried=identified)
+        tokens, query = inference.encode(self.model, images, self.batching, queried=identified, prepared=True)
         tasks, posterior = (np.zeros(len(images), int) if given is None else given), None
         if identified:
             tasks, posterior = self._identify(tokens, query)

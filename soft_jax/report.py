@@ -132,8 +132,12 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
 
 
 def _time(manifests: Manifests) -> str:
-    train, statistics, evaluate = (sum(manifest["seconds"][part] for manifest in manifests) for part in ("train", "statistics", "evaluate"))
-    return f"Time: {train:.0f} s training, {statistics:.0f} s statistics, {evaluate:.0f} s evaluation, compilation included."
+    parts = ("train", "input_wait", "statistics", "evaluate")
+    train, wait, statistics, evaluate = (sum(manifest["seconds"].get(part, 0) for manifest in manifests) for part in parts)
+    return (
+        f"Time: {train:.0f} s training ({wait:.1f} s of it waiting for batches), {statistics:.0f} s statistics, "
+        f"{evaluate:.0f} s evaluation, compilation included."
+    )
 
 
 def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests, pictures: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from soft_jax import trees
+from soft_jax import processes, trees
 from soft_jax.errors import UserError
 
 
@@ -63,7 +63,8 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
         with _checkpointer(named) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
     except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
-        clean(path.parent)
+        if processes.first():
+            clean(path.parent)
         raise UserError(
             f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are as they were; "
             f"make room or mend the disk, and give the same command again"
@@ -202,11 +203,23 @@ class Reader:
 
 
 class Store(Reader):
-    """The folder of one run, held by one process at a time."""
+    """The folder of one run, held by one program at a time. Of its processes the first writes what Orbax does not, and keeps the lock."""
 
     def __init__(self, workdir: str | Path):
         """Make the folder, or open it. Raises UserError when it can't be written, or another process runs in it."""
         super().__init__(workdir)
+        self._locked, problem = None, None
+        if processes.first():
+            try:
+                self._open()
+            except UserError as error:
+                problem = error
+        if processes.highest(problem is not None)[0]:
+            raise problem or UserError(f"workdir: {self.root} can't be used; the first process says why")
+        if not self.tasks.is_dir():
+            raise UserError(f"workdir: {self.root}, which the first process opened, is not seen by process {jax.process_index()}; share it")
+
+    def _open(self) -> None:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -227,7 +240,8 @@ class Store(Reader):
 
     def close(self) -> None:
         """Let others open the folder."""
-        self._locked.close()
+        if self._locked:
+            self._locked.close()
 
     def compare(self, identity: Mapping[str, Any]) -> None:
         """Raise UserError when the folder holds a run that differs in any of `identity`'s entries (JSON values)."""
@@ -248,7 +262,9 @@ class Store(Reader):
         """Make the folder this run's: `identity` is what makes it this one. Raises UserError as `compare` does."""
         self.compare(identity)
         self.identity = json.loads(json.dumps(identity))
-        write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
+        processes.wait()  # all have compared
+        if processes.first():
+            write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
 
     def save_task(self, task: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Keep a finished task's `items` ("adapter", "shared", "statistics", "memory"), and drop its training state."""
@@ -258,7 +274,7 @@ class Store(Reader):
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
         """Keep the state of task `task` after `step` steps and `seconds` of training in the place of the one before."""
         path = self.training / f"{task:03d}-{step:06d}"
-        if not path.exists():
+        if not processes.highest(path.exists())[0]:
             save(path, {"state": state}, {"task": task, "step": step, "seconds": seconds})
         self._keep_only(path)
 
@@ -273,15 +289,19 @@ class Store(Reader):
     def set_aside_training(self) -> Path:
         """Move every kept training state out of the way, never to be read again; returns where to."""
         aside = self.root / "damaged"
-        aside.mkdir(exist_ok=True)
-        for path in self._states():
-            os.replace(path, aside / f"{path.name}-{time.time_ns()}")
+        if processes.first():
+            aside.mkdir(exist_ok=True)
+            for path in self._states():
+                os.replace(path, aside / f"{path.name}-{time.time_ns()}")
+        processes.wait()
         return aside
 
     def _states(self) -> list[Path]:
         return sorted(path for path in self.training.iterdir() if re.fullmatch(r"\d+-\d+", path.name))
 
     def _keep_only(self, path: Path | None) -> None:
-        for other in self._states():
-            if other != path:
-                shutil.rmtree(other)
+        if processes.first():
+            for other in self._states():
+                if other != path:
+                    shutil.rmtree(other)
+        processes.wait()

@@ -21,17 +21,25 @@ Batch = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything static of a training step. `learning_rate` is the optimizer's own; `augment` None takes images as they are."""
+    """Everything static of a training step. `learning_rate` is the optimizer's own; `augment` None takes images as they are.
+
+    With `fixed_query` a batch brings its q(x) along; else it is that of the augmented images.
+    """
 
     method: Method
     learning_rate: float
     clip_norm: float = 1.0
     pull: float = 1.0
     augment: Augment | None = None
+    fixed_query: bool = False
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam(0.9, 0.999, eps 1e-8) with a constant learning rate."""
         return optax.adam(self.learning_rate)
+
+
+CHUNK = 64  # steps that one call of `compile_steps`' program can run
+TERMS = ("loss", "cross_entropy", "key_similarity", "accuracy", "grad_norm")  # of a step, scalars
 
 
 class TrainState(NamedTuple):
@@ -45,15 +53,24 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def recipe_from_config(config: Config, method: Method) -> Recipe:
-    """The recipe that `config` asks for; the learning rate is scaled by batch size / 256."""
+def recipe_from_config(config: Config, method: Method, on_device: bool = True) -> Recipe:
+    """The recipe that `config` asks for; the learning rate is scaled by batch size / 256.
+
+    `on_device`: whether images are augmented in the step; those of files are before it.
+    """
     return Recipe(
         method=method,
         learning_rate=config.learning_rate * config.batch_size / 256,
         clip_norm=config.clip_norm,
         pull=config.pull,
-        augment=Augment(method.vit.image_size, config.crop_scale, config.crop_ratio, config.flip),
+        augment=augmentation(config, method) if on_device else None,
+        fixed_query=config.fixed_query,
     )
+
+
+def augmentation(config: Config, method: Method) -> Augment:
+    """How training images are prepared."""
+    return Augment(method.vit.image_size, config.crop_scale, config.crop_ratio, config.flip)
 
 
 def init_state(recipe: Recipe, adapter: Adapter, shared: Shared) -> TrainState:
@@ -74,7 +91,8 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
     has no such term, one with a memory adds its own.
 
     `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for padding, which
-    stands at the end), `class_mask` bool `[classes]`, the task's classes, and `memory`. The second result names the terms.
+    stands at the end), `class_mask` bool `[classes]`, the task's classes, `memory`, and `query` `[B, dim]` where the recipe says so.
+    The second result names the terms.
     """
     method, weights = recipe.method, batch["weights"]
     images, total = batch["images"], weights.sum()
@@ -85,7 +103,7 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
     adapter, shared = trainable["adapter"], trainable["shared"]
     query, selected, pulled = None, None, jnp.zeros(len(weights), weights.dtype)
     if method.by_task or method.pool_size:
-        query = jax.lax.stop_gradient(method.query(backbone, images))
+        query = batch["query"] if recipe.fixed_query else jax.lax.stop_gradient(method.query(backbone, images))
     if method.by_task:
         pulled += prompts.similarity(query.astype(adapter["key"].dtype), adapter["key"][None])[:, 0]
     if method.pool_size:
@@ -138,7 +156,47 @@ def train_step(
     grads, terms = gradients(state.trainable, backbone, {**batch, "images": to_unit(images, batch["weights"].dtype)}, recipe)
     updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
-    return TrainState(state.step + 1, trainable, opt_state), {k: v for k, v in terms.items() if v.ndim == 0}
+    return TrainState(state.step + 1, trainable, opt_state), {name: terms[name] for name in TERMS}
+
+
+def train_steps(
+    state: TrainState,
+    backbone: trees.Tree,
+    pool: Batch,
+    batches: Batch,
+    fixed: Batch,
+    key: jax.Array,
+    count: jax.Array,
+    *,
+    recipe: Recipe,
+    sharding: NamedSharding,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`count` times `train_step`, on images that are on the devices already.
+
+    Args:
+        state: as for `train_step`.
+        backbone: frozen parameters.
+        pool: what a batch is taken from by row: `images` uint8 `[N, H, W, 3]`, `labels` int `[N]`, and `query` `[N, dim]` if any.
+        batches: `rows` int `[CHUNK, B]` of the pool and `weights` `[CHUNK, B]`, of which the first `count` are used.
+        fixed: the rest of a batch, the same for every step.
+        key: the task's augmentation stream.
+        count: int, at most CHUNK.
+        recipe: everything static.
+        sharding: of a batch.
+
+    Returns:
+        The new state, and each of TERMS by step, `[CHUNK]`, 0 from `count` on.
+    """
+
+    def step(index, carry):
+        state, terms = carry
+        rows = jax.lax.with_sharding_constraint(batches["rows"][index], sharding)
+        taken = {name: jax.lax.with_sharding_constraint(array[rows], sharding) for name, array in pool.items()}
+        batch = {**taken, **fixed, "weights": jax.lax.with_sharding_constraint(batches["weights"][index], sharding)}
+        state, now = train_step(state, backbone, batch, key, recipe=recipe)
+        return state, {name: terms[name].at[index].set(now[name]) for name in TERMS}
+
+    return jax.lax.fori_loop(0, count, step, (state, {name: jnp.zeros(CHUNK, batches["weights"].dtype) for name in TERMS}))
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -162,5 +220,23 @@ def compile_step(recipe: Recipe, mesh: Mesh) -> Any:
     """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
     whole, rows = replicated(mesh), by_row(mesh)
     batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "hold_g_prompt": whole, "memory": whole}
+    batch |= {"query": rows} if recipe.fixed_query else {}
     step = functools.partial(train_step, recipe=recipe)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)
+
+
+@functools.cache
+def compile_steps(recipe: Recipe, mesh: Mesh) -> Any:
+    """`train_steps` jitted over `mesh`, the state donated: every device holds the whole pool and works on its rows of each batch."""
+    steps = functools.partial(train_steps, recipe=recipe, sharding=by_row(mesh))
+    return jax.jit(steps, donate_argnums=0, in_shardings=replicated(mesh), out_shardings=replicated(mesh))
+
+
+@functools.cache
+def compile_init(recipe: Recipe, mesh: Mesh) -> Any:
+    """`init_state` jitted over `mesh`, of copies: a step donates its state, and others hold the adapter and the shared part."""
+
+    def init(adapter, shared):
+        return init_state(recipe, *jax.tree.map(jnp.copy, (adapter, shared)))
+
+    return jax.jit(init, in_shardings=replicated(mesh), out_shardings=replicated(mesh))

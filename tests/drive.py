@@ -15,17 +15,17 @@ def strike(moment: str) -> None:
     from soft_jax import continual, evaluate
 
     kind, *where = moment.split(":")
-    check, evaluate_task, calls = continual._check, evaluate.evaluate_task, [0]
+    check, evaluate_task, calls = continual._check_step, evaluate.evaluate_task, [0]
 
-    def at_step(run, task, step, terms):
+    def at_step(run, task, step, values):
         if [task, step] == [int(x) for x in where]:
             if kind == "kill-step":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "term-step":
                 os.kill(os.getpid(), signal.SIGTERM)
             if kind == "nan-step":
-                terms = terms | {"loss": float("nan")}
-        return check(run, task, step, terms)
+                values = values | {"loss": float("nan")}
+        return check(run, task, step, values)
 
     def at_evaluate(*args, **kwargs):
         calls[0] += 1
@@ -38,7 +38,7 @@ def strike(moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kind.endswith("-step"):
-        continual._check = at_step
+        continual._check_step = at_step
     elif kind == "kill-evaluate":
         evaluate.evaluate_task = at_evaluate
     elif kind == "kill-save":

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from soft_jax import data
-from soft_jax.augment import Augment, augment, crop_and_resize, draw_crop, prepare_test
+from soft_jax.augment import DRAWS, Augment, augment, augment_file, crop_and_resize, draw_crop, prepare_test
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,10 @@ def test_small_test_images_are_taken_as_they_are(images):
 
 
 def test_crops_are_drawn_as_torchvision_draws_them():
-    crops = np.asarray(jax.vmap(lambda k: draw_crop(k, 32, 32, (0.05, 1.0), (3 / 4, 4 / 3)))(jax.random.split(jax.random.key(0), 4000)))
+    draws = np.random.default_rng(0).random((4000, DRAWS), np.float32)
+    crops = np.asarray(jax.vmap(lambda d: draw_crop(d, 32, 32, (0.05, 1.0), (3 / 4, 4 / 3)))(draws))
+    on_host = np.array([draw_crop(d, 32, 32, (0.05, 1.0), (3 / 4, 4 / 3)) for d in draws])
+    assert (crops == on_host).all(axis=1).mean() > 0.999  # but where rounding decides
     top, left, height, width = crops.T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -78,7 +81,7 @@ def test_crops_are_drawn_as_torchvision_draws_them():
 
 
 def test_crop_that_never_fits_is_the_centre():
-    crop = draw_crop(jax.random.key(0), 10, 40, (0.9, 1.0), (1.0, 1.0))
+    crop = draw_crop(jax.random.uniform(jax.random.key(0), (DRAWS,)), 10, 40, (0.9, 1.0), (1.0, 1.0))
     np.testing.assert_array_equal(crop, [0, 15, 10, 10])
 
 
@@ -98,3 +101,30 @@ def test_each_image_has_its_own_key(images):
     out = np.asarray(augment(jax.random.key(0), same, Augment(32)))
     assert out.dtype == np.uint8
     assert len({image.tobytes() for image in out}) == 8
+
+
+def test_a_crop_stays_inside_where_draws_are_at_their_ends():
+    for draw in (0.0, 1 - 2**-24):
+        top, left, height, width = draw_crop(jnp.full(DRAWS, draw, jnp.float32), 300, 500, (0.05, 1.0), (3 / 4, 4 / 3))
+        assert top >= 0
+        assert left >= 0
+        assert top + height <= 300
+        assert left + width <= 500
+
+
+def test_a_file_is_augmented_as_an_array_is(images):
+    """The same crop and flip of the same image, by Pillow and on the device."""
+    spec = Augment(24)
+    differ = []
+    for seed in range(20):
+        image = images[seed % len(images)]
+        ours = augment_file(np.random.default_rng(seed), Image.fromarray(image), spec).astype(int)
+        draws = np.random.default_rng(seed)
+        crop = draw_crop(draws.random(DRAWS), 32, 32, spec.scale, spec.ratio)
+        theirs = np.asarray(crop_and_resize(image, jnp.asarray(crop), 24)).astype(int)
+        theirs = theirs[:, ::-1] if draws.random() < 0.5 else theirs
+        assert np.abs(ours - theirs).max() <= 2
+        differ.append((ours != theirs).mean())
+    assert np.mean(differ) < 0.02
+    same = augment_file(np.random.default_rng(0), Image.fromarray(images[0]), Augment(32, (1, 1), (1, 1), flip=False))
+    np.testing.assert_array_equal(same, images[0])

@@ -38,44 +38,9 @@ def run(rng):
     )
 
 
-def real_rows(batch):
-    kept = np.asarray(batch["weights"]) > 0
-    return np.asarray(batch["images"])[kept], np.asarray(batch["labels"])[kept]
-
-
-def test_an_epoch_sees_every_image_of_its_task_once(run):
-    every = list(continual.batches(run, 1, 0))
-    assert [step for step, _ in every] == list(range(9))
-    assert {batch["images"].shape[0] for _, batch in every} == {4}
-    members = run.scenario.members(run.dataset.train.labels, 1)
-    orders = []
-    for epoch in range(3):
-        rows = [real_rows(batch) for _, batch in every[3 * epoch : 3 * epoch + 3]]
-        assert [len(labels) for _, labels in rows] == [4, 4, len(members) - 8]
-        images = np.concatenate([images for images, _ in rows])
-        assert sorted(i.tobytes() for i in images) == sorted(i.tobytes() for i in run.dataset.train.images[members])
-        orders.append(images.tobytes())
-        for batch_images, labels in rows:
-            assert set(labels.tolist()) <= {2, 3}
-            for image, label in zip(batch_images, labels, strict=True):
-                index = next(i for i in members if np.array_equal(run.dataset.train.images[i], image))
-                assert run.dataset.train.labels[index] == label
-    assert len(set(orders)) == 3
-    np.testing.assert_array_equal(every[0][1]["class_mask"], [False, False, True, True])
-
-
-@pytest.mark.parametrize("first", [1, 3, 5])
-def test_batches_from_any_step_are_those_of_the_whole(run, first):
-    whole = dict(continual.batches(run, 0, 0))
-    rest = dict(continual.batches(run, 0, first))
-    assert sorted(rest) == list(range(first, 9))
-    for step, batch in rest.items():
-        np.testing.assert_array_equal(batch["images"], whole[step]["images"])
-
-
 def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
     calls, run = [], dataclasses.replace(run, method=tiny_method())
-    monkeypatch.setattr(inference, "queries", lambda method, params, images, batching: calls.append(len(images)) or images.sum((1, 2)))
+    monkeypatch.setattr(inference, "queries", lambda method, params, images, *_: calls.append(len(images)) or images.sum((1, 2)))
     for _ in range(3):
         assert run.query(0).shape == (6, 3)
         run.query(1)
@@ -149,7 +114,7 @@ def test_only_the_g_prompt_drifts(small, held):
     run = small(hold_g_prompt=held)
     _, (first, second), _ = run_two_tasks(run)
     batching = run.settings.batching
-    images = inference.prepare(run.method, run.test_set(0).images, batching)
+    images = run.test_set(0).images
     logits = []
     for model in (first, second):
         tokens, _ = inference.encode(model, images, batching, queried=False)
@@ -173,17 +138,47 @@ def test_sigterm_saves_at_once(small):
     run = small()
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     seen = []
-    stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set() if step == 1 else seen.append(step))
-    with pytest.raises(continual.Preempted, match="Stopped after step 3 of task 1"):
+    stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set() or seen.append(step))
+    with pytest.raises(continual.Preempted, match="Stopped after step") as stopped:
         continual.train_task(stopping, 0, adapter, shared, {})
-    assert [path.name for path in run.store.training.iterdir()] == ["000-000003"]
+    done = int(str(stopped.value).split()[3])
+    assert 0 < done < run.schedule(0).steps
+    assert [path.name for path in run.store.training.iterdir()] == [f"000-{done:06d}"]
     run.stop.clear()
     continued = dataclasses.replace(run, log=lambda group, step, values: seen.append(step))
     state, _ = continual.train_task(continued, 0, adapter, shared, {})
-    assert seen == [0, 2, *range(3, int(state.step))]
+    assert seen == list(range(int(state.step)))
     whole = dataclasses.replace(run, store=small(1).store)
     expected, _ = continual.train_task(whole, 0, adapter, shared, {})
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.mark.parametrize("call", [1, 3, 64])
+def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
+    monkeypatch.setattr(continual, "_next_call", lambda *_: call)
+    run = small(epochs=2, checkpoint_every=4)
+    adapter, shared = run.initial_adapter(0), run.initial_shared()
+    seen = []
+    logging = dataclasses.replace(run, log=lambda group, step, values: seen.append((step, values)))
+    state, _ = continual.train_task(logging, 0, adapter, shared, {})
+    step_by_step = train.compile_init(run.recipe, run.mesh)(adapter, shared)
+    plan, split = run.schedule(0), run.train_set(0)
+    fixed = {"class_mask": run.scenario.class_mask(0), "hold_g_prompt": False, "memory": {}}
+    for step in range(plan.steps):
+        rows, weights = plan.batch(step)
+        batch = {"images": split.images[rows], "labels": split.labels[rows], "weights": weights}
+        key = train.stream(run.config.seed, "augment", 0)
+        step_by_step, terms = train.compile_step(run.recipe, run.mesh)(step_by_step, run.params, batch | fixed, key)
+        assert seen[step] == (step, {name: float(value) for name, value in terms.items()})
+    assert len(seen) == plan.steps
+    jax.tree.map(np.testing.assert_array_equal, state, step_by_step)
+
+
+def test_calls_grow_to_what_takes_a_second():
+    assert continual._next_call(1, 1, 30.0) == 1
+    assert continual._next_call(1, 1, 0.01) == 4
+    assert continual._next_call(16, 16, 0.5) == 32
+    assert continual._next_call(16, 16, 4.0) == 4
 
 
 def test_another_dataset_is_another_run(small, monkeypatch):

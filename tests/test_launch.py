@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from soft_jax import data
+from soft_jax.store import Store
 
 ROOT = Path(__file__).parent.parent
 # Two tasks of five digits, six steps each: the smallest run that has a past and a future.
@@ -26,20 +28,43 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launch(cache):
+def environment(cache):
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "COLUMNS": "80",
+    }
+
+
+@pytest.fixture(scope="session")
+def launch(environment):
     def run(*args, moment=None, expect=0, program=("launch.py",)):
         program = program if moment is None else ["-m", "tests.drive", moment]
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "JAX_NUM_CPU_DEVICES": "2",
-            "COLUMNS": "80",
-        }
         done = subprocess.run(
             [sys.executable, *program, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch_two(environment):
+    """Two processes with a device each, in one run; their outputs."""
+
+    def run(*args, moment="none", expect=0):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        program = [sys.executable, "-m", "tests.drive", moment, *args]
+        alone = environment | {"JAX_NUM_CPU_DEVICES": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": alone}
+        both = [subprocess.Popen([*program, f"--distributed={address},{index},2"], **pipes) for index in range(2)]
+        outputs = [process.communicate(timeout=300)[0] for process in both]
+        assert [process.returncode for process in both] == [expect, expect], outputs[0][-3000:] + outputs[1][-3000:]
+        return outputs
 
     return run
 
@@ -150,6 +175,24 @@ def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moment
     assert contents(tmp_path) == contents(finished[0])
 
 
+def test_two_processes_are_one_run(finished, launch_two, tmp_path):
+    """A device each, killed in training, stopped by SIGTERM, continued: to the bit what one process with two devices does."""
+    launch_two(*SMALL, f"--workdir={tmp_path}", moment="kill-step:0:3", expect=-signal.SIGKILL)
+    first, second = launch_two(*SMALL, f"--workdir={tmp_path}", moment="term-step:1:2", expect=128 + signal.SIGTERM)
+    assert "Task 1 continues after step 2" in first
+    assert re.search(r"2\s+cpu\s+device", first)
+    assert "Stopped after step 4 of task 2; the same command continues" in second
+    first, second = launch_two(*SMALL, f"--workdir={tmp_path}")
+    assert "Task 2 continues after step 4" in first
+    assert "TIL oracle" in first
+    assert "TIL oracle" not in second
+    assert contents(tmp_path) == contents(finished[0])
+    with Store(tmp_path / "held")._locked:
+        first, second = launch_two(*SMALL, f"--workdir={tmp_path / 'held'}", expect=1)
+    assert "another process is running in" in first
+    assert "the first process says why" in second
+
+
 def test_a_damaged_training_state_costs_steps_not_the_run(finished, launch, tmp_path):
     launch(*SMALL, f"--workdir={tmp_path}", moment="kill-step:0:3", expect=-signal.SIGKILL)
     (kept,) = (tmp_path / "training").iterdir()
@@ -203,6 +246,7 @@ def test_another_config_is_refused(finished, launch):
         (["--config.epochs=many"], "Flags parsing error: flag --config.epochs=many"),
         (["--config.epoch=3"], 'instead of "epoch"'),
         (["--workdir=/proc/here"], "error: workdir: /proc/here can't be written"),
+        (["--distributed=here"], "error: distributed: 'here': "),
     ],
 )
 def test_bad_input_is_one_clear_error(launch, tmp_path, monkeypatch, arguments, message):

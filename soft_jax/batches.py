@@ -1,0 +1,116 @@
+"""Which images make a training batch, and how they come to the devices: from memory all at once, from files through Grain.
+
+A task's batches are a pure function of seed, task and step, so that a run can be continued from any step.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import zlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from soft_jax.augment import Augment, augment_file
+from soft_jax.data import Files
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A task's batches as rows of its `count` training images, every image once an epoch, in another order each time.
+
+    The last batch of an epoch holds what is left. Every batch is padded to one size that `devices` divides, with weight 0.
+    """
+
+    seed: int
+    task: int
+    count: int
+    epochs: int
+    batch_size: int
+    devices: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return math.ceil(self.count / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Batches of the task."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def padded(self) -> int:
+        """Rows of a batch, with the padding."""
+        return math.ceil(self.batch_size / self.devices) * self.devices
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Step `step`'s rows, int32 `[padded]`, and their weights, float32 `[padded]`."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        chosen = _order(self.seed, self.task, epoch, self.count)[index * self.batch_size : (index + 1) * self.batch_size]
+        rows, weights = np.zeros(self.padded, np.int32), np.zeros(self.padded, np.float32)
+        rows[: len(chosen)], weights[: len(chosen)] = chosen, 1
+        return rows, weights
+
+    def chunk(self, first: int, count: int, length: int) -> Batch:
+        """The batches of `count` steps from `first` on, and zeros up to `length`: `rows` and `weights`, `[length, padded]`."""
+        rows, weights = np.zeros((length, self.padded), np.int32), np.zeros((length, self.padded), np.float32)
+        for index in range(count):
+            rows[index], weights[index] = self.batch(first + index)
+        return {"rows": rows, "weights": weights}
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, task: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, zlib.crc32(b"shuffle"), task, epoch]).permutation(count)
+
+
+def from_files(
+    schedule: Schedule, files: Files, spec: Augment, first: int, process: int = 0, processes: int = 1
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """The batches from step `first` on, decoded and augmented in threads ahead of their use.
+
+    Each of `processes` gets its own rows of every batch, as (`{"images": uint8 [rows, size, size, 3], "labels", "weights"}`, rows of the
+    task). An image is augmented by its place in the schedule alone, so the batches depend neither on threads nor on processes.
+    Raises UserError naming a file that can't be read.
+    """
+    each = schedule.padded // processes
+    mine = slice(process * each, (process + 1) * each)
+    source = _Places(schedule.steps, mine)
+
+    def load(place: tuple[int, int]) -> dict[str, np.ndarray]:
+        step, position = place
+        rows, weights = schedule.batch(step)
+        row, weight = rows[position], weights[position]
+        if not weight:
+            return {"images": np.zeros((spec.size, spec.size, 3), np.uint8), "labels": np.int32(0), "weights": weight, "rows": row}
+        rng = np.random.default_rng([schedule.seed, zlib.crc32(b"augment"), schedule.task, step, position])
+        image = augment_file(rng, files.image(row), spec)
+        return {"images": image, "labels": files.labels[row], "weights": weight, "rows": row}
+
+    pipeline = grain.MapDataset.source(source).map(load).batch(each)
+    # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many batches wait as threads work.
+    threads = max(2, os.cpu_count() or 1)
+    iterator = iter(pipeline.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    iterator.set_state({"next_index": first})
+    for batch in iterator:
+        yield {name: batch[name] for name in ("images", "labels", "weights")}, batch["rows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Every (step, position in its batch) that one process loads, in order; what Grain takes as a random access source."""
+
+    steps: int
+    positions: slice
+
+    def __len__(self) -> int:
+        return self.steps * (self.positions.stop - self.positions.start)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        step, position = divmod(int(index), self.positions.stop - self.positions.start)
+        return step, self.positions.start + position

@@ -1,0 +1,76 @@
+"""Several processes, one a host, running one program: what each of them holds of an array, and what they have to agree on.
+
+With one process every function here is its plain counterpart. All processes must call them in the same order.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from soft_jax.errors import UserError
+
+
+def join(others: str) -> None:
+    """Meet the other processes of this program; before anything else of jax is used.
+
+    `others` is "auto" where jax finds them itself (TPU pods, Slurm, Open MPI, Kubernetes), or "HOST:PORT,INDEX,COUNT": where process 0
+    listens, which one this is, and how many there are. Raises UserError when it can't be read or they don't meet.
+    """
+    try:
+        if others == "auto":
+            jax.distributed.initialize()
+        else:
+            address, index, count = others.split(",")
+            jax.distributed.initialize(address, int(count), int(index))
+    except (ValueError, RuntimeError) as error:  # not three parts, no numbers, no cluster found, nobody there
+        raise UserError(f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", the same COUNT for all') from error
+
+
+def first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def put(tree: Any, sharding: Sharding) -> Any:
+    """Arrays that every process has whole, placed by `sharding`. Nothing is sent: each process copies its devices' part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf)))
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree)
+
+
+def put_local(tree: Any, sharding: Sharding) -> Any:
+    """Arrays of which each process has its own rows, in the processes' order, as global arrays split by `sharding`."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array, in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def highest(*values: int) -> tuple[int, ...]:
+    """The highest of the processes' values, for each argument by itself."""
+    if jax.process_count() == 1:
+        return values
+    return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
+
+
+def wait() -> None:
+    """Return when every process has come here."""
+    highest(0)
