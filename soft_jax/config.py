@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from soft_jax import prompts, reparam
+from soft_jax import packing, prompts, reparam
 from soft_jax.errors import UserError
 
 HOSTS = ("dualprompt", "l2p")
@@ -40,8 +40,9 @@ class Config:
     mask_layers: tuple[int, ...] = (10, 11, 12)  # that softtf, wsn, softnet, lora and adapter change
     mask_weights: str = "qkv+proj"  # joined by "+": qkv, proj, mlp; for lora also qv
     mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)
+    mask_storage: str = "float32"  # how the store keeps softtf's masks: or int8, int4 (steps by row), lowrank (of `rank`)
     keep: float = 0.9  # the share c of each kernel that wsn and softnet keep
-    rank: int = 4  # of lora's products and adapter's bottlenecks
+    rank: int = 4  # of lora's products, adapter's bottlenecks and lowrank's masks
     pool_size: int = 10  # l2p's prompts, each e_prompt_length long
     top_k: int = 5  # of them for an image
     ewc_strength: float = 1000.0  # λ of ewc's penalty
@@ -79,6 +80,7 @@ class Config:
         self._one_of("prefix_layout", prompts.LAYOUTS)
         self._one_of("mask_init", reparam.MASK_INITS)
         self._one_of("dtype", DTYPES)
+        self._one_of("mask_storage", packing.STORED_AS)
         self._check_mask_weights()
         for field in (
             "tasks",

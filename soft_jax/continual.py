@@ -183,7 +183,7 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
     for task in range(store.finished()):
         templates = {"adapter": learned.template, "shared": shared, "statistics": run.statistics_shapes(task), "memory": memory}
         items, manifest = store.load_task(task, templates, train.replicated(run.mesh))
-        learned.add(task, items["adapter"], items["statistics"])
+        learned.add(task, run.method.unpack(items["adapter"], run.params), items["statistics"])
         learned.stored(task)
         shared, memory = items["shared"], items["memory"]
         manifests.append(manifest)
@@ -195,12 +195,13 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         state, seconds = train_task(run, task, adapter, shared, memory)
         start = time.monotonic()
         memory = task_memory(run, task, memory, state.trainable)
-        items = {**state.trainable, "statistics": task_statistics(run, task), "memory": memory}
+        adapter, packed = _as_stored(run, state.trainable["adapter"])
+        items = {"adapter": packed, "shared": state.trainable["shared"], "statistics": task_statistics(run, task), "memory": memory}
         seconds["statistics"] = time.monotonic() - start
         shared = items["shared"]
-        learned.add(task, items["adapter"], items["statistics"])
+        learned.add(task, adapter, items["statistics"])
         table, seconds["evaluate"] = evaluate_stage(run, learned.model(shared))
-        manifest = _manifest(run, task, items, table, seconds)
+        manifest = _manifest(run, task, adapter, items, table, seconds)
         store.save_task(task, items, manifest)
         learned.stored(task)
         manifests.append(manifest)
@@ -231,8 +232,9 @@ class Learned:
 
     @functools.cached_property
     def template(self) -> methods.Adapter:
-        """Shapes and dtypes of an adapter."""
-        return jax.eval_shape(self._run.method.init_adapter, jax.random.key(0), self._run.params)
+        """Shapes and dtypes of an adapter as the store keeps it."""
+        method = self._run.method
+        return jax.eval_shape(lambda key, params: method.pack(method.init_adapter(key, params)), jax.random.key(0), self._run.params)
 
     def _put(self, task: int, adapter: methods.Adapter) -> None:
         for name, rows in self._rows.items():
@@ -279,7 +281,16 @@ class Learned:
         if task >= self.tasks:
             return self._run.initial_adapter(task)
         items, _ = self._run.store.load_task(task, {"adapter": self.template}, train.replicated(self._run.mesh))
-        return items["adapter"]
+        return self._run.method.unpack(items["adapter"], self._run.params)
+
+
+def _as_stored(run: Run, adapter: methods.Adapter) -> tuple[methods.Adapter, methods.Adapter]:
+    """A trained adapter as it is when it has been stored and read again, and as it is stored."""
+    packed = processes.put(_pack(run.method, adapter), train.replicated(run.mesh))
+    return run.method.unpack(packed, run.params), packed
+
+
+_pack = jax.jit(methods.Method.pack, static_argnums=0)
 
 
 def task_statistics(run: Run, task: int) -> trees.Tree:
@@ -484,10 +495,16 @@ def evaluate_stage(run: Run, model: inference.Model) -> tuple[dict[str, list[eva
 
 
 def _manifest(
-    run: Run, task: int, items: Mapping[str, trees.Tree], table: Mapping[str, list[evaluate.Row]], seconds: Mapping[str, float]
+    run: Run,
+    task: int,
+    adapter: methods.Adapter,
+    items: Mapping[str, trees.Tree],
+    table: Mapping[str, list[evaluate.Row]],
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
+    """`adapter` as training left it, `items` as they are stored."""
     classes = run.scenario.classes_of(task)
-    masks = trees.flatten(items["adapter"].get("mask", {}))
+    masks = trees.flatten(adapter.get("mask", {}))
     return {
         "classes": classes,
         "class_names": [run.dataset.class_names[c] for c in classes],
@@ -495,20 +512,20 @@ def _manifest(
         "backbone": {"name": run.backbone.name, "sha256": run.backbone.fingerprint},
         "metrics": {protocol: [dataclasses.asdict(row) for row in rows] for protocol, rows in table.items()},
         "seconds": dict(seconds),
-        "parameters": {name: trees.count(items[name]) for name in ("adapter", "shared")} | {"fixed": run.method.fixed(items["adapter"])},
+        "parameters": {"adapter": trees.count(adapter), "shared": trees.count(items["shared"]), "fixed": run.method.fixed(adapter)},
         "step_flops": run.step_flops,
         "bytes": {name: trees.nbytes(tree) for name, tree in items.items()},
         "mask_distance_from_one": {path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()},
-        "weight_drift": _drift(run, items),
+        "weight_drift": _drift(run, adapter, items["shared"]),
         "mask_density": {path: _density(mask) for path, mask in masks.items()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }
 
 
-def _drift(run: Run, items: Mapping[str, trees.Tree]) -> dict[str, float]:
+def _drift(run: Run, adapter: methods.Adapter, shared: methods.Shared) -> dict[str, float]:
     """How far the task's weights are from the frozen ones, |θ_t − θ| / |θ| in the 2-norm, for each parameter that they replace."""
     theta = trees.flatten(run.params)
-    there = trees.flatten(run.method.weights(run.params, items["adapter"]) | items["shared"].get("weights", {}))
+    there = trees.flatten(run.method.weights(run.params, adapter) | shared.get("weights", {}))
     norm = jnp.linalg.norm
     return {path: float(norm(w - theta[path]) / jnp.maximum(norm(theta[path]), 1e-12)) for path, w in there.items() if path in theta}
 

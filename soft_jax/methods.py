@@ -21,7 +21,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from soft_jax import prompts, reparam, retention, trees
+from soft_jax import packing, prompts, reparam, retention, trees
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.reparam import Reparam
@@ -126,6 +126,19 @@ class Method:
     def weights(self, backbone: trees.Tree, adapter: Adapter) -> trees.Tree:
         """The parameters that the task of `adapter` changes or adds, θ ⊙ m for masks, by their place in the backbone's tree."""
         return self.reparam.weights(backbone, adapter[self.reparam.slot]) if self.reparam else {}
+
+    def pack(self, adapter: Adapter) -> Adapter:
+        """A trained adapter as the store keeps it."""
+        if not isinstance(self.reparam, reparam.SoftMask):
+            return adapter
+        return adapter | {"mask": packing.pack(adapter["mask"], self.reparam.stored_as, self.reparam.stored_rank)}
+
+    def unpack(self, packed: Adapter, backbone: trees.Tree) -> Adapter:
+        """The adapter, or the part of it, that `pack` gave."""
+        if not isinstance(self.reparam, reparam.SoftMask) or "mask" not in packed:
+            return packed
+        like = trees.select(backbone, self.kernels)
+        return packed | {"mask": packing.unpack(packed["mask"], self.reparam.stored_as, like)}
 
     def fixed(self, adapter: Adapter) -> int:
         """How many of an adapter's numbers are kept but never trained."""

@@ -247,7 +247,7 @@ def _model(
     """The model of `chosen`, and the class names; names of classes that are no task's of them are empty."""
     whole = train.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole)
-    adapter = jax.eval_shape(method.init_adapter, jax.random.key(0), params)
+    adapter = jax.eval_shape(lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0))
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
     shared = reader.load_task(reader.present()[-1], {"shared": template}, whole)[0]["shared"]
     # There is a row for each task of the run; those that are not loaded are never chosen.
@@ -268,7 +268,7 @@ def _model(
 
     def load(task: int) -> methods.Adapter:
         own = {name: tree for name, tree in adapter.items() if name not in rows}
-        return reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"]
+        return method.unpack(reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"], params)
 
     model = inference.Model(
         method=method,

@@ -69,12 +69,14 @@ def masked(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
 class SoftMask:
     """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1) is the published code's.
 
-    Nothing of a task's masks changes after it.
+    Nothing of a task's masks changes after it. `stored_as` and `stored_rank` say how the store keeps them (`packing`).
     """
 
     slot: ClassVar[str] = "mask"
     kernels: tuple[str, ...]
     init_as: str = "uniform"
+    stored_as: str = "float32"
+    stored_rank: int = 4
 
     def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
         """A task's masks, float32, shaped as the kernels."""
@@ -216,7 +218,7 @@ def _lora(c, layers):
 
 # A kind by the name it has in a config's `method`, from the config's settings and its layers, counted from 0.
 KINDS = {
-    "softtf": lambda c, layers: SoftMask(kernel_paths(c.mask_weights.split("+"), layers), c.mask_init),
+    "softtf": lambda c, layers: SoftMask(kernel_paths(c.mask_weights.split("+"), layers), c.mask_init, c.mask_storage, c.rank),
     "wsn": lambda c, layers: BinaryMask(kernel_paths(c.mask_weights.split("+"), layers), c.keep),
     "softnet": lambda c, layers: BinaryMask(kernel_paths(c.mask_weights.split("+"), layers), c.keep, soft=True),
     "lora": _lora,
@@ -233,6 +235,6 @@ def layers_of(reparam: Reparam | None) -> tuple[int, ...]:
 
 def check(reparam: Reparam, vit: ViTConfig) -> None:
     """Raise UserError where a rank is larger than the layer is wide."""
-    rank = getattr(reparam, "rank", 0)
+    rank = max(getattr(reparam, "rank", 0), getattr(reparam, "stored_rank", 0))
     if rank > vit.dim:
         raise UserError(f"rank: {rank} is above the backbone's width, {vit.dim}")

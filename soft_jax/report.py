@@ -1,7 +1,7 @@
 """Results of a run from its tasks' manifests: `results.jsonl`, a Markdown report, pictures and the terminal's table. No jax."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from rich.table import Table
 
 from soft_jax import metrics
 from soft_jax.store import write_text
+
+LABELS = 20  # of tasks along the side of a picture
 
 Manifests = Sequence[Mapping[str, Any]]
 
@@ -89,8 +91,13 @@ def write(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Mani
 def result_rows(config: Mapping[str, Any], benchmark: str, manifests: Manifests) -> list[dict[str, Any]]:
     """One row per task trained and protocol."""
     rows = []
+    # Once for all stages: their rows are written anew after every task.
+    protocols = manifests[0]["metrics"]
+    accuracy = {protocol: accuracy_matrix(manifests, protocol) for protocol in protocols}
+    by_stage = {protocol: metrics.by_stage(matrix) for protocol, matrix in accuracy.items()}
+    identified = {protocol: accuracy_matrix(manifests, protocol, "task_correct") for protocol in protocols}
     for stage in range(1, len(manifests) + 1):
-        for protocol in manifests[0]["metrics"]:
+        for protocol in protocols:
             name, task_id = protocol.split("/")
             rows.append(
                 {
@@ -100,8 +107,9 @@ def result_rows(config: Mapping[str, Any], benchmark: str, manifests: Manifests)
                     "tasks_trained": stage,
                     "protocol": name,
                     "task_id": task_id,
-                    **figures(manifests[:stage], protocol),
-                    "accuracy_by_task": accuracy_matrix(manifests[:stage], protocol)[:, -1].tolist(),
+                    **{figure: float(values[stage - 1]) for figure, values in by_stage[protocol].items()},
+                    "task_id_accuracy": float(identified[protocol][:stage, stage - 1].mean()),
+                    "accuracy_by_task": accuracy[protocol][:stage, stage - 1].tolist(),
                     "images": sum(row["total"] for row in manifests[stage - 1]["metrics"][protocol]),
                     "seconds": manifests[stage - 1]["seconds"],
                 }
@@ -171,7 +179,7 @@ def _size_lines(root: Path, manifests: Manifests) -> list[str]:
         f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
         f"- Bytes that one task keeps: {sizes['adapter']:,} adapter, {sizes['statistics']:,} statistics for prototype task identity, "
         f"{sizes['shared']:,} shared part, {sizes['memory']:,} what the method holds of older tasks.",
-        "- Bytes on disk by task: " + ", ".join(f"{_bytes(folder):,}" for folder in folders) + ".",
+        f"- Bytes on disk: {_bytes(folders[-1]):,} of the last task, {sum(map(_bytes, folders)):,} of all.",
         *([f"- Floating point operations of a training step, as XLA counts them: {flops:.4g}."] if flops else []),
         "",
     ]
@@ -247,8 +255,8 @@ def draw(root: Path, manifests: Manifests) -> list[str]:
         matrix = accuracy_matrix(manifests, protocol)
         image = axes.imshow(np.ma.masked_array(matrix, np.tril(np.ones_like(matrix), -1)), vmin=0, vmax=100)
         axes.set(title=protocol, xlabel="trained through task", ylabel="test images of task")
-        axes.set_xticks(stages - 1, stages)
-        axes.set_yticks(stages - 1, stages)
+        for ticks in (axes.set_xticks, axes.set_yticks):
+            _number(ticks, len(stages))
     figure.colorbar(image, ax=figure.axes, label="accuracy (%)")
     save(figure, "accuracy_matrix.png")
 
@@ -258,17 +266,17 @@ def draw(root: Path, manifests: Manifests) -> list[str]:
         confusion = task_confusion(manifests, protocol)
         image = axes.imshow(confusion, vmin=0, vmax=100)
         axes.set(title=protocol, xlabel="given to task", ylabel="test images of task")
-        axes.set_xticks(np.arange(confusion.shape[1]), np.arange(confusion.shape[1]) + 1)
-        axes.set_yticks(stages - 1, stages)
+        _number(axes.set_xticks, confusion.shape[1])
+        _number(axes.set_yticks, len(stages))
     figure.colorbar(image, ax=figure.axes, label="test images (%)")
     save(figure, "task_confusion.png")
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, field, title in zip(figure.subplots(1, 2), ("final_average", "forgetting"), ("average accuracy", "forgetting"), strict=True):
         for protocol in protocols:
-            values = [metrics.summarize(accuracy_matrix(manifests[:stage], protocol))[field] for stage in stages]
+            values = metrics.by_stage(accuracy_matrix(manifests, protocol))[field]
             axes.plot(stages, values, marker="o", label=protocol)
-        axes.set(xlabel="tasks trained", ylabel=f"{title} (%)", xticks=stages)
+        axes.set(xlabel="tasks trained", ylabel=f"{title} (%)", xticks=stages[:: _every(len(stages))])
         axes.legend()
     save(figure, "accuracy_and_forgetting.png")
 
@@ -276,16 +284,26 @@ def draw(root: Path, manifests: Manifests) -> list[str]:
         save(_densities(densities), "mask_density.png")
     if distances := manifests[-1]["mask_distance_from_one"]:
         paths = sorted(distances, key=_layer_first)
-        figure = Figure(figsize=(2 + 0.8 * len(stages), 1 + 0.4 * len(paths)), layout="constrained")
+        figure = Figure(figsize=(2 + 0.8 * min(len(stages), LABELS), 1 + 0.4 * len(paths)), layout="constrained")
         axes = figure.subplots()
         values = np.array([[manifest["mask_distance_from_one"][path] for manifest in manifests] for path in paths])
         image = axes.imshow(values, aspect="auto")
         axes.set_yticks(range(len(paths)), [_label(path) for path in paths])
-        axes.set_xticks(stages - 1, stages)
+        _number(axes.set_xticks, len(stages))
         axes.set(xlabel="task", title="how far each mask moved from 1")
         figure.colorbar(image, ax=axes, label="root mean square of m − 1")
         save(figure, "mask_distance.png")
     return names
+
+
+def _every(count: int) -> int:
+    return -(-count // LABELS)
+
+
+def _number(set_ticks: Callable[..., Any], count: int) -> None:
+    """Label places 0 to `count` - 1 as 1 and on, those that there is room for."""
+    places = np.arange(0, count, _every(count))
+    set_ticks(places, places + 1)
 
 
 def _layer_first(path: str) -> tuple[int, str]:

@@ -1,0 +1,177 @@
+"""What a training step costs, against the published PyTorch code and the device's own limit: python -m benchmarks.training
+
+DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12], the tenth of ten tasks' worth of classes; the images are random.
+The published code runs in its own interpreter, which needs PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
+
+    python -m benchmarks.training --published=CHECKOUT --torch=/path/to/its/python
+    python -m benchmarks.training --backbone=vit_b16 --steps=1 --rounds=3 --published=CHECKOUT --torch=/path/to/its/python
+
+Alternatives take turns, a ratio is the median over the rounds. The published steps get images that are on the device already; ours crop,
+resize and flip theirs in the step.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from benchmarks import published
+from benchmarks.inference import compare
+from soft_jax import batches, methods, train, weights
+from soft_jax.config import Config
+from soft_jax.vit import ViT
+
+SIDE = 4096  # of the square matrices whose product is taken for the device's peak
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="vit_ti8_32", choices=published.SIZES)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16, help="of a measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--published", help="a checkout of ihaeyong/Soft-TF")
+    parser.add_argument("--torch", default="python3", help="the interpreter that has its requirements")
+    parser.add_argument("--autocast", action="store_true", help="the published code under bfloat16 autocast")
+    parser.add_argument("--device", default="cpu", help="the published code's: cpu or cuda")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    ways: dict[str, Callable[[], None]] = {}
+    for name, fixed_query in (("ours", False), ("ours, fixed_query", True)):
+        ours = Steps(arguments, fixed_query)
+        ways[name] = ours.many
+        if not fixed_query:
+            flops, ways["ours, a step a call"] = ours.flops, ours.one_by_one
+    theirs = Published(arguments) if arguments.published else None
+    if theirs:
+        ways["published"] = theirs.many
+    peak = peak_flops(arguments.dtype)
+    times = compare(arguments.rounds, **ways)
+    print(
+        f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, {arguments.backbone}, {arguments.dtype}, ", end=""
+    )
+    print(f"batch {arguments.batch}; {flops / 1e9:.1f} GFLOP a step; product of {SIDE} × {SIDE} matrices {peak / 1e9:.0f} GFLOP/s")
+    row = {
+        "backbone": arguments.backbone,
+        "batch": arguments.batch,
+        "dtype": arguments.dtype,
+        "gflop": flops / 1e9,
+        "peak_gflops": peak / 1e9,
+    }
+    for name in ways:
+        seconds = times[name] / arguments.steps
+        ratio = "" if name == "ours" else f"; {times[f'{name}/ours']:.2f} × ours"
+        share = "" if "fixed" in name or name == "published" else f", {flops / seconds / peak:.0%} of the peak"
+        print(f"  {name:22s} {1000 * seconds:8.1f} ms a step, {arguments.batch / seconds:7.1f} images/s{share}{ratio}")
+        row[name] = {"ms": 1000 * seconds, "images_per_second": arguments.batch / seconds, "times_ours": times.get(f"{name}/ours", 1.0)}
+    memory = {"ours (all three ways)": high_water(os.getpid())} | ({"published": high_water(theirs.process.pid)} if theirs else {})
+    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    print("  peak memory of the process: " + ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in memory.items()), end="")
+    print(f"; of the device, ours {on_device / 2**20:.0f} MiB" if on_device else "")
+    print(json.dumps(row | {"memory": memory, "torch": theirs.about if theirs else None}))
+
+
+class Steps:
+    """Our steps of one task on random images."""
+
+    def __init__(self, arguments: argparse.Namespace, fixed_query: bool):
+        settings = {"backbone": arguments.backbone, "dtype": arguments.dtype, "mask_weights": "qkv+proj+mlp", "fixed_query": fixed_query}
+        config = Config(batch_size=arguments.batch, **settings)
+        vit = dataclasses.replace(weights.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
+        method = methods.from_config(config, vit, published.CLASSES)
+        self.recipe, self.mesh, self.count = train.recipe_from_config(config, method), train.data_mesh(), arguments.steps
+        self.whole = train.replicated(self.mesh)
+        image = np.zeros((1, vit.image_size, vit.image_size, 3), np.float32)
+        self.params = jax.device_put(jax.jit(ViT(vit).init)(jax.random.key(0), image)["params"], self.whole)
+        adapter, shared = method.init_adapter(jax.random.key(1), self.params), method.init_shared(jax.random.key(2), self.params)
+        self.state = train.compile_init(self.recipe, self.mesh)(adapter, shared)
+        self.key = jax.device_put(jax.random.key(3), self.whole)
+        rng = np.random.default_rng(0)
+        # As CIFAR-100: 32 pixels, resized in the step.
+        images, labels = rng.integers(0, 256, (5000, 32, 32, 3)).astype(np.uint8), rng.integers(0, 10, 5000).astype(np.int32)
+        self.pool = {"images": images, "labels": labels}
+        if fixed_query:
+            self.pool["query"] = rng.normal(size=(5000, vit.dim)).astype(vit.dtype)
+        self.on_device = jax.device_put(self.pool, self.whole)
+        self.schedule = batches.Schedule(0, 0, 5000, 1000, arguments.batch, self.mesh.size)
+        fixed = {"class_mask": np.arange(published.CLASSES) < 10, "hold_g_prompt": np.bool_(False), "memory": {}}
+        self.fixed, self.done = jax.device_put(fixed, self.whole), 0
+
+    def many(self) -> None:
+        """All steps in one call, as training runs them on images that fit the device."""
+        rows = jax.device_put(self.schedule.chunk(self.done, self.count, train.CHUNK), self.whole)
+        steps = train.compile_steps(self.recipe, self.mesh)
+        self.state, terms = steps(self.state, self.params, self.on_device, rows, self.fixed, self.key, np.int32(self.count))
+        self._finish(terms)
+
+    def one_by_one(self) -> None:
+        """A call a step, its images sent along, as training runs them on images from files."""
+        step = train.compile_step(self.recipe, self.mesh)
+        for index in range(self.count):
+            rows, weights_ = self.schedule.batch(self.done + index)
+            batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_}
+            batch = jax.device_put(batch, train.by_row(self.mesh))
+            self.state, terms = step(self.state, self.params, batch | self.fixed, self.key)
+        self._finish(terms)
+
+    def _finish(self, terms: dict[str, jax.Array]) -> None:
+        self.done += self.count
+        jax.block_until_ready((self.state, terms))
+
+    @property
+    def flops(self) -> float:
+        """Of a step, as XLA counts them in the program as it is written; crops and Adam are in it."""
+        rows, weights_ = self.schedule.batch(0)
+        batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_} | self.fixed
+        lowered = train.compile_step(self.recipe, self.mesh).lower(self.state, self.params, batch, self.key)
+        return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
+
+
+class Published:
+    """The published code's steps, in a process of their own that waits while others run."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        script = Path(published.__file__)
+        command = [arguments.torch, str(script), arguments.published, arguments.backbone, str(arguments.batch), arguments.device]
+        command += ["--autocast"] if arguments.autocast else []
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about, self.steps = json.loads(self.process.stdout.readline()), arguments.steps
+
+    def many(self) -> None:
+        """All steps."""
+        self.process.stdin.write(f"{self.steps}\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+
+
+def peak_flops(dtype: str) -> float:
+    """FLOP/s of a product of large square matrices of `dtype` on one device, the best of five."""
+    a = jnp.ones((SIDE, SIDE), dtype)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision="default" if dtype == "bfloat16" else "highest"))
+    product(a).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(times)
+
+
+def high_water(pid: int) -> int:
+    """Peak memory of a process in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    main()

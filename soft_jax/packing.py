@@ -1,0 +1,87 @@
+"""How a task's soft masks are kept in the store: as they are, or smaller. A mask is near 1, so what is kept is its distance from 1.
+
+A packed mask is a dict of arrays; packing is done once, when a task ends, and the task goes on with what unpacking gives: figures are those
+of what is stored. A mask of ones stays one, to the bit, in each of these ways.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from soft_jax import trees
+
+Packed = dict[str, jax.Array]
+
+
+def _quantized(mask: jax.Array, levels: int) -> Packed:
+    """Whole multiples, -`levels` to `levels`, of a step that each row of the mask `[in, out]` has for itself."""
+    delta = mask - 1
+    step = jnp.max(jnp.abs(delta), axis=1, keepdims=True) / levels
+    whole = jnp.round(delta / jnp.where(step > 0, step, 1)).astype(jnp.int8)
+    return {"whole": whole, "step": step.astype(jnp.float32)}
+
+
+def _dequantized(packed: Packed) -> jax.Array:
+    return 1 + packed["whole"].astype(jnp.float32) * packed["step"]
+
+
+def _pack_int8(mask: jax.Array, rank: int) -> Packed:
+    return _quantized(mask, 127)
+
+
+def _pack_int4(mask: jax.Array, rank: int) -> Packed:
+    """As int8, with two neighbours of a row in a byte, the first in its lower half."""
+    packed = _quantized(mask, 7)
+    halves = (packed["whole"] + 8).astype(jnp.uint8)
+    halves = jnp.pad(halves, ((0, 0), (0, halves.shape[1] % 2)))
+    return packed | {"whole": halves[:, ::2] | (halves[:, 1::2] << 4)}
+
+
+def _unpack_int4(packed: Packed, columns: int) -> jax.Array:
+    halves = jnp.stack([packed["whole"] & 15, packed["whole"] >> 4], axis=-1).reshape(len(packed["whole"]), -1)[:, :columns]
+    return _dequantized(packed | {"whole": halves.astype(jnp.int8) - 8})
+
+
+def _pack_low_rank(mask: jax.Array, rank: int) -> Packed:
+    """The best product of `[in, rank]` and `[rank, out]` in the 2-norm (Eckart and Young, 1936)."""
+    left, sizes, right = jnp.linalg.svd(mask - 1, full_matrices=False)
+    return {"left": left[:, :rank] * sizes[None, :rank], "right": right[:rank]}
+
+
+class Way(NamedTuple):
+    """`pack(mask [in, out], rank)` and `unpack(packed, columns of the mask)`."""
+
+    pack: Callable[[jax.Array, int], Packed]
+    unpack: Callable[[Packed, int], jax.Array]
+
+
+WAYS = {
+    "int8": Way(_pack_int8, lambda packed, columns: _dequantized(packed)),
+    "int4": Way(_pack_int4, _unpack_int4),
+    "lowrank": Way(_pack_low_rank, lambda packed, columns: 1 + jnp.matmul(packed["left"], packed["right"], precision="highest")),
+}
+
+
+STORED_AS = ("float32", *WAYS)
+
+
+def pack(masks: trees.Tree, way: str, rank: int) -> trees.Tree:
+    """Masks, a tree of float32 `[in, out]`, as they are kept, `way` of STORED_AS; "float32" is as they are. `rank` is that of "lowrank"."""
+    if way == "float32":
+        return masks
+    return trees.unflatten({path: WAYS[way].pack(mask, rank) for path, mask in trees.flatten(masks).items()})
+
+
+def unpack(packed: trees.Tree, way: str, like: trees.Tree) -> trees.Tree:
+    """The masks, float32, of what `pack` gave; `like` is a tree of their shapes."""
+    if way == "float32":
+        return packed
+    out = {}
+    for path, mask in trees.flatten(like).items():
+        leaf = packed
+        for part in path.split("/"):
+            leaf = leaf[part]
+        out[path] = WAYS[way].unpack(leaf, mask.shape[1])
+    return trees.unflatten(out)

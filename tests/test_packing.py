@@ -1,0 +1,77 @@
+import dataclasses
+import json
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from soft_jax import continual, data, packing, trees, weights
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from soft_jax.predictor import Predictor
+from soft_jax.store import Store
+from tests.conftest import TINY
+
+
+def masks(shape=(24, 71)):
+    drawn = 1 + 0.05 * jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    return {"blocks_2": {"attn": {"qkv": {"kernel": drawn.at[3].set(1).at[5].multiply(40)}, "proj": {"kernel": drawn[:, :8]}}}}
+
+
+@pytest.mark.parametrize(("way", "levels"), [("int8", 127), ("int4", 7)])
+def test_a_step_is_a_rows_own(way, levels):
+    like = masks()
+    back = packing.unpack(packing.pack(like, way, 4), way, like)
+    for mask, there in zip(jax.tree.leaves(like), jax.tree.leaves(back), strict=True):
+        step = np.abs(np.asarray(mask) - 1).max(axis=1, keepdims=True) / levels
+        assert (np.abs(mask - there) <= step / 2 + 1e-6).all()
+    np.testing.assert_array_equal(back["blocks_2"]["attn"]["qkv"]["kernel"][3], 1)
+
+
+@pytest.mark.parametrize("way", packing.STORED_AS)
+def test_ones_are_ones_and_bytes_are_what_they_should_be(way):
+    like = {"a": jnp.ones((24, 71), jnp.float32)}
+    packed = packing.pack(like, way, 4)
+    np.testing.assert_array_equal(packing.unpack(packed, way, like)["a"], 1)
+    expected = {"float32": 4 * 24 * 71, "int8": 24 * 71 + 4 * 24, "int4": 24 * 36 + 4 * 24, "lowrank": 4 * 4 * (24 + 71)}
+    assert trees.nbytes(packed) == expected[way]
+
+
+def test_a_low_rank_mask_is_kept_whole():
+    rng = np.random.default_rng(0)
+    mask = jnp.asarray(1 + rng.normal(size=(24, 3)) @ rng.normal(size=(3, 71)), jnp.float32)
+    for rank, close in ((3, True), (2, False)):
+        back = packing.unpack(packing.pack({"a": mask}, "lowrank", rank), "lowrank", {"a": mask})["a"]
+        assert np.allclose(back, mask, atol=1e-4) == close
+
+
+@pytest.mark.parametrize("way", ["int4", "lowrank"])
+def test_a_run_goes_on_with_what_it_stored(backbone, tmp_path, monkeypatch, way):
+    """Its figures are those of the stored masks: read again, by the run and by a predictor, they are the ones that were evaluated."""
+    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
+    digits = data.load("digits")
+    few = data.Dataset(*(data.Split(s.images[:60], s.labels[:60]) for s in (digits.train, digits.test)), digits.class_names)
+    layers = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
+    config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **layers)
+    config = dataclasses.replace(config, mask_storage=way)
+    seen = []
+    add = continual.Learned.add
+    monkeypatch.setattr(continual.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(2):  # the second reads both tasks from the store
+            manifests = continual.run(config, tmp_path, Console(quiet=True), few)
+    for first, again in zip(seen[:2], seen[2:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, first, again)
+    predictor = Predictor.load(tmp_path, task_id="oracle", batch_size=16)
+    labels = few.test.labels
+    right = predictor.predict(few.test.images, labels // 5).classes == labels
+    rows = manifests[-1]["metrics"]["oracle/task_given"]
+    assert [int(right[labels // 5 == task].sum()) for task in range(2)] == [row["correct"] for row in rows]
+    stored = json.loads((tmp_path / "tasks/000/manifest/metadata").read_text())
+    assert stored["parameters"]["adapter"] == trees.count(seen[0])
+    assert stored["bytes"]["adapter"] < trees.nbytes(seen[0]) / 2
+    with closing(Store(tmp_path)), pytest.raises(UserError, match="mask_storage: 'int3' is unknown"):
+        dataclasses.replace(config, mask_storage="int3")
