@@ -1,12 +1,14 @@
 """The outer loop's parts that a whole run can't show by itself."""
 
 import dataclasses
+import io
 import threading
 from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from soft_jax import continual, data, inference, methods, train, trees, weights
@@ -179,6 +181,76 @@ def test_calls_grow_to_what_takes_a_second():
     assert continual._next_call(1, 1, 0.01) == 4
     assert continual._next_call(16, 16, 0.5) == 32
     assert continual._next_call(16, 16, 4.0) == 4
+
+
+@pytest.fixture
+def from_files(small, monkeypatch):
+    """`small`, its training and test images as files of many shapes."""
+    held = data.load()
+
+    def as_files(split):
+        contents = []
+        for index, image in enumerate(split.images):
+            file = io.BytesIO()
+            Image.fromarray(np.pad(image, ((0, index % 5), (0, 0), (0, 0)))).save(file, "PNG")
+            contents.append(file.getvalue())
+        return data.Files(contents.__getitem__, str, list(map(str, contents)), split.labels, np.arange(len(contents)))
+
+    monkeypatch.setattr(data, "load", lambda *_: data.Dataset(as_files(held.train), as_files(held.test), held.class_names))
+    return small
+
+
+def test_a_run_on_files_goes_on_where_it_was(from_files):
+    """Stopped within an epoch and continued: the bits of a run that was not; and the same on one device and on four."""
+    run = from_files()
+    adapter, shared = run.initial_adapter(0), run.initial_shared()
+    stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set())
+    with pytest.raises(continual.Preempted, match="Stopped after step [2-4] of task 1"):
+        continual.train_task(stopping, 0, adapter, shared, {})
+    run.stop.clear()
+    state, seconds = continual.train_task(run, 0, adapter, shared, {})
+    assert int(state.step) == 5
+    assert 0 < seconds["input_wait"] < seconds["train"]
+    whole = dataclasses.replace(run, store=from_files(2).store)
+    expected, _ = continual.train_task(whole, 0, adapter, shared, {})
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    one = from_files(1)
+    alone, _ = continual.train_task(one, 0, one.initial_adapter(0), one.initial_shared(), {})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), state.trainable, jax.device_get(alone.trainable))
+
+
+def test_files_are_evaluated_as_images_in_memory(small, from_files):
+    run = from_files()
+    assert run.settings.prepared
+    size = run.method.vit.image_size
+    images = run.test_set(1).images
+    assert images.shape[1:] == (size, size, 3)
+    assert run.test_set(1) is run.test_set(1)
+    for task in range(2):
+        count = len(run.test_set(task).labels)
+        assert run.query(task).shape == (count, run.method.vit.dim)
+        assert run.train_query(task).shape == (run.schedule(task).count, run.method.vit.dim)
+    _, _, rows = run_two_tasks(run)
+    assert rows["oracle/task_given"][1].total == len(run.test_set(1).labels)
+
+
+@pytest.mark.parametrize("stored", ["memory", "files"])
+def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
+    """It is asked for once a task, for training and statistics together, and the key moves towards it alone."""
+    make = request.getfixturevalue("small" if stored == "memory" else "from_files")
+    calls, ask = [], inference.queries
+    monkeypatch.setattr(inference, "queries", lambda *args, **kwargs: calls.append(1) or ask(*args, **kwargs))
+    run = make(fixed_query=True)
+    adapter, shared = run.initial_adapter(0), run.initial_shared()
+    logged = []
+    logging = dataclasses.replace(run, log=lambda group, step, values: logged.append(values["key_similarity"]))
+    continual.train_task(logging, 0, adapter, shared, {})
+    continual.task_statistics(run, 0)
+    assert len(calls) == 1
+    rows, weights_ = run.schedule(0).batch(0)
+    query, key = run.train_query(0)[rows[weights_ > 0]], np.asarray(adapter["key"])
+    cosine = query @ key / np.linalg.norm(query, axis=1) / np.linalg.norm(key)
+    assert logged[0] == pytest.approx(cosine.mean(), abs=1e-5)
 
 
 def test_another_dataset_is_another_run(small, monkeypatch):

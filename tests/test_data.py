@@ -32,6 +32,32 @@ class TinyColors(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": file, "label": i % 4}
 
 
+class ImagenetR(tfds.core.GeneratorBasedBuilder):
+    """ImageNet-R as TFDS has it: one split, and labels that are 200 of 1,000; here two of them, in images of many shapes."""
+
+    VERSION = tfds.builder_cls("imagenet_r").VERSION
+    name = "imagenet_r"
+
+    def _info(self):
+        names = [f"n{label:04d}" for label in range(1000)]
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names), "file_name": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, _):
+        return {"test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(24):
+            image = np.full((20 + i, 30, 3), 10 * i, np.uint8)
+            yield i, {"image": io.BytesIO(encoded(image, "JPEG")), "label": (7, 930)[i % 2], "file_name": str(i)}
+
+
+def encoded(image, kind):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
@@ -82,6 +108,95 @@ def test_digits():
     # An image of the test is in no other place.
     train = {image.tobytes() for image in dataset.train.images}
     assert sum(image.tobytes() in train for image in dataset.test.images) == 0
+
+
+def test_images_of_many_shapes_stay_files(tmp_path):
+    """ImageNet-R: labels counted from 0, every fifth image of a class for the test."""
+    ImagenetR(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    dataset = data.load("imagenet_r", str(tmp_path))
+    assert dataset.class_names == ("n0007", "n0930")
+    assert isinstance(dataset.train, data.Files)
+    assert [np.bincount(split.labels).tolist() for split in (dataset.train, dataset.test)] == [[9, 9], [3, 3]]
+    seen = []
+    for split in (dataset.train, dataset.test):
+        for index, label in enumerate(split.labels):
+            image = np.asarray(split.image(index))
+            number = round(image.mean() / 10)
+            assert image.shape == (20 + number, 30, 3)
+            assert number % 2 == label
+            seen.append(number)
+    assert sorted(seen) == list(range(24))
+    prepared = dataset.test.prepared(np.arange(6), 16)
+    assert prepared.shape == (6, 16, 16, 3)
+    assert [round(image.mean() / 10) % 2 for image in prepared] == dataset.test.labels.tolist()
+    assert dataset.test.prepared(np.arange(0), 16).shape == (0, 16, 16, 3)
+    few = dataset.first(2, 1)
+    assert np.bincount(few.train.labels).tolist() == [2, 2]
+    assert len({dataset.fingerprint, few.fingerprint, data.load("imagenet_r", str(tmp_path)).fingerprint}) == 2
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, count in (("train", 3), ("test", 1)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / split / name / f"{i}.png").write_bytes(encoded(np.full((8, 8, 3), 100 * label + i, np.uint8), "PNG"))
+    return tmp_path
+
+
+def test_folder(folder):
+    dataset = data.load("folder", str(folder))
+    assert dataset.class_names == ("cat", "dog")
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]  # of one shape: in memory
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    (folder / "train/cat/odd.jpg").write_bytes(encoded(np.zeros((9, 8), np.uint8), "JPEG"))  # another shape, and grey
+    odd = data.load("folder", str(folder))
+    assert isinstance(odd.train, data.Files)
+    assert isinstance(odd.test, data.Split)
+    assert np.asarray(odd.train.image(3)).shape == (9, 8, 3)
+    assert odd.fingerprint != dataset.fingerprint
+
+
+def test_large_sets_stay_files(folder, monkeypatch):
+    monkeypatch.setattr(data, "HELD_BYTES", 6 * 8 * 8 * 3 - 1)
+    dataset = data.load("folder", str(folder))
+    assert isinstance(dataset.train, data.Files)
+    assert isinstance(dataset.test, data.Split)
+
+
+def test_folders_that_can_not_be_read(folder):
+    with pytest.raises(UserError, match=r"dataset: 'folder' reads DIR/train/CLASS/\*"):
+        data.load("folder", "")
+    (folder / "test/dog/0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"dataset: .*test/dog/0.png can't be read .*; restore it"):
+        data.load("folder", str(folder))
+    shutil.rmtree(folder / "test/dog")
+    with pytest.raises(UserError, match=r"differ in their classes: 'dog' is in one of them only"):
+        data.load("folder", str(folder))
+
+
+def test_tiny_imagenet(tmp_path):
+    root = tmp_path / "tiny-imagenet-200"
+    names = ["n02", "n01"]
+    for name in names:
+        (root / "train" / name / "images").mkdir(parents=True)
+        for i in range(2):
+            image = encoded(np.full((64, 64, 3), 50 * names.index(name) + i, np.uint8), "JPEG")
+            (root / "train" / name / "images" / f"{name}_{i}.JPEG").write_bytes(image)
+    (root / "val/images").mkdir(parents=True)
+    for i in range(3):
+        (root / f"val/images/val_{i}.JPEG").write_bytes(encoded(np.full((64, 64, 3), 9 * i, np.uint8), "JPEG"))
+    (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\nval_2.JPEG\tn02\t0\t0\t9\t9\n")
+    with pytest.raises(UserError, match=r"no Tiny-ImageNet at .*wnids.txt"):
+        data.load("tiny_imagenet", str(tmp_path))
+    (root / "wnids.txt").write_text("\n".join(names))
+    dataset = data.load("tiny_imagenet", str(tmp_path))
+    assert dataset.class_names == ("n01", "n02")
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1]
+    assert [round(image.mean()) for image in dataset.train.images] == [50, 51, 0, 1]
+    assert dataset.test.labels.tolist() == [1, 0, 1]
+    assert [round(image.mean()) for image in dataset.test.images] == [0, 9, 18]
 
 
 def test_unknown_set():

@@ -1,0 +1,150 @@
+"""What grows with the number of tasks: python -m benchmarks.tasks --output=DIR
+
+A run of many small tasks (random images, a small random ViT) through `continual`'s own loop. After every task the newest alone is
+evaluated: evaluating all of them, as a run does for its accuracy matrix, is by definition as many evaluations as there are tasks. At some
+numbers of tasks the run is opened again by a fresh process, as a continued run would. Writes `tasks.png` into DIR.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.training import high_water
+from soft_jax import continual, data, evaluate, report, weights
+from soft_jax.config import Config
+from soft_jax.vit import ViT, ViTConfig
+
+VIT = ViTConfig(image_size=16, patch_size=4, dim=64, depth=4, heads=4, mlp_dim=256)
+CLASSES, TRAIN, TEST = 2, 24, 12  # of a task: its classes, and the images of each
+
+
+class Opened(Exception):
+    """A run has read all that is stored and would begin to train."""
+
+
+def main() -> None:
+    """Run, measure, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=500)
+    parser.add_argument("--resume-at", type=int, nargs="*", default=(10, 50, 100, 200, 300, 400, 499))
+    parser.add_argument("--output", default=".")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    params = jax.device_get(jax.jit(ViT(VIT).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"])
+    weights.load = lambda *_: weights.Backbone("random", VIT, params, "0" * 64)
+    if arguments.child:
+        return _open_again(arguments)
+    rows, resumed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        last = [time.monotonic()]
+
+        def after_task(run: continual.Run, manifests: list) -> None:
+            count, now = len(manifests), time.monotonic()
+            seconds = manifests[-1]["seconds"] | {"whole": now - last[0]}
+            disk = sum(path.stat().st_size for path in (workdir / "tasks" / f"{count - 1:03d}").rglob("*") if path.is_file())
+            rows.append({"tasks": count, "seconds": seconds, "disk": disk, "memory": _resident()})
+            if count in arguments.resume_at:
+                resumed.append({"tasks": count} | _opened_by_another(workdir, folder, arguments))
+                print(json.dumps({"after": rows[-1], "opened again": resumed[-1]}), flush=True)
+            last[0] = time.monotonic()
+
+        continual._report, continual.evaluate_stage = after_task, _newest_alone
+        report.line, report.show = lambda *_: "", lambda *_: None
+        continual.run(_config(arguments.tasks), workdir, Console(quiet=True), _images(arguments.tasks))
+    _draw(rows, resumed, Path(arguments.output) / "tasks.png")
+    first, last_rows = rows[5:55], rows[-50:]
+    for name in ("whole", "train", "statistics", "evaluate"):
+        early, late = (float(np.median([row["seconds"][name] for row in part])) for part in (first, last_rows))
+        print(f"{name}: {early:.3f} s a task early, {late:.3f} s late, {late / early:.2f} ×")
+    print(
+        json.dumps(
+            {"disk a task": [rows[5]["disk"], rows[-1]["disk"]], "memory": [rows[5]["memory"], rows[-1]["memory"]], "resumed": resumed}
+        )
+    )
+    return None
+
+
+def _config(tasks: int) -> Config:
+    layers = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
+    sizes = {"batch_size": 24, "epochs": 1, "eval_batch_size": 64, "prototype_features": 200}
+    return Config(dataset="digits", tasks=tasks, weights_cache_mb=8, **sizes, **layers)
+
+
+def _images(tasks: int) -> data.Dataset:
+    rng, classes = np.random.default_rng(0), CLASSES * tasks
+
+    def split(count: int) -> data.Split:
+        labels = np.repeat(np.arange(classes, dtype=np.int32), count)
+        return data.Split(rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels)
+
+    return data.Dataset(split(TRAIN), split(TEST), tuple(map(str, range(classes))))
+
+
+def _newest_alone(run: continual.Run, model) -> tuple[dict[str, list[evaluate.Row]], float]:
+    start, task = time.monotonic(), model.tasks[-1]
+    split = run.test_set(task)
+    rows = evaluate.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
+    return {protocol: [row] for protocol, row in rows.items()}, time.monotonic() - start
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _opened_by_another(workdir: Path, folder: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds and peak memory of a fresh process that opens what is stored; of a copy, since the run holds its folder."""
+    copy = Path(folder) / "copy"
+    shutil.copytree(workdir, copy, copy_function=os.link)
+    command = [sys.executable, "-m", "benchmarks.tasks", f"--tasks={arguments.tasks}", f"--child={copy}"]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    shutil.rmtree(copy)
+    return json.loads(answer)
+
+
+def _open_again(arguments: argparse.Namespace) -> None:
+    def opened(*_):
+        raise Opened
+
+    continual.train_task, continual._report = opened, lambda *_: None
+    images, start = _images(arguments.tasks), time.monotonic()
+    try:
+        continual.run(_config(arguments.tasks), arguments.child, Console(quiet=True), images)
+    except Opened:
+        print(json.dumps({"seconds": time.monotonic() - start, "memory": high_water(os.getpid())}))
+
+
+def _draw(rows: list[dict], resumed: list[dict], path: Path) -> None:
+    tasks = [row["tasks"] for row in rows]
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    time_axes, disk_axes, memory_axes, resume_axes = figure.subplots(1, 4)
+    for name in ("whole", "train", "statistics", "evaluate"):
+        time_axes.plot(tasks[1:], [row["seconds"][name] for row in rows[1:]], linewidth=0.8, label=name)
+    time_axes.set(title="seconds of a task", xlabel="task", ylim=(0, None))
+    time_axes.legend()
+    disk_axes.plot(tasks, [row["disk"] / 2**20 for row in rows])
+    disk_axes.set(title="MiB on disk of a task", xlabel="task", ylim=(0, None))
+    memory_axes.plot(tasks, [row["memory"] / 2**20 for row in rows])
+    memory_axes.set(title="MiB of memory of the run", xlabel="tasks", ylim=(0, None))
+    resume_axes.plot([row["tasks"] for row in resumed], [row["seconds"] for row in resumed], marker="o")
+    resume_axes.set(title="seconds to open a run", xlabel="tasks", ylim=(0, None))
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    main()
