@@ -66,6 +66,8 @@ def _steps(torch, arguments):
     for name, parameter in model.named_parameters():
         masks = name.startswith("blocks") and any(part in name for part in ("ones_weight", "zeros_weight", "w_m"))
         parameter.requires_grad = masks or not name.startswith(frozen)
+        if name.endswith(("ones_bias", "b_m")):
+            parameter.data.fill_(1)  # the published code leaves them as memory happens to be, and its loss then is NaN at times
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.03 * arguments.batch / 256)
     settings = types.SimpleNamespace(

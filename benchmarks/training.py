@@ -4,19 +4,20 @@ DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12], the tenth 
 The published code runs in its own interpreter, which needs PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
 
     python -m benchmarks.training --published=CHECKOUT --torch=/path/to/its/python
-    python -m benchmarks.training --backbone=vit_b16 --ours-alone --steps=1 --rounds=3 --published=CHECKOUT --torch=/path/to/its/python
+    python -m benchmarks.training --backbone=vit_b16 --steps=1 --rounds=3 --published=CHECKOUT --torch=/path/to/its/python
 
 Alternatives take turns, a ratio is the median over the rounds. The published steps get images that are on the device already; ours crop,
-resize and flip theirs in the step.
+resize and flip theirs in the step. Without --published, ours in three ways.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -41,47 +42,57 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--steps", type=int, default=16, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--ours-alone", action="store_true", help="leave our other ways out; the published code needs the memory for ViT-B/16"
-    )
     parser.add_argument("--published", help="a checkout of ihaeyong/Soft-TF")
     parser.add_argument("--torch", default="python3", help="the interpreter that has its requirements")
     parser.add_argument("--autocast", action="store_true", help="the published code under bfloat16 autocast")
     parser.add_argument("--device", default="cpu", help="the published code's: cpu or cuda")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    ways: dict[str, Callable[[], None]] = {}
+    if arguments.published:
+        _against_published(arguments)
+    else:
+        _ours(arguments)
+
+
+def _ours(arguments: argparse.Namespace) -> None:
+    """Our ways to run steps, in turns."""
     ours = Steps(arguments, fixed_query=False)
-    flops, ways["ours"] = ours.flops, ours.many
-    if not arguments.ours_alone:
-        ways |= {"ours, a step a call": ours.one_by_one, "ours, fixed_query": Steps(arguments, fixed_query=True).many}
-    theirs = Published(arguments) if arguments.published else None
-    if theirs:
-        ways["published"] = theirs.many
-    peak = peak_flops(arguments.dtype)
-    times = compare(arguments.rounds, **ways)
+    ways = {"ours": ours.many, "ours, a step a call": ours.one_by_one, "ours, fixed_query": Steps(arguments, fixed_query=True).many}
+    peak, times = peak_flops(arguments.dtype), compare(arguments.rounds, **ways)
     print(
         f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, {arguments.backbone}, {arguments.dtype}, ", end=""
     )
-    print(f"batch {arguments.batch}; {flops / 1e9:.1f} GFLOP a step; product of {SIDE} × {SIDE} matrices {peak / 1e9:.0f} GFLOP/s")
-    row = {
-        "backbone": arguments.backbone,
-        "batch": arguments.batch,
-        "dtype": arguments.dtype,
-        "gflop": flops / 1e9,
-        "peak_gflops": peak / 1e9,
-    }
+    print(f"batch {arguments.batch}; {ours.flops / 1e9:.1f} GFLOP a step; ", end="")
+    print(f"product of {SIDE} × {SIDE} matrices {peak / 1e9:.0f} GFLOP/s")
+    row = {"gflop": ours.flops / 1e9, "peak_gflops": peak / 1e9, "memory": high_water(os.getpid())}
+    row["device_memory"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     for name in ways:
-        seconds = times[name] / arguments.steps
-        ratio = "" if name == "ours" else f"; {times[f'{name}/ours']:.2f} × ours"
-        share = "" if "fixed" in name or name == "published" else f", {flops / seconds / peak:.0%} of the peak"
-        print(f"  {name:22s} {1000 * seconds:8.1f} ms a step, {arguments.batch / seconds:7.1f} images/s{share}{ratio}")
-        row[name] = {"ms": 1000 * seconds, "images_per_second": arguments.batch / seconds, "times_ours": times.get(f"{name}/ours", 1.0)}
-    memory = {"ours": high_water(os.getpid())} | ({"published": high_water(theirs.process.pid)} if theirs else {})
-    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    print("  peak memory of the process: " + ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in memory.items()), end="")
-    print(f"; of the device, ours {on_device / 2**20:.0f} MiB" if on_device else "")
-    print(json.dumps(row | {"memory": memory, "torch": theirs.about if theirs else None}))
+        row[name] = times[name] / arguments.steps
+        share = "" if "fixed" in name else f", {ours.flops / row[name] / peak:.0%} of the peak"
+        print(f"  {name:22s} {_speed(arguments, row[name])}{share}; {times.get(f'{name}/ours', 1.0):.2f} × ours")
+    print(json.dumps(row))
+
+
+def _speed(arguments: argparse.Namespace, seconds: float) -> str:
+    return f"{1000 * seconds:8.1f} ms a step, {arguments.batch / seconds:7.1f} images/s"
+
+
+def _against_published(arguments: argparse.Namespace) -> None:
+    """Ours and theirs in turns of whole processes: on a small machine the memory of one slows the other, idle as it is."""
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("backbone", "dtype", "batch", "steps")]
+    command, ratios, memory = [sys.executable, "-m", "benchmarks.training", "--rounds=2", *options], [], []
+    for _ in range(arguments.rounds):
+        ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        theirs = Published(arguments)
+        seconds = statistics.median(theirs.many() for _ in range(3)) / arguments.steps  # the first is a warm-up, and the slowest
+        memory.append((ours["memory"], theirs.close()))
+        ratios.append(seconds / ours["ours"])
+        print(f"  ours      {_speed(arguments, ours['ours'])}, {ours['gflop'] / ours['ours'] / ours['peak_gflops']:.0%} of the peak")
+        print(f"  published {_speed(arguments, seconds)}; {ratios[-1]:.2f} × ours", flush=True)
+    print(f"published / ours: {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} ({theirs.about})")
+    ours, theirs_ = (max(column) / 2**20 for column in zip(*memory, strict=True))
+    print(f"peak memory of the process: ours (all three ways) {ours:.0f} MiB, published {theirs_:.0f} MiB")
+    print(json.dumps({"ratios": ratios, "memory": memory, "about": theirs.about}))
 
 
 class Steps:
@@ -141,7 +152,7 @@ class Steps:
 
 
 class Published:
-    """The published code's steps, in a process of their own that waits while others run."""
+    """The published code's steps, in a process of their own."""
 
     def __init__(self, arguments: argparse.Namespace):
         script = Path(published.__file__)
@@ -150,11 +161,18 @@ class Published:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about, self.steps = json.loads(self.process.stdout.readline()), arguments.steps
 
-    def many(self) -> None:
-        """All steps."""
+    def many(self) -> float:
+        """All steps; their seconds."""
         self.process.stdin.write(f"{self.steps}\n")
         self.process.stdin.flush()
-        self.process.stdout.readline()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> int:
+        """End it; its peak memory in bytes."""
+        memory = high_water(self.process.pid)
+        self.process.stdin.close()
+        self.process.wait()
+        return memory
 
 
 def peak_flops(dtype: str) -> float:

@@ -1,0 +1,51 @@
+"""Whether files come as fast as they are used: python -m benchmarks.files
+
+Writes JPEG files of photographs' size, smooth with some noise, and takes batches of them as training does, decoded, cropped and resized to
+224 pixels; against the same work in one thread.
+"""
+
+import argparse
+import io
+import os
+import time
+
+import numpy as np
+from PIL import Image
+
+from soft_jax import batches, data
+from soft_jax.augment import Augment, augment_file
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=240)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=8)
+    arguments = parser.parse_args()
+    rng, contents = np.random.default_rng(0), []
+    for _ in range(arguments.files):
+        width, height = rng.integers(300, 600, 2).tolist()
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (height, width, 3))
+        file = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        contents.append(file.getvalue())
+    count, spec = len(contents), Augment(224)
+    files = data.Files(contents.__getitem__, str, [""] * count, np.zeros(count, np.int32), np.arange(count))
+    start = time.perf_counter()
+    for index in range(count):
+        augment_file(rng, files.image(index), spec)
+    alone = count / (time.perf_counter() - start)
+    schedule = batches.Schedule(0, 0, count, arguments.epochs, arguments.batch, 1)
+    feed = batches.from_files(schedule, files, spec, 0)
+    next(feed)
+    start = time.perf_counter()
+    taken = sum(len(batch["labels"]) for batch, _ in feed)
+    together = taken / (time.perf_counter() - start)
+    print(f"{np.mean([len(c) for c in contents]) / 1024:.0f} KiB a file, {os.cpu_count()} cores")
+    print(f"one thread: {alone:.0f} images/s; the pipeline: {together:.0f} images/s, {together / alone:.2f} ×")
+
+
+if __name__ == "__main__":
+    main()
