@@ -31,12 +31,18 @@ def main(argv: list[str]) -> None:
         workdir = flags.FLAGS.workdir or f"runs/{config.name}-{config.method}-{config.tasks}x-seed{config.seed}"
         continual.run(config, workdir)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        end(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error}; finished tasks are as they were, and the same command continues")
+        end(f"error: {error}; finished tasks are as they were, and the same command continues")
     except continual.Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + 15)
+
+
+def end(message: str) -> None:
+    """Say what is wrong and end; of several processes this one at once, without waiting for the others, which may wait for it."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1) if flags.FLAGS.distributed else sys.exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

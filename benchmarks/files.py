@@ -35,7 +35,7 @@ def main() -> None:
     files = data.Files(contents.__getitem__, str, [""] * count, np.zeros(count, np.int32), np.arange(count))
     start = time.perf_counter()
     for index in range(count):
-        augment_file(rng, files.image(index), spec)
+        augment_file(rng, Image.fromarray(files.image(index)), spec)
     alone = count / (time.perf_counter() - start)
     schedule = batches.Schedule(0, 0, count, arguments.epochs, arguments.batch, 1)
     feed = batches.from_files(schedule, files, spec, 0)

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from PIL import Image
 
 from soft_jax.augment import Augment, augment_file
 from soft_jax.data import Files
+
+AHEAD_BYTES = 2**30  # of batches from files that wait to be used
 
 Batch = dict[str, np.ndarray]
 
@@ -89,13 +92,15 @@ def from_files(
         if not weight:
             return {"images": np.zeros((spec.size, spec.size, 3), np.uint8), "labels": np.int32(0), "weights": weight, "rows": row}
         rng = np.random.default_rng([schedule.seed, zlib.crc32(b"augment"), schedule.task, step, position])
-        image = augment_file(rng, files.image(row), spec)
+        image = augment_file(rng, Image.fromarray(files.image(row)), spec)
         return {"images": image, "labels": files.labels[row], "weights": weight, "rows": row}
 
     pipeline = grain.MapDataset.source(source).map(load).batch(each)
-    # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many batches wait as threads work.
-    threads = max(2, os.cpu_count() or 1)
-    iterator = iter(pipeline.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+    # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many batches wait as threads work, if they fit.
+    threads = max(2, len(os.sched_getaffinity(0)))
+    waiting = max(1, min(2 * threads, AHEAD_BYTES // (3 * each * spec.size**2)))
+    options = grain.ReadOptions(num_threads=min(threads, waiting), prefetch_buffer_size=waiting)
+    iterator = iter(pipeline.to_iter_dataset(options))
     iterator.set_state({"next_index": first})
     for batch in iterator:
         yield {name: batch[name] for name in ("images", "labels", "weights")}, batch["rows"]

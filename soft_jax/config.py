@@ -135,6 +135,10 @@ class Config:
         for group in joined:
             if len(chosen := [part for part in parts if part in group]) > 1:
                 raise UserError(f"method: {self.method!r} names both {chosen[0]} and {chosen[1]}; one of them at most")
+        if self.mask_storage != "float32" and "softtf" not in parts:
+            raise UserError(f"mask_storage: {self.method!r} has no soft masks to keep as {self.mask_storage}; leave it as float32")
+        if self.fixed_query and set(parts) & set(ALONE):
+            raise UserError(f"fixed_query: {self.method!r} asks nothing of q(x); leave it off")
         if "pgp" in parts and not set(parts) & set(HOSTS):
             raise UserError(f"method: {self.method!r}: pgp projects prompts, so it needs one of {', '.join(HOSTS)}")
 

@@ -30,6 +30,7 @@ from soft_jax.store import Store
 
 CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
 READ_AT_ONCE = 1024  # files whose images are held at once
+QUERIES_AT_ONCE = 256  # training images of a forward pass that takes q(x)
 
 
 class Preempted(Exception):
@@ -66,11 +67,11 @@ class Run:
     def test_set(self, task: int) -> data.Split:
         """Task `task`'s test images; those from files are prepared, and then held in the host's memory."""
         test = self.dataset.test
+        members = self.scenario.members(test.labels, task)
+        if isinstance(test, data.Split):
+            return test.take(members)
         if task not in self.tested:
-            part = test.take(self.scenario.members(test.labels, task))
-            if isinstance(part, data.Files):
-                part = data.Split(part.prepared(np.arange(len(part.labels)), self.method.vit.image_size), part.labels)
-            self.tested[task] = part
+            self.tested[task] = data.Split(test.prepared(members, self.method.vit.image_size), test.labels[members])
         return self.tested[task]
 
     def train_set(self, task: int) -> data.Split | data.Files:
@@ -120,7 +121,9 @@ class Run:
         return self.train_queries[task]
 
     def _train_query(self, task: int) -> np.ndarray:
-        split, ask = self.train_set(task), functools.partial(inference.queries, self.method, self.params, batching=self.settings.batching)
+        # A size of its own: with `fixed_query` training depends on it, to the bit, and `eval_batch_size` may change in a run.
+        batching, split = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.train_set(task)
+        ask = functools.partial(inference.queries, self.method, self.params, batching=batching)
         if isinstance(split, data.Split):
             return ask(split.images)
         parts = np.split(np.arange(len(split.labels)), range(READ_AT_ONCE, len(split.labels), READ_AT_ONCE))
@@ -297,7 +300,8 @@ def task_statistics(run: Run, task: int) -> trees.Tree:
     """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are; empty without task identity."""
     if not run.method.by_task:
         return {}
-    labels = run.train_set(task).labels
+    labels = run.dataset.train.labels
+    labels = labels[run.scenario.members(labels, task)]
     statistics = prototype.statistics(run.train_query(task), labels, run.scenario.classes_of(task), run.projection)
     return processes.put(statistics, train.replicated(run.mesh))
 
@@ -323,17 +327,20 @@ def prepare(
     """Find weights and data, check that everything fits, and make `store` this run's. `mesh` defaults to all devices."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     store.compare(settings)  # before anything is downloaded
-    backbone = weights.load(config.backbone, config.backbone_path, config.image_size, config.dtype)
+    processes.check_equal(dataclasses.asdict(config) | dict.fromkeys(("data_dir", "backbone_path")))  # those may differ by host
+    backbone = processes.agreed(lambda: weights.load(config.backbone, config.backbone_path, config.image_size, config.dtype))
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in a ViT without a classifier; left out")
     methods.from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
-    dataset = dataset or data.load(config.dataset, config.data_dir)
+    dataset = dataset or processes.agreed(lambda: data.load(config.dataset, config.data_dir))
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = Scenario(len(dataset.class_names), config.tasks)
     for split in (dataset.train, dataset.test):
         scenario.check(split.labels)
     method = methods.from_config(config, backbone.vit, scenario.classes)
-    store.claim(settings | {"backbone_sha256": backbone.fingerprint, "dataset_sha256": dataset.fingerprint})
+    identity = settings | {"backbone_sha256": backbone.fingerprint, "dataset_sha256": dataset.fingerprint}
+    processes.check_equal(identity)
+    store.claim(identity)
     mesh = mesh or train.data_mesh()
     console.print(
         f"{config.method} on {config.dataset}, {config.tasks} tasks of {scenario.classes // config.tasks} classes; "
@@ -414,11 +421,14 @@ class _Feed:
             most = max(run.schedule(t).count for t in range(run.config.tasks))
             pool = {"images": split.images, "labels": split.labels} | ({} if self._query is None else {"query": self._query})
             self._pool = processes.put({name: inference.pad(array, most) for name, array in pool.items()}, whole)
-            self.advance = self._from_pool
+            self._files = None
         else:
             spec = train.augmentation(run.config, run.method)
             self._files = batches.from_files(self._schedule, split, spec, first, jax.process_index(), jax.process_count())
-            self.advance = self._from_files
+
+    def advance(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, Any]:
+        """Run `count` steps from step `first` on; the new state, and the steps' terms as `_check` takes them."""
+        return self._from_files(state, count) if self._files else self._from_pool(state, first, count)
 
     def _from_pool(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, dict[str, jax.Array]]:
         start = time.monotonic()
@@ -427,7 +437,7 @@ class _Feed:
         steps = train.compile_steps(self._run.recipe, self._run.mesh)
         return steps(state, self._run.params, self._pool, rows, self._fixed, self._key, np.int32(count))
 
-    def _from_files(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, list[dict[str, jax.Array]]]:
+    def _from_files(self, state: train.TrainState, count: int) -> tuple[train.TrainState, list[dict[str, jax.Array]]]:
         step, terms = train.compile_step(self._run.recipe, self._run.mesh), []
         for _ in range(count):
             start = time.monotonic()
@@ -510,7 +520,7 @@ def _manifest(
         "class_names": [run.dataset.class_names[c] for c in classes],
         "config": dataclasses.asdict(run.config),
         "backbone": {"name": run.backbone.name, "sha256": run.backbone.fingerprint},
-        "metrics": {protocol: [dataclasses.asdict(row) for row in rows] for protocol, rows in table.items()},
+        "metrics": {protocol: [_counts(row) for row in rows] for protocol, rows in table.items()},
         "seconds": dict(seconds),
         "parameters": {"adapter": trees.count(adapter), "shared": trees.count(items["shared"]), "fixed": run.method.fixed(adapter)},
         "step_flops": run.step_flops,
@@ -520,6 +530,12 @@ def _manifest(
         "mask_density": {path: _density(mask) for path, mask in masks.items()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _counts(row: evaluate.Row) -> dict[str, Any]:
+    """A row for the manifest. Of the tasks that its images were given to, those that got any: there may be hundreds of tasks."""
+    given = {str(task): count for task, count in enumerate(row.identified) if count}
+    return dataclasses.asdict(row) | {"identified": given}
 
 
 def _drift(run: Run, adapter: methods.Adapter, shared: methods.Shared) -> dict[str, float]:

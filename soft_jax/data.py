@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from soft_jax import images as images_lib
 from soft_jax import trees
@@ -61,25 +60,24 @@ class Files:
         """Hex SHA-256 of the files and of the labels."""
         return hashlib.sha256("".join(self.digests[i] for i in self.order).encode()).hexdigest(), trees.sha256(self.labels)
 
-    def image(self, index: int) -> Image.Image:
-        """Image `index` of the split, decoded, in colour. Raises UserError naming the file when it can't be read."""
-        record = int(self.order[index])
-        try:
-            return decode(self.read(record))
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged files
-            raise UserError(f"dataset: {self.names(record)} can't be read ({type(error).__name__}: {error}); restore it") from error
+    def image(self, index: int) -> np.ndarray:
+        """Image `index` of the split, upright and in colour, uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
+        return _decoded(self.read, self.names, int(self.order[index]))[1]
 
     def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
         """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
         with ThreadPoolExecutor() as threads:
-            images = threads.map(lambda i: images_lib.prepare(np.asarray(self.image(i)), int(i), size), indices)
+            images = threads.map(lambda i: images_lib.prepare(self.image(i), int(i), size), indices)
             return np.stack(list(images)) if len(indices) else np.zeros((0, size, size, 3), np.uint8)
 
 
-def decode(content: bytes) -> Image.Image:
-    """A file's image in colour, as it is stored: data sets keep their pictures upright."""
-    with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB")
+def _decoded(read: Callable[[int], bytes], names: Callable[[int], str], index: int) -> tuple[bytes, np.ndarray]:
+    """File `index` and its image, as `Predictor` sees an image file."""
+    try:
+        content = read(index)
+        return content, images_lib.decode(io.BytesIO(content))
+    except Exception as error:  # what reading and Pillow's decoders raise for missing and damaged files
+        raise UserError(f"dataset: {names(index)} can't be read ({type(error).__name__}: {error}); restore it") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,25 +174,24 @@ def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> Split | Files:
 
 
 def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray) -> Split | Files:
-    """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as files. Raises UserError naming a bad one."""
+    """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as files.
 
-    def look(index: int) -> tuple[str, tuple[int, int]]:
-        try:
-            content = read(index)
-            with Image.open(io.BytesIO(content)) as image:  # its header alone
-                return hashlib.sha256(content).hexdigest(), image.size
-        except Exception as error:  # as in `Files.image`
-            raise UserError(f"dataset: {names(index)} can't be read ({type(error).__name__}: {error}); restore it") from error
+    All are decoded once, so that a bad one is named now, by a UserError, and not in some later task.
+    """
+
+    def look(index: int) -> tuple[str, tuple[int, ...]]:
+        content, image = _decoded(read, names, index)
+        return hashlib.sha256(content).hexdigest(), image.shape
 
     with ThreadPoolExecutor() as threads:
         digests, sizes = zip(*threads.map(look, range(len(labels))), strict=True)
         files = Files(read, names, digests, labels, np.arange(len(labels)))
-        if len(set(sizes)) > 1 or len(labels) * sizes[0][0] * sizes[0][1] * 3 > HELD_BYTES:
+        if len(set(sizes)) > 1 or len(labels) * np.prod(sizes[0]) > HELD_BYTES:
             return files
-        images = np.empty((len(labels), sizes[0][1], sizes[0][0], 3), np.uint8)
+        images = np.empty((len(labels), *sizes[0]), np.uint8)
 
         def place(index: int) -> None:
-            images[index] = np.asarray(files.image(index))
+            images[index] = files.image(index)
 
         list(threads.map(place, range(len(labels))))
     return Split(images, labels)
@@ -274,6 +271,7 @@ def _read(builder, name: str, split: str) -> Split | Files:
         # TFDS's own way, in blocks: several times faster than a record at a time.
         images, labels = zip(*((r["image"], r["label"]) for r in records(builder.as_data_source(split))), strict=True)
         return Split(np.stack(images), np.array(labels, np.int32))
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    skipped = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != "label"}  # CUB-200 has a second image
+    source = builder.as_data_source(split, decoders=skipped)
     labels = [record["label"] for record in records(source)]
     return _split(lambda i: source[i]["image"], lambda i: f"{name} at {builder.data_dir}, {split} record {i},", np.array(labels, np.int32))

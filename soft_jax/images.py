@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,10 +19,23 @@ _DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel, which it wou
 def read(path: str | os.PathLike) -> np.ndarray:
     """An image file, upright and in colour, as uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
     try:
-        with Image.open(path) as file:
-            return _colours(ImageOps.exif_transpose(file))
+        return decode(path)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged files
         raise UserError(f"{os.fspath(path)} can't be read as an image ({type(error).__name__}: {error})") from error
+
+
+def decode(file: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """An image file's content, as `read`. Raises whatever Pillow's decoders do: OSError, SyntaxError, ValueError, struct.error and more."""
+    with Image.open(file) as image:
+        levels = _colours(ImageOps.exif_transpose(image))
+    _check_shape(levels)
+    return levels
+
+
+def _check_shape(levels: np.ndarray) -> None:
+    height, width = levels.shape[:2]
+    if max(height, width) > _LONGEST * min(height, width):
+        raise ValueError(f"{width} × {height} pixels, expected sides of at most {_LONGEST} to 1; cut it first")
 
 
 def _colours(image: Image.Image) -> np.ndarray:
@@ -85,8 +98,10 @@ def prepare(image: Any, index: int, size: int) -> np.ndarray:
     """
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
     levels = read(image) if isinstance(image, str | os.PathLike) else _levels(_array(image, name), name)
-    if max(levels.shape[:2]) > _LONGEST * min(levels.shape[:2]):
-        raise UserError(f"{name}: {levels.shape[1]} × {levels.shape[0]} pixels, expected sides of at most {_LONGEST} to 1; cut it first")
+    try:
+        _check_shape(levels)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
     (height, width), (top, left) = tested_geometry(*levels.shape[:2], size)
     if levels.shape[:2] != (height, width):
         levels = np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))

@@ -3,7 +3,10 @@
 With one process every function here is its plain counterpart. All processes must call them in the same order.
 """
 
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +20,8 @@ def join(others: str) -> None:
     """Meet the other processes of this program; before anything else of jax is used.
 
     `others` is "auto" where jax finds them itself (TPU pods, Slurm, Open MPI, Kubernetes), or "HOST:PORT,INDEX,COUNT": where process 0
-    listens, which one this is, and how many there are. Raises UserError when it can't be read or they don't meet.
+    listens, which one this is, and how many there are. Raises UserError when it can't be read, or no cluster is found; processes that wait
+    for others in vain are ended by jax after five minutes.
     """
     try:
         if others == "auto":
@@ -69,6 +73,31 @@ def highest(*values: int) -> tuple[int, ...]:
     if jax.process_count() == 1:
         return values
     return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
+
+
+Result = TypeVar("Result")
+
+
+def agreed(function: Callable[[], Result]) -> Result:
+    """`function()` in the first process, which may make files that the others find, then in the others. A UserError in any ends all."""
+    result, problem = None, None
+    for turn in (True, False):
+        if first() == turn:
+            try:
+                result = function()
+            except UserError as error:
+                problem = error
+        if highest(problem is not None)[0]:
+            raise problem or UserError("another process of this run can't go on; its output says why")
+    return result
+
+
+def check_equal(settings: Mapping[str, Any]) -> None:
+    """Raise UserError in all processes where their settings, JSON values, are not the same."""
+    number = int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:7], 16)
+    most, least = highest(number, -number)
+    if most != -least:
+        raise UserError("distributed: the processes were given different settings, data or backbones; give all the same command and files")
 
 
 def wait() -> None:

@@ -56,7 +56,11 @@ def accuracy_matrix(manifests: Manifests, protocol: str, field: str = "correct")
 def task_confusion(manifests: Manifests, protocol: str) -> np.ndarray:
     """Percent `[task, task given to]` of each task's test images after the last task trained."""
     rows = manifests[-1]["metrics"][protocol]
-    return np.array([100 * np.array(row["identified"]) / row["total"] for row in rows])
+    confusion = np.zeros((len(rows), manifests[-1]["config"]["tasks"]))
+    for task, row in enumerate(rows):
+        for given, count in row["identified"].items():
+            confusion[task, int(given)] = 100 * count / row["total"]
+    return confusion
 
 
 def figures(manifests: Manifests, protocol: str) -> dict[str, float]:

@@ -208,18 +208,14 @@ class Store(Reader):
     def __init__(self, workdir: str | Path):
         """Make the folder, or open it. Raises UserError when it can't be written, or another process runs in it."""
         super().__init__(workdir)
-        self._locked, problem = None, None
-        if processes.first():
-            try:
-                self._open()
-            except UserError as error:
-                problem = error
-        if processes.highest(problem is not None)[0]:
-            raise problem or UserError(f"workdir: {self.root} can't be used; the first process says why")
-        if not self.tasks.is_dir():
-            raise UserError(f"workdir: {self.root}, which the first process opened, is not seen by process {jax.process_index()}; share it")
+        self._locked = None
+        processes.agreed(self._open)
 
     def _open(self) -> None:
+        if not processes.first():
+            if not self.tasks.is_dir():
+                raise UserError(f"workdir: {self.root}, which the first process opened, is not there for another; take one that all see")
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock()

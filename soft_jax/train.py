@@ -1,5 +1,6 @@
 """The training step: one jit-compiled, data-parallel function that serves every task."""
 
+import collections
 import dataclasses
 import functools
 import zlib
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from soft_jax import prompts, trees
 from soft_jax.augment import Augment, augment, to_unit
 from soft_jax.config import Config
+from soft_jax.errors import UserError
 from soft_jax.methods import Adapter, Method, Shared
 
 Batch = Mapping[str, jax.Array]
@@ -201,7 +203,11 @@ def train_steps(
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices (or those given) on one axis, `data`."""
-    devices = devices or jax.devices()
+    # Process by process: each loads the rows of a batch that are its devices'.
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        raise UserError(f"distributed: the processes have {sorted(counts.values())} devices, expected the same number for each")
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 

@@ -84,7 +84,7 @@ def run_two_tasks(run):
 def test_the_same_run_on_one_and_on_four_devices(small):
     (adapters, models, rows), (adapters_4, models_4, rows_4) = (run_two_tasks(small(devices)) for devices in (1, 4))
     ours, theirs = (jax.device_get((a, m[-1].shared)) for a, m in ((adapters, models), (adapters_4, models_4)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), ours, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, theirs)
     for protocol, by_task in rows.items():
         for row, row_4 in zip(by_task, rows_4[protocol], strict=True):
             assert row.total == row_4.total
@@ -205,18 +205,18 @@ def test_a_run_on_files_goes_on_where_it_was(from_files):
     run = from_files()
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set())
-    with pytest.raises(continual.Preempted, match="Stopped after step [2-4] of task 1"):
+    with pytest.raises(continual.Preempted, match="Stopped after step [1-5] of task 1"):
         continual.train_task(stopping, 0, adapter, shared, {})
     run.stop.clear()
     state, seconds = continual.train_task(run, 0, adapter, shared, {})
-    assert int(state.step) == 5
+    assert int(state.step) == run.schedule(0).steps
     assert 0 < seconds["input_wait"] < seconds["train"]
     whole = dataclasses.replace(run, store=from_files(2).store)
     expected, _ = continual.train_task(whole, 0, adapter, shared, {})
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     one = from_files(1)
     alone, _ = continual.train_task(one, 0, one.initial_adapter(0), one.initial_shared(), {})
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3), state.trainable, jax.device_get(alone.trainable))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.trainable, jax.device_get(alone.trainable))
 
 
 def test_files_are_evaluated_as_images_in_memory(small, from_files):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from soft_jax import data
+from soft_jax import data, images
 from soft_jax.errors import UserError
 
 
@@ -32,15 +32,14 @@ class TinyColors(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": file, "label": i % 4}
 
 
-class ImagenetR(tfds.core.GeneratorBasedBuilder):
-    """ImageNet-R as TFDS has it: one split, and labels that are 200 of 1,000; here two of them, in images of many shapes."""
+class ImagenetR(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """ImageNet-R as TFDS has it: one split, and labels that are 200 of 1,000; here two, in images of many shapes."""
 
     VERSION = tfds.builder_cls("imagenet_r").VERSION
     name = "imagenet_r"
 
     def _info(self):
-        names = [f"n{label:04d}" for label in range(1000)]
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names), "file_name": tfds.features.Text()}
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=1000), "file_name": tfds.features.Text()}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, _):
@@ -50,6 +49,19 @@ class ImagenetR(tfds.core.GeneratorBasedBuilder):
         for i in range(24):
             image = np.full((20 + i, 30, 3), 10 * i, np.uint8)
             yield i, {"image": io.BytesIO(encoded(image, "JPEG")), "label": (7, 930)[i % 2], "file_name": str(i)}
+
+
+class TinyBirds(TinyColors):
+    """As CUB-200: images of many shapes, and a second one each, which nothing here needs."""
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=list("abcd")), "mask": tfds.features.Image()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            image = io.BytesIO(encoded(np.full((8 + i, 8, 3), 20 * i, np.uint8), "PNG"))
+            yield i, {"image": image, "label": i % 4, "mask": io.BytesIO(b"no picture: never to be decoded")}
 
 
 def encoded(image, kind):
@@ -114,13 +126,14 @@ def test_images_of_many_shapes_stay_files(tmp_path):
     """ImageNet-R: labels counted from 0, every fifth image of a class for the test."""
     ImagenetR(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     dataset = data.load("imagenet_r", str(tmp_path))
-    assert dataset.class_names == ("n0007", "n0930")
+    names = tfds.builder("imagenet_r", data_dir=tmp_path).info.features["label"].names
+    assert dataset.class_names == (names[7], names[930])
     assert isinstance(dataset.train, data.Files)
     assert [np.bincount(split.labels).tolist() for split in (dataset.train, dataset.test)] == [[9, 9], [3, 3]]
     seen = []
     for split in (dataset.train, dataset.test):
         for index, label in enumerate(split.labels):
-            image = np.asarray(split.image(index))
+            image = split.image(index)
             number = round(image.mean() / 10)
             assert image.shape == (20 + number, 30, 3)
             assert number % 2 == label
@@ -133,6 +146,12 @@ def test_images_of_many_shapes_stay_files(tmp_path):
     few = dataset.first(2, 1)
     assert np.bincount(few.train.labels).tolist() == [2, 2]
     assert len({dataset.fingerprint, few.fingerprint, data.load("imagenet_r", str(tmp_path)).fingerprint}) == 2
+
+
+def test_only_what_is_learned_from_is_decoded(tmp_path):
+    TinyBirds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    split = data.load("tiny_birds", str(tmp_path)).train
+    assert [split.image(index).mean() // 20 % 4 for index in range(12)] == split.labels.tolist()
 
 
 @pytest.fixture
@@ -154,7 +173,7 @@ def test_folder(folder):
     odd = data.load("folder", str(folder))
     assert isinstance(odd.train, data.Files)
     assert isinstance(odd.test, data.Split)
-    assert np.asarray(odd.train.image(3)).shape == (9, 8, 3)
+    assert odd.train.image(3).shape == (9, 8, 3)
     assert odd.fingerprint != dataset.fingerprint
 
 
@@ -163,6 +182,22 @@ def test_large_sets_stay_files(folder, monkeypatch):
     dataset = data.load("folder", str(folder))
     assert isinstance(dataset.train, data.Files)
     assert isinstance(dataset.test, data.Split)
+
+
+def test_a_picture_is_learned_as_it_is_predicted(folder):
+    """Upright, on white, whatever the file says; and a damaged one is named at once, not when it is first needed."""
+    turned = Image.fromarray(np.arange(8 * 9 * 3, dtype=np.uint8).reshape(8, 9, 3))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "train/cat/turned.png", exif=exif)
+    Image.new("RGBA", (8, 9), (0, 0, 0, 0)).save(folder / "train/dog/clear.png")
+    split = data.load("folder", str(folder)).train
+    there = {images.prepare(path, 0, 8).tobytes() for path in (folder / "train").rglob("*.png")}
+    assert {images.prepare(split.image(index), 0, 8).tobytes() for index in range(len(split.labels))} == there
+    whole = encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8), "JPEG")
+    (folder / "train/dog/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"dataset: .*train/dog/cut.jpg can't be read .*; restore it"):
+        data.load("folder", str(folder))
 
 
 def test_folders_that_can_not_be_read(folder):

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
-from soft_jax import data
-from soft_jax.store import Store
+from soft_jax import data, train
+from soft_jax.store import Reader, Store
 
 ROOT = Path(__file__).parent.parent
 # Two tasks of five digits, six steps each: the smallest run that has a past and a future.
@@ -32,17 +34,17 @@ def environment(cache):
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_NUM_CPU_DEVICES": "2",
         "COLUMNS": "80",
     }
 
 
 @pytest.fixture(scope="session")
 def launch(environment):
-    def run(*args, moment=None, expect=0, program=("launch.py",)):
+    def run(*args, moment=None, expect=0, program=("launch.py",), devices=2):
         program = program if moment is None else ["-m", "tests.drive", moment]
+        within = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
         done = subprocess.run(
-            [sys.executable, *program, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, *program, *args], cwd=ROOT, env=within, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
@@ -54,14 +56,15 @@ def launch(environment):
 def launch_two(environment):
     """Two processes with a device each, in one run; their outputs."""
 
-    def run(*args, moment="none", expect=0):
+    def run(*args, moments=("none", "none"), expect=0):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        program = [sys.executable, "-m", "tests.drive", moment, *args]
+        program = [sys.executable, "-m", "tests.drive"]
         alone = environment | {"JAX_NUM_CPU_DEVICES": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": alone}
-        both = [subprocess.Popen([*program, f"--distributed={address},{index},2"], **pipes) for index in range(2)]
+        where = [f"--distributed={address},{index},2" for index in range(2)]
+        both = [subprocess.Popen([*program, moment, *args, here], **pipes) for moment, here in zip(moments, where, strict=True)]
         outputs = [process.communicate(timeout=300)[0] for process in both]
         assert [process.returncode for process in both] == [expect, expect], outputs[0][-3000:] + outputs[1][-3000:]
         return outputs
@@ -176,21 +179,40 @@ def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moment
 
 
 def test_two_processes_are_one_run(finished, launch_two, tmp_path):
-    """A device each, killed in training, stopped by SIGTERM, continued: to the bit what one process with two devices does."""
-    launch_two(*SMALL, f"--workdir={tmp_path}", moment="kill-step:0:3", expect=-signal.SIGKILL)
-    first, second = launch_two(*SMALL, f"--workdir={tmp_path}", moment="term-step:1:2", expect=128 + signal.SIGTERM)
+    """A device each, killed in training, one of them stopped by SIGTERM, continued: to the bit what one process with two devices does."""
+    launch_two(*SMALL, f"--workdir={tmp_path}", moments=["kill-step:0:3"] * 2, expect=-signal.SIGKILL)
+    first, second = launch_two(*SMALL, f"--workdir={tmp_path}", moments=("none", "term-step:1:2"), expect=128 + signal.SIGTERM)
     assert "Task 1 continues after step 2" in first
     assert re.search(r"2\s+cpu\s+device", first)
-    assert "Stopped after step 4 of task 2; the same command continues" in second
+    for output in (first, second):
+        assert "Stopped after step 4 of task 2; the same command continues" in output
     first, second = launch_two(*SMALL, f"--workdir={tmp_path}")
     assert "Task 2 continues after step 4" in first
     assert "TIL oracle" in first
     assert "TIL oracle" not in second
     assert contents(tmp_path) == contents(finished[0])
-    with Store(tmp_path / "held")._locked:
-        first, second = launch_two(*SMALL, f"--workdir={tmp_path / 'held'}", expect=1)
+
+
+def test_what_is_wrong_in_one_process_ends_both(launch_two, tmp_path):
+    with Store(tmp_path)._locked:
+        first, second = launch_two(*SMALL, f"--workdir={tmp_path}", expect=1)
     assert "another process is running in" in first
-    assert "the first process says why" in second
+    assert "error: another process of this run can't go on; its output says why" in second
+
+
+def test_eight_devices_are_two(finished, launch, tmp_path):
+    """Another number of devices adds up in another order, and does nothing else."""
+    output = launch(*SMALL, f"--workdir={tmp_path}", devices=8)
+    assert re.search(r"8\s+cpu\s+device", output)
+    for (_, ours), (_, theirs) in zip(contents(tmp_path), contents(finished[0]), strict=True):
+        for protocol, rows in ours.items():
+            for row, other in zip(rows, theirs[protocol], strict=True):
+                assert row["total"] == other["total"]
+                assert abs(row["correct"] - other["correct"]) <= 2
+    template = {"head": {"kernel": jax.ShapeDtypeStruct((192, 10), np.float32)}}
+    whole = train.replicated(train.data_mesh(jax.devices()[:1]))
+    ours, theirs = (Reader(root).load_task(1, {"shared": template}, whole, part=True)[0]["shared"] for root in (tmp_path, finished[0]))
+    np.testing.assert_allclose(ours["head"]["kernel"], theirs["head"]["kernel"], atol=5e-3)
 
 
 def test_a_damaged_training_state_costs_steps_not_the_run(finished, launch, tmp_path):

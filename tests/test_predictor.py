@@ -74,7 +74,8 @@ def test_predictions_are_what_evaluation_counted(workdir, test_set, predictors, 
     for task, row in enumerate(rows):
         own = labels // 2 == task
         assert abs((classes == labels)[own].sum() - row["correct"]) <= (devices == 1)
-        assert np.abs(np.bincount(tasks[own], minlength=5) - row["identified"]).max() <= (devices == 1)
+        identified = [row["identified"].get(str(given), 0) for given in range(5)]
+        assert np.abs(np.bincount(tasks[own], minlength=5) - identified).max() <= (devices == 1)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     np.testing.assert_array_equal(probabilities.argmax(axis=1), classes)
 
