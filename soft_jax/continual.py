@@ -418,7 +418,7 @@ class _Feed:
         self._query = run.train_query(task) if run.recipe.fixed_query else None
         if isinstance(split, data.Split):
             # All tasks' pools have the size of the largest, so that one program serves them.
-            most = max(run.schedule(t).count for t in range(run.config.tasks))
+            most = np.bincount(run.scenario.task_of_class[run.dataset.train.labels]).max()
             pool = {"images": split.images, "labels": split.labels} | ({} if self._query is None else {"query": self._query})
             self._pool = processes.put({name: inference.pad(array, most) for name, array in pool.items()}, whole)
             self._files = None
