@@ -109,7 +109,7 @@ def test_prototypes_name_the_task_and_weigh_the_logits(world):
     assert len(set(tasks.tolist())) == 3
     scores = answers.scores[evaluate.PROTOTYPE]
     expected = (posterior + answers.logits[evaluate.PROTOTYPE]).reshape(COUNT, 3, 2)[np.arange(COUNT), tasks]
-    np.testing.assert_allclose(scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, atol=1e-5)
+    np.testing.assert_allclose(scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, rtol=1e-5, atol=1e-5)
     assert np.isinf(scores).sum() == 4 * COUNT
 
 

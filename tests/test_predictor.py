@@ -34,7 +34,9 @@ def _tiny_world(backbone):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
         patch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
         patch.setattr(data, "load", lambda *_: few)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield few
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
