@@ -12,6 +12,8 @@ from soft_jax.vit import ViT
 from tests.conftest import tiny_method
 from tests.replay import model_of
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 TASK_OF_CLASS = np.arange(6) // 2
 COUNT = 37
 
