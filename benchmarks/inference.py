@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from soft_jax import evaluate, inference, methods, prototype, task_id, train, weights
+from soft_jax import evaluate, inference, methods, prototype, task_id, train, trees, weights
 from soft_jax.config import Config
 from soft_jax.predictor import Predictor
 from soft_jax.store import Store
-from soft_jax.vit import ViT
+from soft_jax.vit import ViT, ViTConfig
 
 BATCH, SHOTS = 24, 7  # of the published protocol
 FEATURES = 2000
@@ -62,12 +62,16 @@ def main() -> None:
     return None
 
 
+def random_backbone(vit: ViTConfig) -> trees.Tree:
+    """Frozen parameters as they are drawn, on the devices."""
+    return jax.jit(ViT(vit).init)(jax.random.key(0), np.zeros((1, vit.image_size, vit.image_size, 3), np.float32))["params"]
+
+
 def _method(arguments: argparse.Namespace, classes: int) -> tuple[methods.Method, dict]:
     config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype)
     if arguments.random:
         vit = dataclasses.replace(weights.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
-        image = np.zeros((1, vit.image_size, vit.image_size, 3), np.float32)
-        params = jax.jit(ViT(vit).init)(jax.random.key(0), image)["params"]
+        params = random_backbone(vit)
     else:
         loaded = weights.load(arguments.backbone, "", 0, arguments.dtype)
         vit, params = loaded.vit, jax.device_put(loaded.params)
@@ -221,19 +225,19 @@ def _memory_of(arguments: argparse.Namespace) -> None:
     size = method.vit.image_size
     images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
     given = np.arange(arguments.images) % len(predictor.model.tasks)
-    before = _peak()
+    before = high_water()
     predictor.predict_prepared(images, given)
     if task_id_ == "gradient":
         predictor.predict_prepared(images)
-    row = {"host": _peak(), "before the request": before}
+    row = {"host": high_water(), "before the request": before}
     row["devices"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     row["all masks"] = each * len(predictor.model.tasks)
     print(json.dumps(row))
 
 
-def _peak() -> int:
-    """Bytes; getrusage's would count what the parent process held when it forked."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def high_water(pid: int | str = "self") -> int:
+    """Peak memory of a process in bytes; getrusage's would count what the parent process held when it forked."""
+    return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ import dataclasses
 import json
 import threading
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 from absl import logging
 from rich.console import Console
 
 from soft_jax import continual, packing, report, train, trees
-from soft_jax.config import Config
-from soft_jax.store import Store
+from soft_jax.config import from_identity
+from soft_jax.store import Reader, Store
 
 WAYS = {"float32": 0, "int8": 0, "int4": 0, "lowrank 4": 4, "lowrank 16": 16, "lowrank 64": 64}
 
@@ -31,10 +30,7 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for workdir in arguments.workdirs:
-        settings = json.loads((Path(workdir) / "config.json").read_text())
-        fields = {field.name for field in dataclasses.fields(Config)}
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields}
-        config = Config(**settings | {"data_dir": arguments.data_dir})
+        config = dataclasses.replace(from_identity(Reader(workdir).read_identity()), data_dir=arguments.data_dir)
         with closing(Store(workdir)) as store:
             run = continual.prepare(config, store, Console(quiet=True), threading.Event())
             for name in WAYS:

@@ -22,10 +22,10 @@ from absl import logging
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.training import high_water
+from benchmarks.inference import high_water, random_backbone
 from soft_jax import continual, data, evaluate, report, weights
 from soft_jax.config import Config
-from soft_jax.vit import ViT, ViTConfig
+from soft_jax.vit import ViTConfig
 
 VIT = ViTConfig(image_size=16, patch_size=4, dim=64, depth=4, heads=4, mlp_dim=256)
 CLASSES, TRAIN, TEST = 2, 24, 12  # of a task: its classes, and the images of each
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    params = jax.device_get(jax.jit(ViT(VIT).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"])
+    params = jax.device_get(random_backbone(VIT))
     weights.load = lambda *_: weights.Backbone("random", VIT, params, "0" * 64)
     if arguments.child:
         return _open_again(arguments)
@@ -127,7 +127,7 @@ def _open_again(arguments: argparse.Namespace) -> None:
     try:
         continual.run(_config(arguments.tasks), arguments.child, Console(quiet=True), images)
     except Opened:
-        print(json.dumps({"seconds": time.monotonic() - start, "memory": high_water(os.getpid())}))
+        print(json.dumps({"seconds": time.monotonic() - start, "memory": high_water()}))
 
 
 def _draw(rows: list[dict], resumed: list[dict], path: Path) -> None:

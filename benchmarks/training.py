@@ -13,7 +13,6 @@ resize and flip theirs in the step. Without --published, ours in three ways.
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,10 +25,9 @@ import numpy as np
 from absl import logging
 
 from benchmarks import published
-from benchmarks.inference import compare
+from benchmarks.inference import compare, high_water, random_backbone
 from soft_jax import batches, methods, train, weights
 from soft_jax.config import Config
-from soft_jax.vit import ViT
 
 SIDE = 4096  # of the square matrices whose product is taken for the device's peak
 
@@ -64,7 +62,7 @@ def _ours(arguments: argparse.Namespace) -> None:
     )
     print(f"batch {arguments.batch}; {ours.flops / 1e9:.1f} GFLOP a step; ", end="")
     print(f"product of {SIDE} × {SIDE} matrices {peak / 1e9:.0f} GFLOP/s")
-    row = {"gflop": ours.flops / 1e9, "peak_gflops": peak / 1e9, "memory": high_water(os.getpid())}
+    row = {"gflop": ours.flops / 1e9, "peak_gflops": peak / 1e9, "memory": high_water()}
     row["device_memory"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     for name in ways:
         row[name] = times[name] / arguments.steps
@@ -105,8 +103,7 @@ class Steps:
         method = methods.from_config(config, vit, published.CLASSES)
         self.recipe, self.mesh, self.count = train.recipe_from_config(config, method), train.data_mesh(), arguments.steps
         self.whole = train.replicated(self.mesh)
-        image = np.zeros((1, vit.image_size, vit.image_size, 3), np.float32)
-        self.params = jax.device_put(jax.jit(ViT(vit).init)(jax.random.key(0), image)["params"], self.whole)
+        self.params = jax.device_put(random_backbone(vit), self.whole)
         adapter, shared = method.init_adapter(jax.random.key(1), self.params), method.init_shared(jax.random.key(2), self.params)
         self.state = train.compile_init(self.recipe, self.mesh)(adapter, shared)
         self.key = jax.device_put(jax.random.key(3), self.whole)
@@ -186,11 +183,6 @@ def peak_flops(dtype: str) -> float:
         product(a).block_until_ready()
         times.append(time.perf_counter() - start)
     return 2 * SIDE**3 / min(times)
-
-
-def high_water(pid: int) -> int:
-    """Peak memory of a process in bytes."""
-    return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -82,40 +82,22 @@ def from_files(
     Raises UserError naming a file that can't be read.
     """
     each = schedule.padded // processes
-    mine = slice(process * each, (process + 1) * each)
-    source = _Places(schedule.steps, mine)
+    first_row = process * each
 
-    def load(place: tuple[int, int]) -> dict[str, np.ndarray]:
-        step, position = place
-        rows, weights = schedule.batch(step)
-        row, weight = rows[position], weights[position]
-        if not weight:
-            return {"images": np.zeros((spec.size, spec.size, 3), np.uint8), "labels": np.int32(0), "weights": weight, "rows": row}
-        rng = np.random.default_rng([schedule.seed, zlib.crc32(b"augment"), schedule.task, step, position])
-        image = augment_file(rng, Image.fromarray(files.image(row)), spec)
-        return {"images": image, "labels": files.labels[row], "weights": weight, "rows": row}
+    def load(step: int) -> dict[str, np.ndarray]:
+        rows, weights = (array[first_row : first_row + each] for array in schedule.batch(step))
+        images, labels = np.zeros((each, spec.size, spec.size, 3), np.uint8), np.zeros(each, np.int32)
+        for index in np.flatnonzero(weights):
+            rng = np.random.default_rng([schedule.seed, zlib.crc32(b"augment"), schedule.task, step, first_row + index])
+            images[index] = augment_file(rng, Image.fromarray(files.image(rows[index])), spec)
+            labels[index] = files.labels[rows[index]]
+        return {"images": images, "labels": labels, "weights": weights, "rows": rows}
 
-    pipeline = grain.MapDataset.source(source).map(load).batch(each)
     # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many batches wait as threads work, if they fit.
     threads = max(2, len(os.sched_getaffinity(0)))
     waiting = max(1, min(2 * threads, AHEAD_BYTES // (3 * each * spec.size**2)))
     options = grain.ReadOptions(num_threads=min(threads, waiting), prefetch_buffer_size=waiting)
-    iterator = iter(pipeline.to_iter_dataset(options))
+    iterator = iter(grain.MapDataset.range(schedule.steps).map(load).to_iter_dataset(options))
     iterator.set_state({"next_index": first})
     for batch in iterator:
         yield {name: batch[name] for name in ("images", "labels", "weights")}, batch["rows"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Every (step, position in its batch) that one process loads, in order; what Grain takes as a random access source."""
-
-    steps: int
-    positions: slice
-
-    def __len__(self) -> int:
-        return self.steps * (self.positions.stop - self.positions.start)
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        step, position = divmod(int(index), self.positions.stop - self.positions.start)
-        return step, self.positions.start + position

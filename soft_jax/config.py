@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -53,7 +53,7 @@ class Config:
     g_prompt_length: int = 5
     prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
     pull: float = 1.0  # λ of the key-matching term
-    fixed_query: bool = False  # train with q(x) of the whole image, computed once, not of each crop as the paper does; saves a third or so
+    fixed_query: bool = False  # train with q(x) of the whole image, computed once, not of each crop as the paper does
     hold_g_prompt: bool = False  # train the G-prompt in the first task only; the paper trains it on, and old tasks drift with it
     # Training
     epochs: int = 20
@@ -174,6 +174,12 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
         raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
     values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
     return Config(**values)
+
+
+def from_identity(identity: Mapping[str, Any]) -> Config:
+    """The `Config` of a run's `config.json`, which holds more than that; FREE settings are at their defaults."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in identity.items() if key in fields})
 
 
 def parse_argument(argument: str | None) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from soft_jax import batches, data, evaluate, inference, methods, processes, prototype, report, retention, train, trees, weights
-from soft_jax.augment import prepare_test
 from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
@@ -312,11 +311,11 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
         return {}
     split, size, whole = run.train_set(task), run.method.vit.image_size, train.replicated(run.mesh)
     chosen = np.random.default_rng([run.config.seed, zlib.crc32(b"memory"), task]).permutation(len(split.labels))[: retention.IMAGES]
-    if isinstance(split, data.Files):
-        images = split.prepared(chosen, size)
-    else:
-        images = np.asarray(prepare_test(jnp.asarray(split.images[chosen]), size))
-    batch = {"images": images.astype(np.float32) / 255, "labels": split.labels[chosen], "class_mask": run.scenario.class_mask(task)}
+    batch = {
+        "images": split.prepared(chosen, size).astype(np.float32) / 255,
+        "labels": split.labels[chosen],
+        "class_mask": run.scenario.class_mask(task),
+    }
     updated = run.method.retention.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
     return processes.put(updated, whole)
 

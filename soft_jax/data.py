@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import images as images_lib
 from soft_jax import trees
+from soft_jax.augment import prepare_test
 from soft_jax.errors import UserError
 
 HELD_BYTES = 4 * 2**30  # of decoded images: larger splits are not held in memory
@@ -31,6 +33,10 @@ class Split:
     def take(self, indices: np.ndarray) -> "Split":
         """The images at `indices`, int `[M]`."""
         return Split(self.images[indices], self.labels[indices])
+
+    def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
+        return np.asarray(prepare_test(jnp.asarray(self.images[indices]), size))
 
     @property
     def fingerprint(self) -> tuple[str, str]:
@@ -179,22 +185,20 @@ def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np
     All are decoded once, so that a bad one is named now, by a UserError, and not in some later task.
     """
 
-    def look(index: int) -> tuple[str, tuple[int, ...]]:
+    def look(index: int) -> tuple[str, np.ndarray]:
         content, image = _decoded(read, names, index)
-        return hashlib.sha256(content).hexdigest(), image.shape
+        return hashlib.sha256(content).hexdigest(), image
 
+    digests: list[str] = []
+    held: list[np.ndarray] | None = []
     with ThreadPoolExecutor() as threads:
-        digests, sizes = zip(*threads.map(look, range(len(labels))), strict=True)
-        files = Files(read, names, digests, labels, np.arange(len(labels)))
-        if len(set(sizes)) > 1 or len(labels) * np.prod(sizes[0]) > HELD_BYTES:
-            return files
-        images = np.empty((len(labels), *sizes[0]), np.uint8)
-
-        def place(index: int) -> None:
-            images[index] = files.image(index)
-
-        list(threads.map(place, range(len(labels))))
-    return Split(images, labels)
+        for digest, image in threads.map(look, range(len(labels))):
+            digests.append(digest)
+            if held is not None:
+                held.append(image)
+                if image.shape != held[0].shape or len(labels) * image.size > HELD_BYTES:
+                    held = None
+    return Files(read, names, digests, labels, np.arange(len(labels))) if held is None else Split(np.stack(held), labels)
 
 
 def _tfds(name: str, data_dir: str) -> Dataset:

@@ -71,17 +71,11 @@ def pack(masks: trees.Tree, way: str, rank: int) -> trees.Tree:
     """Masks, a tree of float32 `[in, out]`, as they are kept, `way` of STORED_AS; "float32" is as they are. `rank` is that of "lowrank"."""
     if way == "float32":
         return masks
-    return trees.unflatten({path: WAYS[way].pack(mask, rank) for path, mask in trees.flatten(masks).items()})
+    return jax.tree.map(lambda mask: WAYS[way].pack(mask, rank), masks)
 
 
 def unpack(packed: trees.Tree, way: str, like: trees.Tree) -> trees.Tree:
     """The masks, float32, of what `pack` gave; `like` is a tree of their shapes."""
     if way == "float32":
         return packed
-    out = {}
-    for path, mask in trees.flatten(like).items():
-        leaf = packed
-        for part in path.split("/"):
-            leaf = leaf[part]
-        out[path] = WAYS[way].unpack(leaf, mask.shape[1])
-    return trees.unflatten(out)
+    return jax.tree.map(lambda mask, kept: WAYS[way].unpack(kept, mask.shape[1]), like, packed)

@@ -1,6 +1,5 @@
 """A trained run as a function of images: each is given to its task by itself, and classified by that task's network."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
@@ -11,7 +10,7 @@ import numpy as np
 
 from soft_jax import images as images_lib
 from soft_jax import inference, methods, prototype, train, weights
-from soft_jax.config import Config
+from soft_jax.config import Config, from_identity
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
 from soft_jax.store import Reader
@@ -75,8 +74,7 @@ class Predictor:
             raise UserError(f"batch_size: {batch_size} is below 1")
         reader = Reader(workdir)
         identity = reader.read_identity()
-        fields = {field.name for field in dataclasses.fields(Config)}
-        config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in identity.items() if key in fields})
+        config = from_identity(identity)
         chosen = _chosen(reader, tasks)
         latest = reader.load_task_manifest(reader.present()[-1])
         backbone = weights.load(config.backbone, str(backbone_path) or latest["config"]["backbone_path"], config.image_size, config.dtype)
