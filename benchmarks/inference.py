@@ -133,13 +133,12 @@ class Requests:
     def batch_gradient(self) -> None:
         """The published batches, each by ∂H/∂α on its first images; only those need q(x), for the vote on the E-prompt."""
         model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
-        settings = evaluate.Settings(self.batching.mesh, BATCH, SHOTS, self.batching.largest, prepared=True)
         tokens, _ = inference.encode(model, self.images, self.batching, queried=False, prepared=True)
         shots = np.flatnonzero(batches.position < SHOTS)
         nearest = np.zeros(len(self.images), int)
         query = inference.queries(model.method, model.backbone, self.images[shots], self.batching, prepared=True)
         nearest[shots] = inference.key_similarity(model, query, self.batching).argmax(axis=1)
-        gradients = evaluate.batch_alpha_gradients(model, tokens, nearest, batches, settings)
+        gradients = evaluate.batch_alpha_gradients(model, tokens, nearest, batches, SHOTS, self.batching)
         inference.logits(model, tokens, inference.alone(gradients.argmin(axis=1)[batches.index]), self.batching)
 
 

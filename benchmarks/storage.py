@@ -41,7 +41,10 @@ def main() -> None:
     }
     for name, row in rows.items():
         print(
-            f"{name}: " + "; ".join(f"{report.TITLES.get(key, key)} {mean:.2f} ± {deviation:.2f}" for key, (mean, deviation) in row.items())
+            f"{name}: "
+            + "; ".join(
+                f"{report.title(key) if '/' in key else key} {mean:.2f} ± {deviation:.2f}" for key, (mean, deviation) in row.items()
+            )
         )
     print(json.dumps(rows))
 

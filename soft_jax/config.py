@@ -11,7 +11,8 @@ from soft_jax import packing, prompts, reparam
 from soft_jax.errors import UserError
 
 HOSTS = ("dualprompt", "l2p")
-ALONE = ("head", "ft", "ewc", "lwf")  # whole methods; the other parts are joined
+REHEARSAL = ("derpp", "icarl", "bic")  # they keep images of older tasks
+ALONE = ("head", "ft", "ewc", "lwf", *REHEARSAL)  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
 # Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
 FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
@@ -35,7 +36,7 @@ class Config:
     image_size: int = 0  # pixels; 0: the backbone's own
     dtype: str = "float32"  # of the computation; masks and their product with the weights are always float32
     # Method
-    # Joined by "+": dualprompt or l2p; pgp; one of softtf, wsn, softnet, lora, adapter. Or one of head, ft, ewc, lwf alone.
+    # Joined by "+": dualprompt or l2p; pgp; one of softtf, wsn, softnet, lora, adapter. Or alone: head, ft, ewc, lwf, derpp, icarl, bic.
     method: str = "dualprompt+softtf"
     mask_layers: tuple[int, ...] = (10, 11, 12)  # that softtf, wsn, softnet, lora and adapter change
     mask_weights: str = "qkv+proj"  # joined by "+": qkv, proj, mlp; for lora also qv
@@ -47,6 +48,7 @@ class Config:
     top_k: int = 5  # of them for an image
     ewc_strength: float = 1000.0  # λ of ewc's penalty
     lwf_strength: float = 1.0  # λ of lwf's
+    exemplars: int = 1000  # images of older tasks, of all together, that derpp, icarl and bic keep
     e_prompt_layers: tuple[int, ...] = (10, 11, 12)
     e_prompt_length: int = 5
     g_prompt_layers: tuple[int, ...] = (1, 2)
@@ -64,7 +66,7 @@ class Config:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     # Evaluation: "per_sample", "batch_vote" (the published one) and "oracle" are always reported together
-    shots: int = 7  # images of a test batch that batch_vote's Gradient ID looks at; 0: all of them
+    shots: tuple[int, ...] = (7,)  # images of a test batch that batch_vote's Gradient ID looks at, a row for each number; 0: all of them
     eval_batch_size: int = 256  # of the forward passes; no figure depends on it
     weights_cache_mb: int = 1024  # of the devices' memory for tasks' θ ⊙ m; what does not fit is read from the workdir again
     prototype_features: int = 2000  # random features M of q(x) for prototype task identity; a task keeps 2 M² bytes of statistics
@@ -94,14 +96,24 @@ class Config:
             "rank",
             "pool_size",
             "top_k",
+            "exemplars",
         ):
             self._at_least(field, 1)
         for field in ("learning_rate", "clip_norm"):
             self._at_least(field, 1e-12)
-        for field in ("image_size", "shots", "pull", "seed", "weights_cache_mb", "train_images_per_class", "test_images_per_class"):
+        for field in (
+            "image_size",
+            "pull",
+            "seed",
+            "weights_cache_mb",
+            "train_images_per_class",
+            "test_images_per_class",
+            "ewc_strength",
+            "lwf_strength",
+        ):
             self._at_least(field, 0)
-        for field in ("ewc_strength", "lwf_strength"):
-            self._at_least(field, 0)
+        if min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
+            raise UserError(f"shots: {self.shots!r} are not different numbers of images, each 0 (all) or more")
         if not 0 < self.keep <= 1:
             raise UserError(f"keep: {self.keep} is not a share above 0 and at most 1")
         if self.top_k > self.pool_size:
@@ -185,8 +197,8 @@ def from_identity(identity: Mapping[str, Any]) -> Config:
 def parse_argument(argument: str | None) -> dict[str, Any]:
     """A config's string argument ("tasks=20,method=dualprompt,layers=3-5") as settings.
 
-    Keys are the fields of `Config`, and `layers` for the E-prompt and masked layers at once. Layers are "10-12" or
-    "3+5+7". Raises UserError for an unknown key or a value of the wrong type, by name.
+    Keys are the fields of `Config`, and `layers` for the E-prompt and masked layers at once. Layers, and
+    other lists of numbers, are "10-12" or "3+5+7". Raises UserError for an unknown key or a value of the wrong type, by name.
     """
     fields = {field.name: field.type for field in dataclasses.fields(Config)}
     settings: dict[str, Any] = {}
@@ -212,7 +224,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    names = {tuple[int, ...]: "one or more layers, such as 10-12 or 3+5", tuple[float, float]: "a range, such as 0.05-1"}
+    names = {tuple[int, ...]: "one or more whole numbers, such as 10-12 or 3+5", tuple[float, float]: "a range, such as 0.05-1"}
     return names.get(kind) or f"of the type {kind.__name__}"
 
 
@@ -221,7 +233,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         if kind is str:
             value = text
         elif kind == tuple[int, ...]:
-            value = _parse_layers(text)
+            value = _parse_numbers(text)
         elif kind == tuple[float, float]:
             value = tuple(float(part) for part in text.split("-"))
         else:
@@ -233,9 +245,9 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     return float(value) if kind is float else value
 
 
-def _parse_layers(text: str) -> tuple[int, ...]:
-    layers: list[int] = []
+def _parse_numbers(text: str) -> tuple[int, ...]:
+    numbers: list[int] = []
     for part in text.split("+"):
         first, _, last = part.partition("-")
-        layers += range(int(first), int(last or first) + 1)
-    return tuple(layers)
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)

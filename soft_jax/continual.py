@@ -488,7 +488,7 @@ def _check_step(run: Run, task: int, step: int, values: dict[str, float]) -> Non
 def evaluate_stage(run: Run, model: inference.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
     """Every protocol over every task seen, as rows by task, and the seconds it took. Raises Preempted after a SIGTERM."""
     start = time.monotonic()
-    table: dict[str, list[evaluate.Row]] = {protocol: [] for protocol in evaluate.protocols(run.method)}
+    table: dict[str, list[evaluate.Row]] = {protocol: [] for protocol in evaluate.protocols(run.method, run.config.shots)}
     seen = len(model.tasks)
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Evaluate {seen}/{run.config.tasks}", total=seen)

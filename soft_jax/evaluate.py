@@ -8,7 +8,7 @@ Protocols, each a row of its own:
   behind, then that task's classes, by the classifier and the statistics together (log p + logits).
 - `batch_vote` / `prompt_id`: the published one. Test batches hold one task, and all of a batch goes by its majority, over
   every key and every output of the head, untrained ones included. The batch leaks the task.
-- `batch_vote` / `gradient_id`: the same batches; the task by ∂H/∂α on the batch's first `shots` images.
+- `batch_vote` / `gradient_id_7`: the same batches; the task by ∂H/∂α on the batch's first 7 images, or as many as `shots` says.
 - `per_sample` / `no_task_id`: for methods whose tasks have nothing of their own: each image by itself, the classes seen. L2P selects
   prompts for each image.
 - `batch_vote` / `pool`: L2P as published: what most images of a single-task batch select, for all of them. The batch leaks the task.
@@ -32,16 +32,22 @@ PER_SAMPLE = "per_sample/prompt_id"
 PER_SAMPLE_GRADIENT = "per_sample/gradient_id"
 PROTOTYPE = "per_sample/prototype"
 VOTE_PROMPT = "batch_vote/prompt_id"
-VOTE_GRADIENT = "batch_vote/gradient_id"
 ORACLE = "oracle/task_given"
 NO_TASK_ID = "per_sample/no_task_id"
 VOTE_POOL = "batch_vote/pool"
 
-_BATCHED = (VOTE_PROMPT, VOTE_GRADIENT, ORACLE)  # under the interleaved layout, an image's prefix is that of its test batch
-_POOLED = (VOTE_POOL, VOTE_PROMPT, VOTE_GRADIENT)  # L2P's selection is that of the test batch
+
+def vote_gradient(shots: int) -> str:
+    """The published Gradient ID's protocol with so many images of each test batch, 0 being all."""
+    return f"batch_vote/gradient_id_{shots or 'all'}"
 
 
-def protocols(method: Method, prototypes: bool = True) -> tuple[str, ...]:
+def _by_batch(protocol: str) -> bool:
+    """Whether a test batch decides for its images: about the task, and about L2P's selection."""
+    return protocol.startswith("batch_vote/")
+
+
+def protocols(method: Method, shots: Sequence[int], prototypes: bool = True) -> tuple[str, ...]:
     """The protocols that apply to `method`; Gradient ID needs kernels of the task's own, to superpose."""
     by_task, kernels = method.by_task, bool(method.kernels)
     known = {
@@ -51,7 +57,7 @@ def protocols(method: Method, prototypes: bool = True) -> tuple[str, ...]:
         PROTOTYPE: by_task and prototypes,
         VOTE_POOL: not by_task and method.pool_size > 0,
         VOTE_PROMPT: by_task,
-        VOTE_GRADIENT: kernels,
+        **{vote_gradient(n): kernels for n in shots},
         ORACLE: True,
     }
     return tuple(protocol for protocol, applies in known.items() if applies)
@@ -69,14 +75,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`batch_size` of the published test batches, `shots` that Gradient ID sees of each (0: all), size of forward passes.
+    """`batch_size` of the published test batches, numbers of `shots` that Gradient ID sees of each (0: all), size of forward passes.
 
     `prepared`: whether test images come at the model's size, prepared already.
     """
 
     mesh: Mesh
     batch_size: int
-    shots: int
+    shots: tuple[int, ...]
     eval_batch_size: int
     prepared: bool = False
 
@@ -119,23 +125,22 @@ class Answers:
     """What the protocols made of one task's test images.
 
     By protocol: `task_ids` int `[N]`, `logits` `[N, classes]` of that task's network, and `scores`, those with -inf for classes that
-    the protocol does not let win. `alpha_gradients` are the test batches', `[batches, seen]`; None without masks.
+    the protocol does not let win. `alpha_gradients` are the test batches', `[batches, seen]` by shots; empty without masks.
     """
 
     task_ids: dict[str, np.ndarray]
     logits: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
-    alpha_gradients: np.ndarray | None
+    alpha_gradients: dict[int, np.ndarray]
 
     @classmethod
     def concatenate(cls, parts: Sequence["Answers"]) -> "Answers":
         """The answers to consecutive chunks as one."""
 
         def joined(field):
-            return {protocol: np.concatenate([getattr(p, field)[protocol] for p in parts]) for protocol in parts[0].task_ids}
+            return {key: np.concatenate([getattr(part, field)[key] for part in parts]) for key in getattr(parts[0], field)}
 
-        gradients = [p.alpha_gradients for p in parts if p.alpha_gradients is not None]
-        return cls(joined("task_ids"), joined("logits"), joined("scores"), np.concatenate(gradients) if gradients else None)
+        return cls(*(joined(field.name) for field in dataclasses.fields(cls)))
 
 
 def answer(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
@@ -148,7 +153,7 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     method, batching, batches = model.method, settings.batching, Batches(len(images), settings.batch_size)
     tokens, batch_tokens = _tokens(model, images, query, batches, settings)
     ids = {protocol: np.full(len(images), task) for protocol in (ORACLE, NO_TASK_ID, VOTE_POOL)}
-    gradients = posterior = None
+    gradients, posterior = {}, None
     if method.by_task:
         similarity = inference.key_similarity(model, query, batching)
         nearest = similarity.argmax(axis=1)  # of the whole pool
@@ -156,13 +161,14 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
         ids[VOTE_PROMPT] = task_id.majority(nearest, batches.index, len(model.keys))
     if method.kernels:
         ids[PER_SAMPLE_GRADIENT] = inference.gradient_id(model, tokens, ids[PER_SAMPLE], batching)
-        gradients = batch_alpha_gradients(model, batch_tokens, nearest, batches, settings)
-        ids[VOTE_GRADIENT] = np.asarray(model.tasks)[gradients.argmin(axis=1)[batches.index]]
+        for shots in settings.shots:
+            gradients[shots] = batch_alpha_gradients(model, batch_tokens, nearest, batches, shots, batching)
+            ids[vote_gradient(shots)] = np.asarray(model.tasks)[gradients[shots].argmin(axis=1)[batches.index]]
     if model.prototypes:
         posterior = inference.log_posterior(model, query, batching)
         ids[PROTOTYPE] = inference.prototype_id(model, posterior)
-    ids = {protocol: ids[protocol] for protocol in protocols(method, prototypes=model.prototypes is not None)}
-    alone = {protocol: tasks for protocol, tasks in ids.items() if batch_tokens is tokens or protocol not in _POOLED}
+    ids = {protocol: ids[protocol] for protocol in protocols(method, settings.shots, model.prototypes is not None)}
+    alone = {protocol: tasks for protocol, tasks in ids.items() if batch_tokens is tokens or not _by_batch(protocol)}
     logits = _logits(model, tokens, alone, batches, batching)
     if len(alone) < len(ids):
         logits |= _logits(model, batch_tokens, {p: ids[p] for p in ids if p not in alone}, batches, batching)
@@ -201,7 +207,8 @@ def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Ba
     for protocol, tasks in ids.items():
         # Where tasks have nothing of their own, all protocols ask for the same.
         pairs = inference.alone(tasks if model.method.by_task else np.zeros_like(tasks))
-        if model.method.prefix_layout == "interleaved" and protocol in _BATCHED:
+        # Under the interleaved layout an image's prefix depends on its place in its test batch; every published figure is by batches.
+        if model.method.prefix_layout == "interleaved" and (_by_batch(protocol) or protocol == ORACLE):
             pairs[:, 2:] = place
         columns.append(pairs)
     pairs, inverse = np.unique(np.concatenate(columns), axis=0, return_inverse=True)
@@ -209,25 +216,25 @@ def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Ba
     return {p: logits[part] for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)}
 
 
-def batch_alpha_gradients(model: Model, tokens: Array, nearest: np.ndarray, batches: Batches, settings: Settings) -> np.ndarray:
-    """∂H/∂α at uniform α, `[batches, seen]`, of the first `settings.shots` images of each published test batch.
+def batch_alpha_gradients(model: Model, tokens: Array, nearest: np.ndarray, batches: Batches, shots: int, batching: Batching) -> np.ndarray:
+    """∂H/∂α at uniform α, `[batches, seen]`, of the first `shots` images (0: all) of each published test batch.
 
     The superposed pass uses the E-prompt that the majority of those images is nearest to (`nearest`, int `[N]`).
     """
-    shots = min(settings.shots or batches.size, batches.size)
+    shots = min(shots or batches.size, batches.size)
     starts = np.arange(0, batches.count, batches.size)
     counts = np.minimum(np.minimum(batches.count - starts, batches.size), shots)
     taken = starts[:, None] + np.arange(shots)
     voted = np.array([task_id.vote(nearest[row[:n]], len(model.keys)) for row, n in zip(taken, counts, strict=True)])
     taken, weights = np.minimum(taken, batches.count - 1), np.arange(shots) < counts[:, None]
-    return inference.alpha_gradients(model, tokens, taken, weights, voted, settings.batching)
+    return inference.alpha_gradients(model, tokens, taken, weights, voted, batching)
 
 
 def evaluate_task(model: Model, images: np.ndarray, labels: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> dict[str, Row]:
     """Every protocol's counts on the test images of one task; arguments as for `answer`, `labels` int `[N]`."""
     answers = answer(model, images, query, task, settings)
     rows = {}
-    for protocol in protocols(model.method, prototypes=model.prototypes is not None):
+    for protocol in answers.task_ids:
         tasks = answers.task_ids[protocol]
         rows[protocol] = Row(
             correct=int((answers.scores[protocol].argmax(axis=1) == labels).sum()),

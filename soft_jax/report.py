@@ -23,11 +23,18 @@ TITLES = {
     "per_sample/gradient_id": "CIL per_sample, Gradient ID",
     "per_sample/prototype": "CIL per_sample, prototype",
     "batch_vote/prompt_id": "CIL batch_vote, Prompt ID *",
-    "batch_vote/gradient_id": "CIL batch_vote, Gradient ID *",
     "per_sample/no_task_id": "CIL per_sample, no task id",
     "batch_vote/pool": "CIL batch_vote, pool *",
     "oracle/task_given": "TIL oracle, task given",
 }
+
+
+def title(protocol: str) -> str:
+    """A protocol as tables name it; that of the published Gradient ID with its shots."""
+    gradient, _, shots = protocol.partition("batch_vote/gradient_id_")
+    return TITLES[protocol] if gradient else f"CIL batch_vote, Gradient ID, {shots} shots *"
+
+
 FOOTNOTE = "* the published protocol: one task id for a test batch that holds a single task, so the batch leaks the task"
 LEGEND = (
     "final: mean accuracy over all tasks after the last; learned: of each task just after it; incr.: of the tasks seen, mean over the "
@@ -133,11 +140,11 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
         box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{benchmark} after {len(manifests)} tasks, percent", title_justify="left"
     )
     table.add_column("protocol", no_wrap=True)
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     for protocol in manifests[0]["metrics"]:
         values = figures(manifests, protocol)
-        table.add_row(TITLES[protocol], *(f"{values[column]:.2f}" for column in COLUMNS))
+        table.add_row(title(protocol), *(f"{values[column]:.2f}" for column in COLUMNS))
     console.print(table)
     console.print(f"{FOOTNOTE}\n{LEGEND}")
     console.print(_time(manifests))
@@ -159,11 +166,11 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
     lines += ["| protocol | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for protocol in manifests[0]["metrics"]:
         values = figures(manifests, protocol)
-        lines.append(f"| {_escaped(TITLES[protocol])} | " + " | ".join(f"{values[column]:.2f}" for column in COLUMNS) + " |")
+        lines.append(f"| {_escaped(title(protocol))} | " + " | ".join(f"{values[column]:.2f}" for column in COLUMNS) + " |")
     lines += ["", _escaped(FOOTNOTE), "", f"({LEGEND}.)", "", _time(manifests), "", *_size_lines(root, manifests)]
     lines += ["## Accuracy by task (rows) after each task trained (columns)", ""]
     for protocol in manifests[0]["metrics"]:
-        lines += [f"{_escaped(TITLES[protocol])}:", "", *_matrix(accuracy_matrix(manifests, protocol)), ""]
+        lines += [f"{_escaped(title(protocol))}:", "", *_matrix(accuracy_matrix(manifests, protocol)), ""]
     lines += [*_drift_lines(manifests), *_published_lines(benchmark), *(f"![{name}]({name})" for name in pictures)]
     backbone = manifests[-1]["backbone"]
     settings = ", ".join(f"{key}={value}" for key, value in config.items())

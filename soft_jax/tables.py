@@ -120,7 +120,7 @@ def _qualified(row: Mapping[str, Any]) -> dict[str, Any]:
     if row.get("mask_init"):
         settings["mask_init"] = row["mask_init"]
     if found := re.search(r"(\d+)-shot|batch", row.get("task_id") or ""):
-        settings["shots"] = int(found[1] or 0)
+        settings["shots"] = (int(found[1] or 0),)
     return settings
 
 
@@ -129,7 +129,8 @@ def protocol_of(row: Mapping[str, Any]) -> str:
     if not row["task_id"]:
         return "per_sample"
     if row["task_id"].startswith("gradient"):
-        return "batch_vote/gradient_id"
+        (shots,) = _qualified(row).get("shots", Config.shots)
+        return f"batch_vote/gradient_id_{shots or 'all'}"
     return "batch_vote/pool" if row["method"].startswith("L2P") and "Soft-TF" not in row["method"] else "batch_vote/prompt_id"
 
 
@@ -153,7 +154,8 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
         settings = row_settings(row)
         if settings and "l2p" in settings["method"]:
             settings |= L2P_ON.get(benchmark, {})
-        name = report.row_name(row) + (f", {settings['shots'] or 'all'} shots" if settings and "shots" in settings else "")
+        name = report.row_name(row)
+        shots = settings.pop("shots", ()) if settings else ()
         key = json.dumps(settings, sort_keys=True) if settings else name
         figures = {protocol_of(row): row[benchmark]} if "accuracy" in row.get(benchmark, {}) else {}
         if "train_seconds" in row:
@@ -161,7 +163,10 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
                 protocol_of(row): {part: row[f"{part}_seconds"][benchmark] for part in ("train", "test")} | {"device": row["device"]}
             }
         before = rows.get(key, Row(len(rows) + 1, name, {}, settings))
-        rows[key] = dataclasses.replace(before, published={**before.published, **figures})
+        if shots:  # one run is evaluated with all the shots that the table names
+            settings["shots"] = (*(before.settings or {}).get("shots", ()), *shots)
+        merged = (before.settings or {}) | (settings or {})
+        rows[key] = dataclasses.replace(before, published={**before.published, **figures}, settings=merged or None)
     if not rows:
         raise UserError(f"table: Table {table} has no figures for {benchmark}")
     return list(rows.values())
@@ -295,7 +300,7 @@ def _cells(line: Line, best: float | None) -> list[str]:
     return [
         str(line.number),
         line.name + (" (joint)" if line.joint else ""),
-        report.TITLES[line.protocol].replace("*", "\\*"),
+        report.title(line.protocol).replace("*", "\\*"),
         shown["final_average"] + (" **▲**" if above else ""),
         "–" if line.joint else shown["forgetting"],
         "–" if line.joint or given else shown["task_id_accuracy"],
@@ -340,7 +345,7 @@ _PAIRS = {
 _VOTED = {
     "per_sample/no_task_id": "batch_vote/pool",
     "per_sample/prompt_id": "batch_vote/prompt_id",
-    "per_sample/gradient_id": "batch_vote/gradient_id",
+    "per_sample/gradient_id": "batch_vote/gradient_id_7",
 }
 
 
@@ -351,7 +356,7 @@ def reading(lines: Sequence[Line]) -> list[str]:
     for title, prefix in (("each image by itself", "per_sample"), ("the task given", "oracle")):
         ranked = sorted(((values[0], values, key) for key, values in found.items() if key[1].startswith(prefix)), reverse=True)
         if len(ranked) > 1:
-            best = "; ".join(f"{name} ({report.TITLES[protocol]}) {_mean(values, seeds)}" for _, values, (name, protocol) in ranked[:3])
+            best = "; ".join(f"{name} ({report.title(protocol)}) {_mean(values, seeds)}" for _, values, (name, protocol) in ranked[:3])
             out.append(f"- Highest with {title}: {best}. Lowest: {ranked[-1][2][0]}, {ranked[-1][0]:.2f}.")
     for name in dict.fromkeys(name for name, _ in found):
         changes = []
@@ -384,7 +389,7 @@ def draw_layers(path: Path, lines: Sequence[Line]) -> None:
         these = [line for line in lines if line.protocol == protocol]
         layers = [int(re.search(r"L\[(\d+)\]", line.name)[1]) for line in these]
         means, stds = zip(*(line.figures["final_average"] for line in these), strict=True)
-        axes.errorbar(layers, means, stds, marker="o", capsize=3, label=report.TITLES[protocol])
+        axes.errorbar(layers, means, stds, marker="o", capsize=3, label=report.title(protocol))
     axes.set(xlabel="masked layer", ylabel="accuracy after the last task (%)", xticks=range(1, 13))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)

@@ -93,10 +93,11 @@ def replay(path: str | Path) -> dict[str, float]:
             "memory": {},
         }
 
-    settings = evaluate.Settings(mesh, c["eval_batch"], c["shots"], eval_batch_size=c["eval_batch"] * c["eval_batches"])
+    settings = evaluate.Settings(mesh, c["eval_batch"], (c["shots"],), eval_batch_size=c["eval_batch"] * c["eval_batches"])
+    vote_gradient = evaluate.vote_gradient(c["shots"])
     protocols = {
         evaluate.VOTE_PROMPT: "prompt_id",
-        evaluate.VOTE_GRADIENT: "gradient_id",
+        vote_gradient: "gradient_id",
         evaluate.ORACLE: "task_incremental",
     }
     accuracy = {name: np.zeros((c["tasks"], c["tasks"])) for name in protocols.values()}
@@ -131,7 +132,7 @@ def replay(path: str | Path) -> dict[str, float]:
                 if name := protocols.get(protocol):
                     accuracy[name][seen, task] = 100 * row.correct / row.total
             batches = slice(0, None, c["eval_batch"])
-            for protocol in (evaluate.VOTE_PROMPT, evaluate.VOTE_GRADIENT):
+            for protocol in (evaluate.VOTE_PROMPT, vote_gradient):
                 if protocol not in answers.task_ids:
                     continue
                 name = protocols[protocol]
@@ -140,8 +141,8 @@ def replay(path: str | Path) -> dict[str, float]:
                     ours = answers.logits[protocol].reshape(c["eval_batches"], c["eval_batch"], -1)
                     for index in range(c["eval_batches"]):
                         compare(f"eval_logits_{name}", ours[index], trace[f"eval_logits_{name}/{seen}/{index}"])
-            if answers.alpha_gradients is not None:
-                compare("alpha_gradients", answers.alpha_gradients, trace["alpha_gradients"][task, seen, :, : task + 1])
+            for gradients in answers.alpha_gradients.values():
+                compare("alpha_gradients", gradients, trace["alpha_gradients"][task, seen, :, : task + 1])
     for name, matrix in accuracy.items():
         if f"accuracy_{name}" in trace:
             compare(f"accuracy_{name}", matrix, trace[f"accuracy_{name}"])

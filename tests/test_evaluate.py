@@ -31,7 +31,7 @@ def make_model(backbone, method, adapters, seen=3, **others):
     return model_of(method, backbone, shared, adapters, tuple(range(seen)), TASK_OF_CLASS, **others)
 
 
-def run_settings(batch_size=8, eval_batch_size=16, shots=5, devices=4):
+def run_settings(batch_size=8, eval_batch_size=16, shots=(5, 0), devices=4):
     return evaluate.Settings(train.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size)
 
 
@@ -88,10 +88,11 @@ def test_every_protocol_against_a_plain_loop(world):
     assert len(set(nearest.tolist())) == 3
     np.testing.assert_array_equal(answers.task_ids[evaluate.PER_SAMPLE], nearest)
     np.testing.assert_array_equal(answers.task_ids[evaluate.ORACLE], np.ones(COUNT))
-    assert answers.alpha_gradients.shape == (5, 3)
-    voted = answers.alpha_gradients.argmin(axis=1)
-    np.testing.assert_array_equal(answers.task_ids[evaluate.VOTE_GRADIENT], voted[np.arange(COUNT) // 8])
-    assert set(answers.logits) == set(evaluate.protocols(model.method))
+    assert answers.alpha_gradients[5].shape == (5, 3)
+    for shots, protocol in ((5, "batch_vote/gradient_id_5"), (0, "batch_vote/gradient_id_all")):
+        voted = answers.alpha_gradients[shots].argmin(axis=1)
+        np.testing.assert_array_equal(answers.task_ids[protocol], voted[np.arange(COUNT) // 8])
+    assert set(answers.logits) == set(evaluate.protocols(model.method, (5, 0)))
     for i in (0, 36):
         for protocol, logits in answers.logits.items():
             assert logits.shape == (COUNT, 6)
@@ -121,7 +122,7 @@ def test_images_are_counted_exactly(world):
     labels = np.full(COUNT, 2)
     answers = evaluate.answer(model, images, query, 1, run_settings())
     rows = evaluate.evaluate_task(model, images, labels, query, 1, run_settings())
-    assert set(rows) == set(evaluate.protocols(model.method))
+    assert set(rows) == set(evaluate.protocols(model.method, (5, 0)))
     for protocol, row in rows.items():
         assert row.total == COUNT == sum(row.identified)
         assert row.identified == tuple(np.bincount(answers.task_ids[protocol], minlength=3))
@@ -197,21 +198,22 @@ def test_chunks_are_joined(world):
     many = run_settings(eval_batch_size=4)
     assert many.chunk == 16
     pieces, whole = evaluate.answer(model, images, query, 0, many), evaluate.answer(model, images, query, 0, run_settings())
-    np.testing.assert_allclose(pieces.alpha_gradients, whole.alpha_gradients, atol=1e-4)
+    for shots in (5, 0):
+        np.testing.assert_allclose(pieces.alpha_gradients[shots], whole.alpha_gradients[shots], atol=1e-4)
     for protocol in whole.logits:
         np.testing.assert_array_equal(pieces.task_ids[protocol], whole.task_ids[protocol])
 
 
 def test_dualprompt_has_no_gradient_id(backbone, rng):
     method = tiny_method(reparam=None)
-    assert evaluate.VOTE_GRADIENT not in evaluate.protocols(method)
+    assert not any("gradient_id" in protocol for protocol in evaluate.protocols(method, (7,)))
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
     query = inference.queries(method, backbone, images, run_settings().batching)
     adapters = make_adapters(backbone, method)
     model = make_model(backbone, method, adapters)
     answers = evaluate.answer(model, images, query, 0, run_settings())
-    assert answers.alpha_gradients is None
-    assert set(answers.scores) == set(evaluate.protocols(method, prototypes=False))
+    assert answers.alpha_gradients == {}
+    assert set(answers.scores) == set(evaluate.protocols(method, (5, 0), prototypes=False))
     # Images of all tasks run together, each with its own prompt.
     tasks = np.array([2, 0, 1, 1, 0])
     batching = run_settings().batching

@@ -48,10 +48,8 @@ def test_a_rows_name_is_its_settings(name, settings):
 
 def test_a_rows_other_columns_set_things_too():
     row = {"method": "DualPrompt-Soft-TF", "pretraining": "DINO", "task_id": "gradient, 3-shot", "mask_init": "xavier"}
-    assert {("backbone", "vit_b16_dino"), ("shots", 3), ("mask_init", "xavier")} <= set(
-        (k, v) for k, v in tables.row_settings(row).items() if not isinstance(v, tuple)
-    )
-    assert tables.row_settings(row | {"task_id": "gradient, batch"})["shots"] == 0
+    assert {("backbone", "vit_b16_dino"), ("shots", (3,)), ("mask_init", "xavier")} <= set(tables.row_settings(row).items())
+    assert tables.row_settings(row | {"task_id": "gradient, batch"})["shots"] == (0,)
     assert tables.row_settings({"method": "iCaRL", "exemplars": 1000, "task_id": None}) is None
     assert tables.row_settings({"method": "CLIP-Prompt", "task_id": "prompt"}) is None
 
@@ -97,9 +95,18 @@ def test_one_run_serves_rows_that_differ_in_the_protocol_only():
     rows = {row.name: row for row in tables.rows_of("7", "c100_10")}
     row = rows["DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"]
     assert {protocol: figures["accuracy"] for protocol, figures in row.published.items()} == {
-        "batch_vote/gradient_id": 98.05,
+        "batch_vote/gradient_id_7": 98.05,
         "batch_vote/prompt_id": 92.35,
     }
+
+
+def test_one_run_serves_all_shots():
+    rows = tables.rows_of("9", "c100_10")
+    assert [row.settings["shots"] for row in rows] == [(3, 5, 7)] * 2
+    assert [figures["accuracy"] for figures in rows[0].published.values()] == [93.12, 96.13, 96.51]
+    assert list(rows[1].published) == [f"batch_vote/gradient_id_{shots}" for shots in (3, 5, 7)]
+    by_name = {row.name: row for row in tables.rows_of("6", "c100_10")}
+    assert by_name["DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"].settings["shots"] == (3, 7, 0)
 
 
 def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
