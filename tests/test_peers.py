@@ -1,8 +1,10 @@
-"""What peers' own code computed on given arrays, in float64: Google's L2P, and the layers of the published PyTorch code.
+"""What peers' own code computed on given arrays, in float64: Google's L2P, LAMDA-PILOT's DualPrompt, layers of the published PyTorch code.
 
 `l2p.npz`: google-research/l2p's ViT (its tanh GELU set to the exact one, which the published PyTorch code has) on `google_vit.npz`'s
-checkpoint, one batch of one task with batch-wise selection: loss, its terms and its gradients. `published_layers.npz`: the published LoRA
-of q and v, the MLP with adapters, and the binary mask of WSN.
+checkpoint, one batch of one task with batch-wise selection: loss, its terms and its gradients. `dualprompt_pilot.npz`: LAMDA-PILOT's
+DualPrompt on the same checkpoint, loss, terms and gradients for a batch of the second of three tasks, and that batch's vote and logits in
+a test; it looks prompts up as the published code does, `prefix_layout="interleaved"`. `published_layers.npz`: the published LoRA of q and
+v, the MLP with adapters, and the binary mask of WSN.
 """
 
 from pathlib import Path
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import methods, reparam, train, trees, weights
+from soft_jax import methods, prompts, reparam, task_id, train, trees, weights
 from soft_jax.vit import Mlp, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -34,14 +36,18 @@ def layers():
         return {key: file[key] for key in file.files}
 
 
-def test_a_step_of_googles_l2p():
+def their_backbone():
     with np.load(DATA / "google_vit.npz") as file:
         checkpoint = {key.removeprefix("checkpoint/"): file[key].astype(float) for key in file.files if key.startswith("checkpoint/")}
-    with np.load(DATA / "l2p.npz") as file:
-        theirs = {key: file[key] for key in file.files}
     depth = sum(key.endswith("Dense_0/bias") for key in checkpoint)
     vit = ViTConfig(16, 4, 24, depth, 3, 48, dtype="float64")
-    backbone, _ = weights.convert(checkpoint, vit)
+    return vit, weights.convert(checkpoint, vit)[0]
+
+
+def test_a_step_of_googles_l2p():
+    with np.load(DATA / "l2p.npz") as file:
+        theirs = {key: file[key] for key in file.files}
+    vit, backbone = their_backbone()
     method = methods.Method(vit, classes=6, pool_size=6, pool_length=2, top_k=3)
     shared = {
         "head": {"kernel": theirs["head_kernel"], "bias": theirs["head_bias"]},
@@ -62,6 +68,38 @@ def test_a_step_of_googles_l2p():
     for ours, name in ((("pool", "key"), "pool_key"), (("pool", "prompt"), "pool_prompt"), (("head", "kernel"), "head_kernel")):
         np.testing.assert_allclose(grads["shared"][ours[0]][ours[1]], theirs[f"grad_{name}"], err_msg=name, **FLAX)
         assert np.abs(theirs[f"grad_{name}"]).max() > 1e-3
+
+
+def test_a_step_of_pilots_dualprompt():
+    with np.load(DATA / "dualprompt_pilot.npz") as file:
+        theirs = {key: file[key] for key in file.files}
+    vit, backbone = their_backbone()
+    layout = {"e_layers": (1, 2), "e_length": 2, "g_layers": (0,), "g_length": 3, "prefix_layout": "interleaved"}
+    method = methods.Method(vit, classes=6, **layout)
+    adapters = [{"key": jnp.asarray(key), "prompt": jnp.asarray(theirs["e_prompt"][:, :, task])} for task, key in enumerate(theirs["key"])]
+    head = {"kernel": jnp.asarray(theirs["head_kernel"]), "bias": jnp.asarray(theirs["head_bias"])}
+    shared = {"head": head, "g_prompt": jnp.asarray(theirs["g_prompt"])}
+    task_of_class, count = np.array([0, 0, 1, 1, 2, 2]), len(theirs["labels"])
+    batch = {"images": theirs["images"], "labels": theirs["labels"], "weights": np.ones(count), "class_mask": task_of_class == 1}
+    recipe = train.Recipe(method, learning_rate=0.001, pull=0.1)
+    grads, terms = jax.grad(train.loss_fn, has_aux=True)({"adapter": adapters[1], "shared": shared}, backbone, batch, recipe)
+    for name in ("query", "loss", "cross_entropy", "key_similarity", "logits"):
+        np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **CLOSE)
+    for ours, name, expected in (
+        (grads["adapter"]["prompt"], "e_prompt", theirs["grad_e_prompt"][:, :, 1]),
+        (grads["adapter"]["key"], "key", theirs["grad_key"][1]),
+        (grads["shared"]["g_prompt"], "g_prompt", theirs["grad_g_prompt"]),
+        (grads["shared"]["head"]["kernel"], "head", theirs["grad_head_kernel"]),
+        (grads["shared"]["head"]["bias"], "bias", theirs["grad_head_bias"]),
+    ):
+        np.testing.assert_allclose(ours, expected, err_msg=name, **CLOSE)
+        assert np.abs(expected).max() > 1e-3
+    voted = np.asarray(prompts.similarity(theirs["query"], theirs["key"])).argmax(axis=1)
+    (winner,) = set(task_id.majority(voted, np.zeros(count, int), 3).tolist())
+    assert {winner} == set(theirs["voted"].flatten().tolist()) != {1}
+    sources = prompts.prefix_sources("interleaved", jnp.arange(count), jnp.asarray(count))
+    logits = method.logits(backbone, adapters[winner], shared, method.trunk(backbone, shared, theirs["images"]), sources)
+    np.testing.assert_allclose(logits, theirs["voted_logits"], **CLOSE)
 
 
 def test_the_published_lora(layers):
