@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from soft_jax import batches, data, evaluate, inference, methods, processes, prototype, report, retention, train, trees, weights
+from soft_jax import batches, data, evaluate, inference, methods, processes, prototype, rehearsal, report, retention, train, trees, weights
 from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
@@ -30,6 +30,7 @@ from soft_jax.store import Store
 CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
 READ_AT_ONCE = 1024  # files whose images are held at once
 QUERIES_AT_ONCE = 256  # training images of a forward pass that takes q(x)
+REVIEWED_AT_ONCE = 256  # training images that a rehearsing network looks at after a task
 
 
 class Preempted(Exception):
@@ -77,10 +78,33 @@ class Run:
         """Task `task`'s training images."""
         return self.dataset.train.take(self.scenario.members(self.dataset.train.labels, task))
 
-    def schedule(self, task: int) -> batches.Schedule:
-        """Which of `train_set`'s images make each step's batch."""
-        c, count = self.config, len(self.scenario.members(self.dataset.train.labels, task))
-        return batches.Schedule(c.seed, task, count, c.epochs, c.batch_size, self.mesh.size)
+    def shuffled(self, task: int) -> np.ndarray:
+        """Task `task`'s training images in random order, as rows of the whole training set."""
+        members = self.scenario.members(self.dataset.train.labels, task)
+        return np.random.default_rng([self.config.seed, zlib.crc32(b"memory"), task]).permutation(members)
+
+    def seen(self, task: int) -> np.ndarray:
+        """The classes of the tasks up to `task`, bool `[classes]`."""
+        return self.scenario.task_of_class <= task
+
+    def taught(self, task: int, memory: trees.Tree | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What task `task` is trained on, as rows of the training set: images of its own, and older tasks' that `memory`, if any, names."""
+        labels, way = self.dataset.train.labels, self.method.rehearsal
+        own = self.scenario.members(labels, task)
+        if not way:
+            return own, own[:0]
+        shuffled = self.shuffled(task)
+        return np.setdiff1d(own, way.held_out(shuffled, labels[shuffled], self.seen(task))), rehearsal.rows_of(memory) if memory else own[
+            :0
+        ]
+
+    def schedule(self, task: int, memory: trees.Tree | None = None) -> batches.Schedule:
+        """Which images of `taught`, own ones first, make each step's batch."""
+        c, way = self.config, self.method.rehearsal
+        own, again = map(len, self.taught(task, memory))
+        if not way or way.joined:
+            return batches.Schedule(c.seed, task, own + again, c.epochs, c.batch_size, self.mesh.size)
+        return batches.Schedule(c.seed, task, own, c.epochs, c.batch_size, self.mesh.size, replay=c.batch_size, replayed=again)
 
     def query(self, task: int) -> np.ndarray:
         """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run; `[N, 0]` where the method asks nothing of it."""
@@ -105,7 +129,7 @@ class Run:
         batch = {"images": like((rows, *shape), jnp.uint8), "labels": like((rows,), jnp.int32), "weights": like((rows,), jnp.float32)}
         batch |= {"class_mask": like((self.scenario.classes,), bool), "hold_g_prompt": like((), bool)}
         batch |= {"query": like((rows, self.method.vit.dim), self.method.vit.dtype)} if self.recipe.fixed_query else {}
-        batch |= {"memory": memory}
+        batch |= {"memory": memory} | {name: like((rows, *column.shape), column.dtype) for name, column in method.columns.items()}
         step = train.compile_step(self.recipe, self.mesh)
         lowered = step.lower(state, self.params, batch, key)
         # GPUs and TPUs count only what is compiled; on a CPU the program as it is written will do.
@@ -194,13 +218,14 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         _report(run, manifests)  # a kill may have come between the last task's commit and its report
     for task in range(len(manifests), config.tasks):
         adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
+        if run.method.retention:
+            shared = run.method.retention.resume(memory, shared)
         state, seconds = train_task(run, task, adapter, shared, memory)
         start = time.monotonic()
-        memory = task_memory(run, task, memory, state.trainable)
+        memory, shared = task_memory(run, task, memory, state.trainable)
         adapter, packed = _as_stored(run, state.trainable["adapter"])
-        items = {"adapter": packed, "shared": state.trainable["shared"], "statistics": task_statistics(run, task), "memory": memory}
+        items = {"adapter": packed, "shared": shared, "statistics": task_statistics(run, task), "memory": memory}
         seconds["statistics"] = time.monotonic() - start
-        shared = items["shared"]
         learned.add(task, adapter, items["statistics"])
         table, seconds["evaluate"] = evaluate_stage(run, learned.model(shared))
         manifest = _manifest(run, task, adapter, items, table, seconds)
@@ -305,19 +330,40 @@ def task_statistics(run: Run, task: int) -> trees.Tree:
     return processes.put(statistics, train.replicated(run.mesh))
 
 
-def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> trees.Tree:
-    """The method's memory after task `task`, from some of its training images, drawn at random and prepared as test images are."""
-    if not run.method.retention:
-        return {}
-    split, size, whole = run.train_set(task), run.method.vit.image_size, train.replicated(run.mesh)
-    chosen = np.random.default_rng([run.config.seed, zlib.crc32(b"memory"), task]).permutation(len(split.labels))[: retention.IMAGES]
-    batch = {
-        "images": split.prepared(chosen, size).astype(np.float32) / 255,
-        "labels": split.labels[chosen],
-        "class_mask": run.scenario.class_mask(task),
-    }
-    updated = run.method.retention.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
-    return processes.put(updated, whole)
+def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> tuple[trees.Tree, methods.Shared]:
+    """The method's memory after task `task`, from its training images prepared as test images are, and the shared part to be stored.
+
+    Rehearsal looks at all of them, the others at some, drawn at random.
+    """
+    way, shared, whole = run.method.retention, trainable["shared"], train.replicated(run.mesh)
+    if not way:
+        return {}, shared
+    if run.method.rehearsal:
+        updated = run.method.rehearsal.remember(memory, run.method, trainable, _reviewed(run, task, memory, trainable))
+    else:
+        split, chosen = run.dataset.train, run.shuffled(task)[: retention.IMAGES]
+        batch = {
+            "images": split.prepared(chosen, run.method.vit.image_size).astype(np.float32) / 255,
+            "labels": split.labels[chosen],
+            "class_mask": run.scenario.class_mask(task),
+        }
+        updated = way.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
+    updated = processes.put(updated, whole)
+    return updated, processes.put(way.serve(updated, shared), whole)
+
+
+def _reviewed(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> rehearsal.Reviewed:
+    """What the network after task `task` makes of the exemplars and of all images of the task."""
+    split, by_row = run.dataset.train, train.by_row(run.mesh)
+    rows = np.concatenate([rehearsal.all_rows_of(memory), run.shuffled(task)])
+    size = math.ceil(REVIEWED_AT_ONCE / run.mesh.size) * run.mesh.size
+    parts = []
+    for part in np.split(rows, range(size, len(rows), size)):
+        images = inference.pad(split.prepared(part, run.method.vit.image_size), size)
+        found = rehearsal.outputs(run.method, trainable, run.params, processes.put(images, by_row))
+        parts.append([processes.fetch(array)[: len(part)] for array in found])
+    features, logits = map(np.concatenate, zip(*parts, strict=True))
+    return rehearsal.Reviewed(rows, split.labels[rows], features, logits, run.scenario.class_mask(task))
 
 
 def prepare(
@@ -373,7 +419,7 @@ def train_task(
     """
     config, start = run.config, time.monotonic()
     state, before = _continued(run, task, train.compile_init(run.recipe, run.mesh)(adapter, shared))
-    done, total = int(state.step), run.schedule(task).steps
+    done, total = int(state.step), run.schedule(task, memory).steps
     feed = _Feed(run, task, done, memory)
     call, pending, mark = 1, None, time.monotonic()
     with _progress(run.console) as progress:
@@ -409,16 +455,22 @@ class _Feed:
     """
 
     def __init__(self, run: Run, task: int, first: int, memory: trees.Tree):
-        whole, split = train.replicated(run.mesh), run.train_set(task)
-        fixed = {"class_mask": run.scenario.class_mask(task), "hold_g_prompt": np.bool_(run.config.hold_g_prompt and task > 0)}
+        whole, way = train.replicated(run.mesh), run.method.rehearsal
+        own, again = run.taught(task, memory)
+        split = run.dataset.train.take(np.concatenate([own, again]))
+        fixed = {
+            "class_mask": run.seen(task) if way else run.scenario.class_mask(task),
+            "hold_g_prompt": np.bool_(run.config.hold_g_prompt and task > 0),
+        }
         self._fixed = processes.put(fixed, whole) | {"memory": memory}
         self._key = processes.put(train.stream(run.config.seed, "augment", task), whole)
-        self._run, self._schedule, self.waited = run, run.schedule(task), 0.0
-        self._query = run.train_query(task) if run.recipe.fixed_query else None
+        self._run, self._schedule, self.waited = run, run.schedule(task, memory), 0.0
+        self._columns = {"query": run.train_query(task)} if run.recipe.fixed_query else {}
+        self._columns |= way.table(memory, len(own)) if way else {}
         if isinstance(split, data.Split):
             # All tasks' pools have the size of the largest, so that one program serves them.
-            most = np.bincount(run.scenario.task_of_class[run.dataset.train.labels]).max()
-            pool = {"images": split.images, "labels": split.labels} | ({} if self._query is None else {"query": self._query})
+            most = np.bincount(run.scenario.task_of_class[run.dataset.train.labels]).max() + (way.exemplars if way else 0)
+            pool = {"images": split.images, "labels": split.labels} | self._columns
             self._pool = processes.put({name: inference.pad(array, most) for name, array in pool.items()}, whole)
             self._files = None
         else:
@@ -441,7 +493,7 @@ class _Feed:
         for _ in range(count):
             start = time.monotonic()
             batch, rows = next(self._files)
-            batch |= {} if self._query is None else {"query": self._query[rows]}
+            batch |= {name: column[rows] for name, column in self._columns.items()}
             batch = processes.put_local(batch, train.by_row(self._run.mesh))
             self.waited += time.monotonic() - start
             state, now = step(state, self._run.params, batch | self._fixed, self._key)
@@ -523,12 +575,20 @@ def _manifest(
         "seconds": dict(seconds),
         "parameters": {"adapter": trees.count(adapter), "shared": trees.count(items["shared"]), "fixed": run.method.fixed(adapter)},
         "step_flops": run.step_flops,
-        "bytes": {name: trees.nbytes(tree) for name, tree in items.items()},
+        "bytes": {name: trees.nbytes(tree) for name, tree in items.items()} | {"exemplars": _exemplar_bytes(run, items["memory"])},
         "mask_distance_from_one": {path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()},
         "weight_drift": _drift(run, adapter, items["shared"]),
         "mask_density": {path: _density(mask) for path, mask in masks.items()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _exemplar_bytes(run: Run, memory: trees.Tree) -> int:
+    """Bytes of the older tasks' images that are trained on again, as the step gets them; the store keeps their rows alone."""
+    if not run.method.rehearsal:
+        return 0
+    split, size = run.dataset.train, run.method.vit.image_size
+    return len(rehearsal.all_rows_of(memory)) * (split.images[0].nbytes if isinstance(split, data.Split) else 3 * size**2)
 
 
 def _counts(row: evaluate.Row) -> dict[str, Any]:

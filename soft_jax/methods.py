@@ -4,7 +4,7 @@ A `Method` is put together from three parts, each of which may be absent:
 
 - prompts: DualPrompt's prefixes or L2P's pool (`prompts`);
 - a reparametrisation of chosen weights, a task's own (`reparam`: soft masks, WSN, SoftNet, LoRA, adapters);
-- what is kept from older tasks (`retention`: PGP, EWC, LwF).
+- what is kept from older tasks (`retention`: PGP, EWC, LwF; `rehearsal`: DER++, iCaRL, BiC).
 
 A config's `method` joins their names: "dualprompt+softtf", "l2p+pgp+softtf", "lora". "head" trains the classifier alone, "ft" the whole
 network. Joint training, the upper bound of any method, is the method with one task of all classes.
@@ -21,9 +21,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from soft_jax import packing, prompts, reparam, retention, trees
+from soft_jax import packing, prompts, rehearsal, reparam, retention, trees
 from soft_jax.config import Config
 from soft_jax.errors import UserError
+from soft_jax.rehearsal import Rehearsal
 from soft_jax.reparam import Reparam
 from soft_jax.retention import Retention
 from soft_jax.vit import Prefix, ViT, ViTConfig
@@ -42,7 +43,7 @@ class Method:
     vit: ViTConfig
     classes: int
     reparam: Reparam | None = None
-    retention: Retention | None = None
+    retention: Retention | Rehearsal | None = None
     e_layers: tuple[int, ...] = ()
     e_length: int = 0
     g_layers: tuple[int, ...] = ()
@@ -62,6 +63,16 @@ class Method:
     def by_task(self) -> bool:
         """Whether a task has anything of its own, so that an image's task has to be identified."""
         return self.reparam is not None or self.e_length > 0
+
+    @property
+    def rehearsal(self) -> Rehearsal | None:
+        """The way of keeping images of older tasks, if the method has one."""
+        return self.retention if isinstance(self.retention, Rehearsal) else None
+
+    @property
+    def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What a training step needs of each image beside image, label and weight; shapes are those of one image."""
+        return self.rehearsal.columns(self.classes) if self.rehearsal else {}
 
     @property
     def first_task_layer(self) -> int:
@@ -189,10 +200,17 @@ class Method:
 
     def classify(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
         """As `logits`, for parameters and prefixes that are at hand."""
+        return self.head(shared, self.features(params, prefix, shared, tokens))
+
+    def features(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
+        """What `classify`'s classifier sees, `[B, dim]` in float32 or wider."""
         vit, params = ViT(self.vit), {"params": self._whole(params, shared)}
         tokens = vit.apply(params, tokens, prefix, self.first_task_layer, None, self.prompt_tokens, method="run_blocks")
         features = vit.apply(params, tokens, self.prompt_tokens, method="pool")
-        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        return features.astype(jnp.promote_types(features.dtype, jnp.float32))
+
+    def head(self, shared: Shared, features: jax.Array) -> jax.Array:
+        """Logits `[B, classes]` of features `[B, dim]`."""
         return jnp.matmul(features, shared["head"]["kernel"], precision="highest") + shared["head"]["bias"][None]
 
 
@@ -216,13 +234,16 @@ def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
             reparam.check(settings["reparam"], vit)
         elif part in retention.KINDS:
             settings["retention"] = retention.KINDS[part](config)
+        elif part in rehearsal.KINDS:
+            settings["retention"] = rehearsal.KINDS[part](config)
+            settings["retention"].check(classes)
         elif part == "dualprompt":
             settings |= {"e_layers": _from_zero(config.e_prompt_layers), "e_length": config.e_prompt_length}
             settings |= {"g_layers": _from_zero(config.g_prompt_layers), "g_length": config.g_prompt_length}
             settings |= {"prefix_layout": config.prefix_layout}
         elif part == "l2p":
             settings |= {"pool_size": config.pool_size, "pool_length": config.e_prompt_length, "top_k": config.top_k}
-    settings["trains_backbone"] = bool({"ft", "ewc", "lwf"} & set(parts))
+    settings["trains_backbone"] = bool({"ft", "ewc", "lwf", *rehearsal.KINDS} & set(parts))
     return Method(vit=vit, classes=classes, **settings)
 
 

@@ -189,7 +189,8 @@ def _size_lines(root: Path, manifests: Manifests) -> list[str]:
         f"- Trainable parameters of one task: {adapter:,} of its own, and {shared:,} shared by all.",
         f"- Of all {len(manifests)} tasks: {adapter * len(manifests) + shared:,}.",
         f"- Bytes that one task keeps: {sizes['adapter']:,} adapter, {sizes['statistics']:,} statistics for prototype task identity, "
-        f"{sizes['shared']:,} shared part, {sizes['memory']:,} what the method holds of older tasks.",
+        f"{sizes['shared']:,} shared part, {sizes['memory'] + sizes['exemplars']:,} what the method holds of older tasks"
+        + (f" ({sizes['exemplars']:,} of it images, stored as their rows in the training set)." if sizes["exemplars"] else "."),
         f"- Bytes on disk: {_bytes(folders[-1]):,} of the last task, {sum(map(_bytes, folders)):,} of all.",
         *([f"- Floating point operations of a training step, as XLA counts them: {flops:.4g}."] if flops else []),
         "",

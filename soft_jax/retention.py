@@ -1,7 +1,8 @@
 """What a method keeps from older tasks so that training the next one harms them less: PGP, EWC, LwF.
 
 Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with each task and goes into the training
-step as an argument: `init` before the first task, `loss` and `project` in a step, `update` after a task.
+step as an argument: `init` before the first task, `loss` and `project` in a step, `update` after a task. Those that keep images of older
+tasks are in `rehearsal`.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ AT_ONCE = 32
 Batch = Mapping[str, Any]
 
 
-class _Way:
+class Way:
     """What a way does unless it says otherwise.
 
     `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in [0, 1] `[N, H, W, 3]`, `labels` int `[N]`
@@ -42,9 +43,17 @@ class _Way:
         """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
         return grads
 
+    def serve(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
+        """The shared part that is stored after a task and classifies, `shared` being as trained: the same."""
+        return shared
+
+    def resume(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
+        """The shared part that the next task's training starts from, `shared` being what `serve` gave: the same."""
+        return shared
+
 
 @dataclasses.dataclass(frozen=True)
-class PGP(_Way):
+class PGP(Way):
     """Prompt Gradient Projection (Qiao et al., 2024): prompts move at right angles to what older tasks' images ask them.
 
     For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq; its value half moves freely, as in the
@@ -134,7 +143,7 @@ def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarr
 
 
 @dataclasses.dataclass(frozen=True)
-class EWC(_Way):
+class EWC(Way):
     """Elastic Weight Consolidation (Kirkpatrick et al., 2017), online: + λ/2 Σ F (θ − θ*)² over everything trained.
 
     F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended. All weights are shared: forgetting
@@ -174,7 +183,7 @@ def _fisher(method: "Method", trainable: trees.Tree, backbone: trees.Tree, image
 
 
 @dataclasses.dataclass(frozen=True)
-class LwF(_Way):
+class LwF(Way):
     """Learning without Forgetting (Li and Hoiem, 2016): the old network's answers on the new images, kept for the old classes.
 
     + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks. All weights are shared: old tasks drift

@@ -6,11 +6,11 @@ host, retention, reparametrisation and layers. Choices where the paper is silent
 - DualPrompt without layers has its E-prompts in L[3,4,5], as published; with masks in part of L[10,11,12] they are in all three.
 - Soft-TF without weights masks q,k,v,proj.
 - The adapter baseline's parameter counts are those of all 12 layers, whatever its name says: it is in all 12.
-- FT, EWC and LwF train the whole network at base learning rate 0.003, a tenth of what prompts take: the best of 0.0003, 0.001, 0.003 and
-  0.01 for joint training on the small backbone. The paper gives none.
+- Whole networks (FT, EWC, LwF and those with exemplars) are trained at base learning rate 0.003, a tenth of what prompts take: the best
+  of 0.0003, 0.001, 0.003 and 0.01 for joint training on the small backbone. The paper gives none.
 - The upper bound of a method is the method with one task of all classes.
 
-Rehearsal baselines (rows with exemplars) and CLIP are printed as published and not run.
+CLIP and DER+MCG (of which we know no description) are printed as published and not run.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }
 BACKBONES = {"ImageNet-21K": "vit_b16", "SAM": "vit_b16_sam", "DINO": "vit_b16_dino"}
 WHOLE_NETWORK = {"learning_rate": 0.003}
+REHEARSAL = {"DER++": "derpp", "iCaRL": "icarl", "BiC": "bic"}
 # Of L2P's rows, where they differ from its row settings or the benchmark's.
 L2P_ON = {"imr_10": {"epochs": 50, "e_prompt_length": 30}}
 
@@ -48,6 +49,9 @@ METHODS = {
     "FT": {"method": "ft"} | WHOLE_NETWORK,
     "EWC": {"method": "ewc"} | WHOLE_NETWORK,
     "LwF": {"method": "lwf"} | WHOLE_NETWORK,
+    "DER++": {"method": "derpp"} | WHOLE_NETWORK,
+    "iCaRL": {"method": "icarl"} | WHOLE_NETWORK,
+    "BiC": {"method": "bic"} | WHOLE_NETWORK,
     "L2P": {"method": "l2p"},
     "L2P-PGP": {"method": "l2p+pgp"},
     "L2P-Soft-TF": {"method": "l2p+softtf"},
@@ -67,6 +71,22 @@ METHODS = {
     "Upper bound of Soft-TF": {"method": "dualprompt+softtf", "tasks": 1},
 }
 
+LAYERS = {f"DualPrompt-Soft-TF-L[{layer}]": {"mask_layers": (layer,)} for layer in range(1, 13)}
+
+# What is masked in a layer, under the paper's names for it.
+WEIGHTS = {
+    f"DualPrompt-Soft-TF-{which} {name}": {"mask_layers": layers, "mask_weights": weights}
+    for which, layers in (("L[12]", (12,)), ("L[10,11,12]", (10, 11, 12)))
+    for name, weights in (("only ATTN", "qkv"), ("w/o FF", "qkv+proj"), ("w/ FF", "qkv+proj+mlp"))
+}
+
+# Tables that the paper does not number: title, and settings by row.
+OWN = {
+    "methods": ("Every method", METHODS),
+    "layers": ("Soft-TF on one layer at a time (Figure 4)", LAYERS),
+    "weights": ("Soft-TF on some of a layer's weights", WEIGHTS),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -84,8 +104,10 @@ class Row:
 def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings that a published row's name stands for; None for a method that is not run here."""
     name, settings = row["method"], {}
-    if row.get("exemplars") or name.startswith("CLIP"):
+    if name.startswith("CLIP") or name == "DER+MCG":
         return None
+    if name in REHEARSAL:
+        return {"method": REHEARSAL[name], "exemplars": row["exemplars"]} | WHOLE_NETWORK
     if name in ("FT", "EWC", "LwF"):
         return {"method": name.lower()} | WHOLE_NETWORK
     if name.startswith("Upper bound of "):
@@ -137,16 +159,13 @@ def protocol_of(row: Mapping[str, Any]) -> str:
 def rows_of(table: str, benchmark: str) -> list[Row]:
     """The rows of a table on a benchmark, in the paper's order; published rows of the same settings become one.
 
-    `table` is a number, "methods" (every method, `METHODS`) or "layers" (Figure 4: Soft-TF on one layer at a time).
-    Raises UserError for a table that is not there.
+    `table` is a number, or a name of `OWN`. Raises UserError for a table that is not there.
     """
-    if table == "methods":
-        return [Row(number, name, {}, settings) for number, (name, settings) in enumerate(METHODS.items(), 1)]
-    if table == "layers":
-        return [Row(layer, f"DualPrompt-Soft-TF-L[{layer}]", {}, {"mask_layers": (layer,)}) for layer in range(1, 13)]
+    if table in OWN:
+        return [Row(number, name, {}, settings) for number, (name, settings) in enumerate(OWN[table][1].items(), 1)]
     known = {str(row["table"]) for row in report.published_rows()}
     if table not in known:
-        raise UserError(f"table: {table!r} is unknown; known are {', '.join(sorted(known, key=int))}, methods, layers")
+        raise UserError(f"table: {table!r} is unknown; known are {', '.join([*sorted(known, key=int), *OWN])}")
     rows: dict[str, Row] = {}
     for row in report.published_rows():
         if str(row["table"]) != table or benchmark not in row.get("train_seconds", row):
@@ -178,7 +197,7 @@ def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int)
     Raises UserError for a row that is not run here, or a setting that is no good.
     """
     if row.settings is None:
-        raise UserError(f"table: the row {row.name!r} is not run here: it rehearses stored images, or is CLIP's")
+        raise UserError(f"table: the row {row.name!r} is not run here: it is CLIP's, or of a method we know no description of")
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
     settings = BENCHMARKS[benchmark] | dict(row.settings) | dict(overrides)
@@ -245,7 +264,7 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         "shared": last[0]["parameters"]["shared"],
         "own_bytes": last[0]["bytes"]["adapter"],
         "shared_bytes": last[0]["bytes"]["shared"],
-        "memory_bytes": last[0]["bytes"]["memory"],
+        "memory_bytes": last[0]["bytes"]["memory"] + last[0]["bytes"]["exemplars"],
         "gflops": last[0]["step_flops"] and last[0]["step_flops"] / 1e9,
     }
     for part in ("train", "evaluate"):
@@ -442,6 +461,6 @@ def make(table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequ
     lines = [line for row, each in zip(rows, configs, strict=True) if each for line in lines_of(row, [next(runs) for _ in each])]
     if table == "layers":
         draw_layers(workdir / "layers.png", lines)
-    title = {"methods": "Every method", "layers": "Soft-TF on one layer at a time (Figure 4)"}.get(table, f"Table {table}")
+    title = OWN[table][0] if table in OWN else f"Table {table}"
     note = f"{max(map(len, configs))} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs)
     return markdown(f"{title}, {benchmark}", command, rows, lines, note)

@@ -93,7 +93,8 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
     has no such term, one with a memory adds its own.
 
     `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for padding, which
-    stands at the end), `class_mask` bool `[classes]`, the task's classes, `memory`, and `query` `[B, dim]` where the recipe says so.
+    stands at the end), `class_mask` bool `[classes]`, the task's classes (with rehearsal all seen), `memory`, the method's `columns`, and
+    `query` `[B, dim]` where the recipe says so.
     The second result names the terms.
     """
     method, weights = recipe.method, batch["weights"]
@@ -178,7 +179,8 @@ def train_steps(
     Args:
         state: as for `train_step`.
         backbone: frozen parameters.
-        pool: what a batch is taken from by row: `images` uint8 `[N, H, W, 3]`, `labels` int `[N]`, and `query` `[N, dim]` if any.
+        pool: what a batch is taken from by row: `images` uint8 `[N, H, W, 3]`, `labels` int `[N]`, the method's
+            `columns`, and `query` `[N, dim]` if any.
         batches: `rows` int `[CHUNK, B]` of the pool and `weights` `[CHUNK, B]`, of which the first `count` are used.
         fixed: the rest of a batch, the same for every step.
         key: the task's augmentation stream.
@@ -226,7 +228,7 @@ def compile_step(recipe: Recipe, mesh: Mesh) -> Any:
     """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
     whole, rows = replicated(mesh), by_row(mesh)
     batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "hold_g_prompt": whole, "memory": whole}
-    batch |= {"query": rows} if recipe.fixed_query else {}
+    batch |= dict.fromkeys(recipe.method.columns, rows) | ({"query": rows} if recipe.fixed_query else {})
     step = functools.partial(train_step, recipe=recipe)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)
 

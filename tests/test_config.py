@@ -57,8 +57,8 @@ def test_bad_arguments(argument, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "coda"}, "method: 'coda' is unknown; known are adapter, dualprompt, ewc, ft, head, l2p, lora, lwf, pgp, soft"),
-        ({"method": "ft+pgp"}, "method: 'ft\\+pgp': head, ft, ewc, lwf stand alone"),
+        ({"method": "coda"}, "method: 'coda' is unknown; known are adapter, bic, derpp, dualprompt, ewc, ft, head, icarl, l2p, lora, lwf"),
+        ({"method": "ft+pgp"}, "method: 'ft\\+pgp': head, ft, ewc, lwf, derpp, icarl, bic stand alone"),
         ({"method": "lora+lora"}, "a part is named once"),
         ({"method": "dualprompt+softtf+lora"}, "names both softtf and lora; one of them at most"),
         ({"method": "pgp+softtf"}, "pgp projects prompts, so it needs one of dualprompt, l2p"),

@@ -1,0 +1,295 @@
+"""Rehearsal: images of older tasks, the exemplars, that are trained on again beside the new ones: DER++, iCaRL, BiC.
+
+These are `retention`'s ways that keep, beside arrays, which images of the training set are their exemplars: rows of that set, equally many
+of every class seen (`exemplars` // classes), so a continued run needs the same set, which it checks. All of them train the whole network,
+with the cross entropy over all classes seen. They are the paper's rehearsal baselines on this backbone, under this project's optimizer and
+crops; where the originals differ is said in each.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import minimize
+
+from soft_jax import trees
+from soft_jax.errors import UserError
+from soft_jax.retention import Batch, LwF, Way
+
+if TYPE_CHECKING:
+    from soft_jax.methods import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Reviewed:
+    """What a trained network makes of exemplars, of older tasks' ones first, and of all images of the task it was trained on.
+
+    `rows` int `[N]` of the training set, in the order in which they would be kept; `labels` int `[N]`; `features` `[N, dim]` and `logits`
+    `[N, classes]` of the images as test images are prepared; `new` bool `[classes]`, the task's classes.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray
+    logits: np.ndarray
+    new: np.ndarray
+
+
+class Rehearsal(Way):
+    """What the three share. `joined`: exemplars are images of an epoch like the task's own; else every batch gets as many again of them.
+
+    Memory: `{"rows": int32 [exemplars]}`, -1 where there are none yet, and each one's own.
+    """
+
+    joined: ClassVar[bool] = True
+    least: ClassVar[int] = 1  # exemplars of a class
+    exemplars: int
+
+    def check(self, classes: int) -> None:
+        """Raise UserError where there are too few exemplars for so many classes."""
+        if self.exemplars < self.least * classes:
+            raise UserError(f"exemplars: {self.exemplars} is below {self.least * classes}, {self.least} for each of {classes} classes")
+
+    def share(self, seen: np.ndarray) -> int:
+        """How many exemplars each class has when those of `seen` bool `[classes]` have been learned."""
+        return self.exemplars // int(seen.sum())
+
+    def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Those of a task's `rows`, in random order, that are not trained on; `labels` are theirs, `seen` counts the task's classes in."""
+        return rows[:0]
+
+    def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `loss` needs of every image of a batch beside image and label, by name; shapes are those of one image."""
+        return {}
+
+    def table(self, memory: trees.Tree, count: int) -> dict[str, np.ndarray]:
+        """`columns` of `count` images of a task and the exemplars after them."""
+        return {}
+
+    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
+        """The memory after a task."""
+        raise NotImplementedError
+
+
+def rows_of(memory: trees.Tree) -> np.ndarray:
+    """The exemplars that are trained on, as rows of the training set, int `[N]`."""
+    rows = np.asarray(memory["rows"])
+    return rows[rows >= 0]
+
+
+def all_rows_of(memory: trees.Tree) -> np.ndarray:
+    """The exemplars, with those that are kept for validation."""
+    rows = np.concatenate([np.asarray(memory[name]) for name in ("rows", "validation") if name in memory])
+    return rows[rows >= 0]
+
+
+def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the first `count` of each label in `labels` int `[N]`, in order."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels[order])
+    return np.sort(order[np.arange(len(labels)) - starts < count])
+
+
+def _padded(rows: np.ndarray, length: int) -> np.ndarray:
+    return np.concatenate([rows, np.full(length - len(rows), -1)]).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features `[N, dim]` and logits `[N, classes]` of the network that `trainable` is, for uint8 images prepared as test images are."""
+    adapter, shared = trainable["adapter"], trainable["shared"]
+    params, prefix = method.realize(backbone, adapter, shared)
+    tokens = method.trunk(backbone, shared, images.astype(jnp.float32) / 255)
+    features = method.features(params, prefix, shared, tokens)
+    return features, method.head(shared, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class DERpp(Rehearsal):
+    """Dark Experience Replay++ (Buzzega et al., 2020): exemplars with their labels, and with the logits that the network once gave them.
+
+    CE(new) + CE(exemplars) + α MSE of the exemplars' logits to those of when they were new, with β = 1 and α = 0.1 as for Tiny-ImageNet
+    there, and half of it all: the cross entropy is the mean over a batch and as many exemplars. There, a reservoir takes images and logits
+    in at every step, and a second batch is drawn for the third term; here they are taken after a task, equally many of each class.
+
+    Memory: `rows`, and `logits` float32 `[exemplars, classes]`.
+    """
+
+    joined: ClassVar[bool] = False
+    exemplars: int
+    alpha: float = 0.1
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """No exemplars."""
+        return {"rows": np.full(self.exemplars, -1, np.int32), "logits": np.zeros((self.exemplars, method.classes), np.float32)}
+
+    def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Whether an image is an exemplar (1 or 0), and its logits of then."""
+        return {"replayed": jax.ShapeDtypeStruct((), np.float32), "then": jax.ShapeDtypeStruct((classes,), np.float32)}
+
+    def table(self, memory: trees.Tree, count: int) -> dict[str, np.ndarray]:
+        """New images have no logits of then."""
+        kept = np.asarray(memory["logits"])[np.asarray(memory["rows"]) >= 0]
+        new = np.zeros((count, kept.shape[1]), np.float32)
+        return {"replayed": np.repeat(np.float32([0, 1]), [count, len(kept)]), "then": np.concatenate([new, kept])}
+
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+        """The third term, a scalar; 0 without exemplars."""
+        weights = batch["weights"] * batch["replayed"]
+        squares = jnp.mean((logits - batch["then"]) ** 2, axis=1)
+        return self.alpha / 2 * jnp.sum(jnp.where(weights > 0, squares * weights, 0)) / jnp.maximum(weights.sum(), 1)
+
+    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
+        """Some of the new images at random, with their logits of now; fewer of the old."""
+        old = np.asarray(memory["rows"]) >= 0
+        logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
+        kept = first_of_each(known.labels, self.share(np.isin(np.arange(method.classes), known.labels)))
+        room = np.zeros((self.exemplars - len(kept), method.classes), np.float32)
+        return {"rows": _padded(known.rows[kept], self.exemplars), "logits": np.concatenate([logits[kept], room]).astype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ICaRL(LwF, Rehearsal):
+    """iCaRL (Rebuffi et al., 2017): exemplars chosen by herding, distillation, and the nearest mean of exemplars as the class of an image.
+
+    There, each class has a sigmoid of its own and old classes' targets are the old network's; here it is the cross entropy and LwF's
+    distillation with T = 2 over the same images, as in its later reimplementations. argmin |f/|f| − μ| over means of norm 1 is argmax
+    f · μ, so the stored classifier is the means: what training goes on from is kept in the memory.
+
+    Memory: LwF's, `rows`, and `means` float32 `[classes, dim]`.
+    """
+
+    exemplars: int = 1000
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """No class is old, no exemplars."""
+        means = np.zeros((method.classes, method.vit.dim), np.float32)
+        return super().init(method, shared) | {"rows": np.full(self.exemplars, -1, np.int32), "means": means}
+
+    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
+        """New classes' exemplars by herding, fewer of the old; all means anew, by the network as it is now."""
+        seen = np.asarray(memory["seen"]) | known.new
+        features = known.features / np.maximum(np.linalg.norm(known.features, axis=1, keepdims=True), 1e-12)
+        share, order = self.share(seen), np.arange(len(known.rows))
+        for label in np.flatnonzero(known.new):
+            members = np.flatnonzero(known.labels == label)
+            order[members] = members[herding(features[members], share)]
+        kept = order[first_of_each(known.labels[order], share)]
+        means = np.zeros((method.classes, features.shape[1]))
+        np.add.at(means, known.labels[kept], features[kept])
+        means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        rows = _padded(known.rows[kept], self.exemplars)
+        return {"shared": trainable["shared"], "seen": seen, "rows": rows, "means": means.astype(np.float32)}
+
+    def resume(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
+        """The network as it was trained, with the classifier of its training."""
+        return memory["shared"]
+
+    def serve(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
+        """The network with the means as its classifier."""
+        means = memory["means"]
+        return memory["shared"] | {"head": {"kernel": means.T, "bias": np.zeros(len(means), np.float32)}}
+
+
+def herding(features: np.ndarray, count: int) -> np.ndarray:
+    """An order of `features` `[N, dim]`, the first `count` such that each beginning has the mean nearest to that of all (alg. 4)."""
+    target, total, rest = features.mean(axis=0), np.zeros(features.shape[1]), np.ones(len(features), bool)
+    chosen = []
+    for number in range(1, min(count, len(features)) + 1):
+        distance = np.linalg.norm(target - (total + features) / number, axis=1)
+        chosen.append(int(np.where(rest, distance, np.inf).argmin()))
+        rest[chosen[-1]], total = False, total + features[chosen[-1]]
+    return np.concatenate([np.array(chosen, int), np.flatnonzero(rest)])
+
+
+@dataclasses.dataclass(frozen=True)
+class BiC(LwF, Rehearsal):
+    """Bias correction (Wu et al., 2019): exemplars and distillation, then α and β for the new classes' logits from images not trained on.
+
+    (1 − λ) CE + λ T² KL with λ = old classes / all, here divided by 1 − λ. A tenth of each class's exemplars, one at least, is for α and β
+    alone, from when its class is new; there, it is drawn among the exemplars in every task. α z + β is put into the classifier's columns
+    for classification and for the next task's distillation; training goes on from those before it.
+
+    Memory: LwF's, `rows`, `validation` int32 `[exemplars]`, and `head`, the classifier before the correction.
+    """
+
+    least: ClassVar[int] = 2
+    exemplars: int = 1000
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """No class is old, no exemplars."""
+        empty = np.full(self.exemplars, -1, np.int32)
+        return super().init(method, shared) | {"rows": empty, "validation": empty, "head": jax.tree.map(jnp.copy, shared["head"])}
+
+    def _validation(self, seen: np.ndarray) -> int:
+        return max(1, self.share(seen) // 10)
+
+    def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """The first of each class, never all of them."""
+        held = first_of_each(labels, self._validation(seen))
+        few = np.flatnonzero(np.bincount(labels) <= self._validation(seen))
+        return rows[held[~np.isin(labels[held], few)]]
+
+    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+        """The term, a scalar; 0 while no class is old."""
+        term = super().loss(memory, method, trainable, backbone, batch, logits)
+        old, seen = (mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"]))
+        return term * old / jnp.maximum(seen - old, 1)
+
+    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
+        """α and β, and some of the new images at random; fewer of the old."""
+        old = np.asarray(memory["seen"])
+        seen, count = old | known.new, self._validation(old | known.new)
+        fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
+        held = np.isin(known.rows, np.asarray(memory["validation"]))
+        held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], seen))
+        validation = np.flatnonzero(held)[first_of_each(known.labels[held], count)]
+        kept = np.flatnonzero(~held)[first_of_each(known.labels[~held], self.share(seen) - count)]
+        shared = trainable["shared"]
+        if old.any():
+            shared = shared | {"head": _corrected(shared["head"], known.new, *bias(known, seen, validation))}
+        rows = {"rows": _padded(known.rows[kept], self.exemplars), "validation": _padded(known.rows[validation], self.exemplars)}
+        return {"shared": shared, "seen": seen, "head": trainable["shared"]["head"]} | rows
+
+    def resume(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
+        """The network as it was trained, with the classifier before the correction."""
+        return shared | {"head": memory["head"]}
+
+    def serve(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
+        """The network with its classifier corrected."""
+        return memory["shared"]
+
+
+def bias(known: Reviewed, seen: np.ndarray, validation: np.ndarray) -> tuple[float, float]:
+    """α and β of the new classes' logits: the least cross entropy over `seen` classes on the images `validation`, int `[M]`.
+
+    Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. There, the search
+    is stopped early.
+    """
+    logits, labels = known.logits[validation].astype(np.float64), known.labels[validation]
+
+    def objective(x):
+        corrected = np.where(known.new, x[0] * logits + x[1], logits)
+        corrected = np.where(seen, corrected, -np.inf)
+        shifted = corrected - corrected.max(axis=1, keepdims=True)
+        surprise = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+        return surprise.sum() + ((x[0] - 1) ** 2 + x[1] ** 2) / 2
+
+    return tuple(minimize(objective, np.array([1.0, 0.0])).x.tolist())
+
+
+def _corrected(head: trees.Tree, new: np.ndarray, alpha: float, beta: float) -> trees.Tree:
+    scale = np.where(new, alpha, 1).astype(np.float32)
+    bias = np.asarray(head["bias"]) * scale + np.where(new, beta, 0).astype(np.float32)
+    return {"kernel": np.asarray(head["kernel"]) * scale, "bias": bias}
+
+
+# A way by the name it has in a config's `method`, from the config's settings.
+KINDS = {
+    "derpp": lambda c: DERpp(c.exemplars),
+    "icarl": lambda c: ICaRL(exemplars=c.exemplars),
+    "bic": lambda c: BiC(exemplars=c.exemplars),
+}

@@ -1,0 +1,192 @@
+"""DER++, iCaRL and BiC against their definitions, and what all of them keep and train on in a run."""
+
+import threading
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from soft_jax import batches, continual, data, methods, rehearsal, weights
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from soft_jax.store import Store
+from tests.conftest import TINY, tiny_method
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def whole(way, backbone):
+    """A method that trains the whole network, and its shared part."""
+    method = tiny_method(retention=way, trains_backbone=True, reparam=None, e_layers=(), e_length=0, g_layers=())
+    return method, method.init_shared(jax.random.key(1), backbone)
+
+
+def reviewed(rng, labels, new, rows=None):
+    labels = np.asarray(labels)
+    rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
+    features, logits = rng.normal(size=(len(labels), 24)), rng.normal(size=(len(labels), 6))
+    return rehearsal.Reviewed(rows, labels, features, logits.astype(np.float32), np.isin(np.arange(6), new))
+
+
+def test_the_first_of_each_label():
+    labels = np.array([3, 1, 3, 3, 1, 0])
+    np.testing.assert_array_equal(rehearsal.first_of_each(labels, 2), [0, 1, 2, 4, 5])
+
+
+def test_herding_takes_what_brings_the_mean_nearest(rng):
+    features = rng.normal(size=(9, 4))
+    chosen = []
+    for _ in range(5):
+        left = [i for i in range(9) if i not in chosen]
+        chosen.append(min(left, key=lambda i: np.linalg.norm(features[[*chosen, i]].mean(axis=0) - features.mean(axis=0))))
+    order = rehearsal.herding(features, 5)
+    assert order[:5].tolist() == chosen
+    assert sorted(order.tolist()) == list(range(9))
+
+
+def test_replayed_rows_come_from_the_exemplars():
+    plan = batches.Schedule(1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=4, replayed=5)
+    assert plan.padded == 9
+    assert plan.steps == 4
+    drawn = set()
+    for step in range(plan.steps):
+        rows, counted = plan.batch(step)
+        own = 4 if step % 2 == 0 else 3
+        assert (rows[:own] < 7).all()
+        assert ((rows[own : own + 4] >= 7) & (rows[own : own + 4] < 12)).all()
+        assert counted.tolist() == [1] * (own + 4) + [0] * (5 - own)
+        drawn |= set(rows[own : own + 4].tolist())
+    assert len(drawn) > 2
+    rows, counted = batches.Schedule(1, 2, 7, 2, 4, 3, replay=4).batch(0)  # there are none yet
+    assert counted.tolist() == [1] * 4 + [0] * 5
+
+
+def test_derpp_holds_the_logits_of_then(backbone, rng):
+    way = rehearsal.DERpp(exemplars=8, alpha=0.3)
+    method, shared = whole(way, backbone)
+    memory = way.init(method, shared)
+    known = reviewed(rng, np.arange(40) % 2, new=[0, 1])
+    memory = way.remember(memory, method, {"shared": shared}, known)
+    assert sorted(memory["rows"].tolist()) == list(range(8))
+    later = reviewed(rng, [*known.labels[:8], *(2 + np.arange(10) % 2)], new=[2, 3], rows=[*memory["rows"], *range(50, 60)])
+    memory = way.remember(memory, method, {"shared": shared}, later)
+    labels = [*known.labels[:8], *later.labels[8:]]
+    assert rehearsal.rows_of(memory).tolist() == [0, 1, 2, 3, 50, 51, 52, 53]
+    np.testing.assert_array_equal(memory["logits"][:4], known.logits[:4])  # not what the network makes of them now
+    np.testing.assert_array_equal(memory["logits"][4:], later.logits[8:12])
+    assert np.bincount(np.array(labels)[[0, 1, 2, 3, 8, 9, 10, 11]]).tolist() == [2, 2, 2, 2]
+
+    table = way.table(memory, 3)
+    assert {name: column.shape for name, column in table.items()} == {"replayed": (11,), "then": (11, 6)}
+    taken = [0, 2, 4, 10, 0]  # two new images, two exemplars, padding
+    batch = {name: column[taken] for name, column in table.items()} | {"weights": np.float32([1, 1, 1, 1, 0])}
+    logits = rng.normal(size=(5, 6))
+    expected = 0.3 / 2 * np.mean([np.mean((logits[2] - memory["logits"][1]) ** 2), np.mean((logits[3] - memory["logits"][7]) ** 2)])
+    assert way.loss(memory, method, {}, {}, batch, jnp.asarray(logits)) == pytest.approx(expected, rel=1e-5)
+    batch["replayed"] = np.zeros(5, np.float32)
+    assert way.loss(memory, method, {}, {}, batch, jnp.asarray(logits)) == 0
+
+
+def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(backbone, rng):
+    way = rehearsal.ICaRL(exemplars=8)
+    method, shared = whole(way, backbone)
+    known = reviewed(rng, np.arange(30) % 4, new=[0, 1, 2, 3])
+    memory = way.remember(way.init(method, shared), method, {"shared": shared}, known)
+    rows = rehearsal.rows_of(memory)
+    assert np.bincount(known.labels[rows]).tolist() == [2, 2, 2, 2]
+    unit = known.features / np.linalg.norm(known.features, axis=1, keepdims=True)
+    for label in range(4):
+        members = np.flatnonzero(known.labels == label)
+        assert set(rows[known.labels[rows] == label]) == set(members[rehearsal.herding(unit[members], 2)[:2]])
+    means = np.stack([unit[rows[known.labels[rows] == label]].mean(axis=0) for label in range(4)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    queries = rng.normal(size=(50, 24)).astype(np.float32)
+    nearest = np.linalg.norm(queries[:, None] / np.linalg.norm(queries, axis=1)[:, None, None] - means, axis=2).argmin(axis=1)
+    served = jax.tree.map(jnp.asarray, way.serve(memory, shared))
+    np.testing.assert_array_equal(np.asarray(method.head(served, queries))[:, :4].argmax(axis=1), nearest)
+    resumed = way.resume(memory, served)
+    np.testing.assert_array_equal(resumed["head"]["kernel"], shared["head"]["kernel"])
+    assert memory["seen"].tolist() == [True] * 4 + [False] * 2
+
+
+def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
+    """Logits whose labels are drawn by their own softmax, those of new classes then made too high: α and β undo it."""
+    way = rehearsal.BiC(exemplars=30000)
+    method, shared = whole(way, backbone)
+    true = 2 * rng.normal(size=(30000, 6))
+    p = np.exp(true) / np.exp(true).sum(axis=1, keepdims=True)
+    labels = (p.cumsum(axis=1) > rng.random((30000, 1))).argmax(axis=1)
+    new = np.isin(np.arange(6), [4, 5])
+    high = np.where(new, (true + 1.5) / 0.6, true)
+    known = rehearsal.Reviewed(np.arange(30000), labels, np.zeros((30000, 24)), high, new)
+    alpha, beta = rehearsal.bias(known, np.ones(6, bool), np.arange(30000))
+    assert (alpha, beta) == (pytest.approx(0.6, abs=0.05), pytest.approx(-1.5, abs=0.1))
+    few = np.flatnonzero(labels >= 4)[:2]  # of which any α is the better, the larger it is
+    assert abs(rehearsal.bias(known, np.ones(6, bool), few)[0]) < 3
+
+    memory = way.init(method, shared) | {"seen": ~new}
+    memory = way.remember(memory, method, {"shared": shared}, known)
+    served, features = way.serve(memory, shared), rng.normal(size=(7, 24)).astype(np.float32)
+    before, after = (np.asarray(method.head(part, features)) for part in (shared, served))
+    np.testing.assert_allclose(after[:, :4], before[:, :4], rtol=1e-6)
+    validation = rehearsal.all_rows_of({"rows": memory["validation"]})
+    alpha, beta = rehearsal.bias(known, np.ones(6, bool), validation)
+    np.testing.assert_allclose(after[:, 4:], alpha * before[:, 4:] + beta, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(way.resume(memory, served)["head"]["kernel"], shared["head"]["kernel"])
+
+
+def test_bics_distillation_weighs_as_many_old_classes_as_there_are(backbone, rng):
+    way, plain = rehearsal.BiC(exemplars=12), rehearsal.LwF()
+    method, shared = whole(way, backbone)
+    seen = np.arange(6) < 4
+    memory = way.init(method, shared) | {"seen": jnp.asarray(seen)}
+    batch = {"images": rng.random((3, 16, 16, 3), np.float32), "weights": np.ones(3, np.float32), "class_mask": np.arange(6) < 5}
+    logits = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    arguments = (memory, method, {"adapter": {}, "shared": shared}, backbone, batch, logits)
+    assert way.loss(*arguments) == pytest.approx(4 * float(plain.loss(*arguments)), rel=1e-5)  # 4 old classes, 1 new
+
+
+def test_too_few_exemplars_are_refused():
+    with pytest.raises(UserError, match="exemplars: 99 is below 100, 1 for each of 100 classes"):
+        methods.from_config(Config(method="icarl", exemplars=99), TINY, 100)
+    with pytest.raises(UserError, match="exemplars: 199 is below 200, 2 for each of 100 classes"):
+        methods.from_config(Config(method="bic", exemplars=199), TINY, 100)
+
+
+@pytest.fixture
+def digits(backbone, monkeypatch):
+    whole = data.load("digits")
+    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
+    with jax.numpy_dtype_promotion("standard"):
+        yield data.Dataset(*(data.Split(s.images[:200], s.labels[:200]) for s in (whole.train, whole.test)), whole.class_names)
+
+
+@pytest.mark.parametrize("method", ["derpp", "bic"])
+def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digits, tmp_path):
+    config = Config(dataset="digits", tasks=2, method=method, exemplars=30, epochs=1, batch_size=16, learning_rate=0.003)
+    with closing(Store(tmp_path)) as store:
+        run = continual.prepare(config, store, Console(quiet=True), threading.Event(), dataset=digits)
+        shared = run.initial_shared()
+        memory = run.initial_memory(shared)
+        labels, held, once = digits.train.labels, [], []
+        for task in range(2):
+            own, again = run.taught(task, memory)
+            assert (labels[own] // 5 == task).all()
+            assert (labels[again] < 5 * task).all()
+            assert len(again) == {0: 0, 1: 30 if method == "derpp" else 25}[task]
+            held += sorted(set(run.scenario.members(labels, task)) - set(own))
+            once += [*own, *again]
+            state, _ = continual.train_task(run, task, {}, run.method.retention.resume(memory, shared), memory)
+            memory, shared = continual.task_memory(run, task, memory, state.trainable)
+        kept = rehearsal.rows_of(memory)
+        assert np.bincount(labels[kept], minlength=10).tolist() == [3 if method == "derpp" else 2] * 10
+        assert len(set(kept.tolist())) == len(kept)
+        assert not set(held) & set(once)
+        if method == "bic":
+            assert len(held) == 10
+            assert set(rehearsal.all_rows_of(memory)) == set(held) | set(kept)
+        manifest_bytes = continual._exemplar_bytes(run, memory)
+        assert manifest_bytes == len(rehearsal.all_rows_of(memory)) * digits.train.images[0].nbytes
