@@ -59,7 +59,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     table.add_argument("--rows", help="those to run, such as 1,3-5, as --list numbers them; default: all")
     table.add_argument("--list", action="store_true", help="print the rows and their settings, and run nothing")
     table.add_argument("--set", default="", help="settings for all rows, as a config takes them: backbone=vit_ti8_32,epochs=2")
-    table.add_argument("--output", help="also write the table as Markdown to this file")
+    table.add_argument("--output", help="also write the table as Markdown to this file; that of the layers with a picture beside it")
     table.set_defaults(command=_table)
 
 
@@ -87,8 +87,10 @@ def _table(arguments: argparse.Namespace) -> int:
     logging.set_verbosity(logging.ERROR)
     if arguments.output:  # now, not after hours
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    workdir = Path(arguments.workdir)
+    picture = Path(arguments.output).with_suffix(".png") if arguments.output else workdir / "layers.png"
     try:
-        text = tables.make(arguments.table, benchmark, rows, configs, Path(arguments.workdir), _command(arguments))
+        text = tables.make(arguments.table, benchmark, rows, configs, workdir, _command(arguments), picture)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + 15

@@ -121,7 +121,7 @@ class Run:
         """Floating point operations of one training step as XLA counts them; crops and Adam are in it. None where it can't tell."""
         method, key = self.method, jax.random.key(0)
         adapter, shared = (jax.eval_shape(draw, key, self.params) for draw in (method.init_adapter, method.init_shared))
-        memory = jax.eval_shape(functools.partial(method.retention.init, method), shared) if method.retention else {}
+        memory = jax.eval_shape(lambda shared: method.recall(method.init_memory(shared), shared)[0], shared)
         state = jax.eval_shape(functools.partial(train.init_state, self.recipe), adapter, shared)
         split, rows, size = self.dataset.train, self.schedule(0).padded, self.method.vit.image_size
         shape = (size, size, 3) if isinstance(split, data.Files) else split.images.shape[1:]
@@ -179,8 +179,7 @@ class Run:
 
     def initial_memory(self, shared: methods.Shared) -> trees.Tree:
         """What the method holds of older tasks before the first, `shared` being as it is then; empty where it holds nothing."""
-        memory = self.method.retention.init(self.method, shared) if self.method.retention else {}
-        return processes.put(memory, train.replicated(self.mesh))
+        return processes.put(self.method.init_memory(shared), train.replicated(self.mesh))
 
 
 _init_prompts = jax.jit(methods.Method.init_prompts, static_argnums=0)
@@ -218,9 +217,8 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         _report(run, manifests)  # a kill may have come between the last task's commit and its report
     for task in range(len(manifests), config.tasks):
         adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
-        if run.method.retention:
-            shared = run.method.retention.resume(memory, shared)
-        state, seconds = train_task(run, task, adapter, shared, memory)
+        recalled, shared = run.method.recall(memory, shared)
+        state, seconds = train_task(run, task, adapter, shared, recalled)
         start = time.monotonic()
         memory, shared = task_memory(run, task, memory, state.trainable)
         adapter, packed = _as_stored(run, state.trainable["adapter"])
@@ -339,7 +337,7 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
     if not way:
         return {}, shared
     if run.method.rehearsal:
-        updated = run.method.rehearsal.remember(memory, run.method, trainable, _reviewed(run, task, memory, trainable))
+        memory, shared = run.method.rehearsal.remember(memory, shared, _reviewed(run, task, memory, trainable))
     else:
         split, chosen = run.dataset.train, run.shuffled(task)[: retention.IMAGES]
         batch = {
@@ -347,9 +345,8 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
             "labels": split.labels[chosen],
             "class_mask": run.scenario.class_mask(task),
         }
-        updated = way.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
-    updated = processes.put(updated, whole)
-    return updated, processes.put(way.serve(updated, shared), whole)
+        memory = way.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
+    return processes.put((memory, shared), whole)
 
 
 def _reviewed(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> rehearsal.Reviewed:
@@ -411,7 +408,7 @@ def train_task(
 ) -> tuple[train.TrainState, dict[str, float]]:
     """Train task `task` from where its kept state stands, or from `adapter` and `shared`; the state, and the seconds it took.
 
-    `memory` is what the method holds of older tasks. Of the seconds, "train", "input_wait" were spent on waiting for batches, since
+    `memory` is what the method recalls of older tasks. Of the seconds, "train", "input_wait" were spent on waiting for batches, since
     this process began.
 
     The state after the last step is kept, so that a run killed in evaluation does not train again.

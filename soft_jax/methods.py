@@ -119,6 +119,14 @@ class Method:
             shared["weights"] = jax.tree.map(jnp.asarray, backbone)
         return shared
 
+    def init_memory(self, shared: Shared) -> trees.Tree:
+        """What is kept of older tasks before the first, `shared` being as it is then; empty where nothing is."""
+        return self.retention.init(self, shared) if self.retention else {}
+
+    def recall(self, memory: trees.Tree, shared: Shared) -> tuple[trees.Tree, Shared]:
+        """What a task's steps get as `memory`, and the shared part that they start from, both being as stored after the task before."""
+        return self.retention.recall(memory, shared) if self.retention else (memory, shared)
+
     def _prompt_shape(self, layers: tuple[int, ...], length: int) -> tuple[int, ...]:
         return (len(layers), 2, length, self.vit.heads, self.vit.head_dim)
 

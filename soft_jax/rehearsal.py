@@ -69,8 +69,8 @@ class Rehearsal(Way):
         """`columns` of `count` images of a task and the exemplars after them."""
         return {}
 
-    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
-        """The memory after a task."""
+    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+        """The memory after a task, and what of its network is stored and classifies; `shared` is as it was trained."""
         raise NotImplementedError
 
 
@@ -142,13 +142,14 @@ class DERpp(Rehearsal):
         squares = jnp.mean((logits - batch["then"]) ** 2, axis=1)
         return self.alpha / 2 * jnp.sum(jnp.where(weights > 0, squares * weights, 0)) / jnp.maximum(weights.sum(), 1)
 
-    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
-        """Some of the new images at random, with their logits of now; fewer of the old."""
+    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+        """Some of the new images at random, with their logits of now; fewer of the old. The network as it is."""
         old = np.asarray(memory["rows"]) >= 0
         logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
-        kept = first_of_each(known.labels, self.share(np.isin(np.arange(method.classes), known.labels)))
-        room = np.zeros((self.exemplars - len(kept), method.classes), np.float32)
-        return {"rows": _padded(known.rows[kept], self.exemplars), "logits": np.concatenate([logits[kept], room]).astype(np.float32)}
+        kept = first_of_each(known.labels, self.share(np.bincount(known.labels) > 0))
+        room = np.zeros((self.exemplars - len(kept), logits.shape[1]))
+        rows = _padded(known.rows[kept], self.exemplars)
+        return {"rows": rows, "logits": np.concatenate([logits[kept], room]).astype(np.float32)}, shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,21 +157,24 @@ class ICaRL(LwF, Rehearsal):
     """iCaRL (Rebuffi et al., 2017): exemplars chosen by herding, distillation, and the nearest mean of exemplars as the class of an image.
 
     There, each class has a sigmoid of its own and old classes' targets are the old network's; here it is the cross entropy and LwF's
-    distillation with T = 2 over the same images, as in its later reimplementations. argmin |f/|f| − μ| over means of norm 1 is argmax
-    f · μ, so the stored classifier is the means: what training goes on from is kept in the memory.
+    distillation with T = 2 over the same images, as in its later reimplementations. argmin |f/|f| − μ| over means μ of norm 1 is argmax
+    f · μ, so the stored classifier is the means.
 
-    Memory: LwF's, `rows`, and `means` float32 `[classes, dim]`.
+    Memory: LwF's, `rows`, and `head`, the trained classifier, which training goes on from and the old network answers with.
     """
 
     exemplars: int = 1000
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """No class is old, no exemplars."""
-        means = np.zeros((method.classes, method.vit.dim), np.float32)
-        return super().init(method, shared) | {"rows": np.full(self.exemplars, -1, np.int32), "means": means}
+        return super().init(method, shared) | {"rows": np.full(self.exemplars, -1, np.int32), "head": shared["head"]}
 
-    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
-        """New classes' exemplars by herding, fewer of the old; all means anew, by the network as it is now."""
+    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+        """The network with its trained classifier, as the old one and to start from."""
+        return super().recall(memory, shared | {"head": memory["head"]})
+
+    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+        """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier."""
         seen = np.asarray(memory["seen"]) | known.new
         features = known.features / np.maximum(np.linalg.norm(known.features, axis=1, keepdims=True), 1e-12)
         share, order = self.share(seen), np.arange(len(known.rows))
@@ -178,20 +182,12 @@ class ICaRL(LwF, Rehearsal):
             members = np.flatnonzero(known.labels == label)
             order[members] = members[herding(features[members], share)]
         kept = order[first_of_each(known.labels[order], share)]
-        means = np.zeros((method.classes, features.shape[1]))
+        means = np.zeros((len(seen), features.shape[1]))
         np.add.at(means, known.labels[kept], features[kept])
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+        served = {"kernel": means.T.astype(np.float32), "bias": np.zeros(len(seen), np.float32)}
         rows = _padded(known.rows[kept], self.exemplars)
-        return {"shared": trainable["shared"], "seen": seen, "rows": rows, "means": means.astype(np.float32)}
-
-    def resume(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
-        """The network as it was trained, with the classifier of its training."""
-        return memory["shared"]
-
-    def serve(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
-        """The network with the means as its classifier."""
-        means = memory["means"]
-        return memory["shared"] | {"head": {"kernel": means.T, "bias": np.zeros(len(means), np.float32)}}
+        return {"seen": seen, "rows": rows, "head": shared["head"]}, shared | {"head": served}
 
 
 def herding(features: np.ndarray, count: int) -> np.ndarray:
@@ -222,7 +218,11 @@ class BiC(LwF, Rehearsal):
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """No class is old, no exemplars."""
         empty = np.full(self.exemplars, -1, np.int32)
-        return super().init(method, shared) | {"rows": empty, "validation": empty, "head": jax.tree.map(jnp.copy, shared["head"])}
+        return super().init(method, shared) | {"rows": empty, "validation": empty, "head": shared["head"]}
+
+    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+        """The corrected network as the old one, and that before the correction to start from."""
+        return super().recall(memory, shared)[0], shared | {"head": memory["head"]}
 
     def _validation(self, seen: np.ndarray) -> int:
         return max(1, self.share(seen) // 10)
@@ -239,8 +239,8 @@ class BiC(LwF, Rehearsal):
         old, seen = (mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"]))
         return term * old / jnp.maximum(seen - old, 1)
 
-    def remember(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, known: Reviewed) -> trees.Tree:
-        """α and β, and some of the new images at random; fewer of the old."""
+    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+        """Some of the new images at random, fewer of the old; the network with α and β in its classifier."""
         old = np.asarray(memory["seen"])
         seen, count = old | known.new, self._validation(old | known.new)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
@@ -248,19 +248,11 @@ class BiC(LwF, Rehearsal):
         held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], seen))
         validation = np.flatnonzero(held)[first_of_each(known.labels[held], count)]
         kept = np.flatnonzero(~held)[first_of_each(known.labels[~held], self.share(seen) - count)]
-        shared = trainable["shared"]
-        if old.any():
-            shared = shared | {"head": _corrected(shared["head"], known.new, *bias(known, seen, validation))}
         rows = {"rows": _padded(known.rows[kept], self.exemplars), "validation": _padded(known.rows[validation], self.exemplars)}
-        return {"shared": shared, "seen": seen, "head": trainable["shared"]["head"]} | rows
-
-    def resume(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
-        """The network as it was trained, with the classifier before the correction."""
-        return shared | {"head": memory["head"]}
-
-    def serve(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
-        """The network with its classifier corrected."""
-        return memory["shared"]
+        served = shared["head"]
+        if old.any():
+            served = _corrected(served, known.new, *bias(known, seen, validation))
+        return {"seen": seen, "head": shared["head"]} | rows, shared | {"head": served}
 
 
 def bias(known: Reviewed, seen: np.ndarray, validation: np.ndarray) -> tuple[float, float]:

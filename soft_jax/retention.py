@@ -1,8 +1,8 @@
 """What a method keeps from older tasks so that training the next one harms them less: PGP, EWC, LwF.
 
-Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with each task and goes into the training
-step as an argument: `init` before the first task, `loss` and `project` in a step, `update` after a task. Those that keep images of older
-tasks are in `rehearsal`.
+Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with each task: `init` before the first,
+`update` after each. `recall` makes of it what the training step gets as an argument, for `loss` and `project`. Those that keep images of
+older tasks are in `rehearsal`.
 """
 
 import dataclasses
@@ -43,13 +43,9 @@ class Way:
         """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
         return grads
 
-    def serve(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
-        """The shared part that is stored after a task and classifies, `shared` being as trained: the same."""
-        return shared
-
-    def resume(self, memory: trees.Tree, shared: trees.Tree) -> trees.Tree:
-        """The shared part that the next task's training starts from, `shared` being what `serve` gave: the same."""
-        return shared
+    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+        """What a task's steps get as `memory`, and the shared part that they start from, from what is stored: both as they are."""
+        return memory, shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +145,18 @@ class EWC(Way):
     F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended. All weights are shared: forgetting
     comes from every step, and the term slows it where F is large.
 
-    Memory: `{"anchor": θ*, "fisher": F}`, shaped as the shared part.
+    Memory: `{"fisher": F}`, shaped as the shared part; θ* is the shared part as stored.
     """
 
     strength: float = 1000.0
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """Nothing to hold on to: F = 0."""
-        return {"anchor": jax.tree.map(jnp.zeros_like, shared), "fisher": jax.tree.map(jnp.zeros_like, shared)}
+        return {"fisher": jax.tree.map(jnp.zeros_like, shared)}
+
+    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+        """With θ* as `anchor`."""
+        return memory | {"anchor": shared}, shared
 
     def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
         """The term, a scalar."""
@@ -164,9 +164,9 @@ class EWC(Way):
         return self.strength / 2 * sum(jax.tree.leaves(terms))
 
     def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
-        """F with one more task's, the mean over images of the squared gradient of each one's log p(label); θ* as it is now."""
+        """F with one more task's, the mean over images of the squared gradient of each one's log p(label)."""
         fisher = _fisher(method, trainable, backbone, batch["images"], batch["labels"], batch["class_mask"])
-        return {"anchor": trainable["shared"], "fisher": jax.tree.map(jnp.add, memory["fisher"], fisher)}
+        return {"fisher": jax.tree.map(jnp.add, memory["fisher"], fisher)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -189,7 +189,7 @@ class LwF(Way):
     + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks. All weights are shared: old tasks drift
     wherever the new images do not speak for the old ones.
 
-    Memory: `{"shared": the shared part after the last task, "seen": bool [classes]}`.
+    Memory: `{"seen": bool [classes]}`; the old network is the shared part as stored.
     """
 
     strength: float = 1.0
@@ -197,7 +197,11 @@ class LwF(Way):
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """No class is old."""
-        return {"shared": jax.tree.map(jnp.copy, shared), "seen": jnp.zeros(method.classes, bool)}
+        return {"seen": jnp.zeros(method.classes, bool)}
+
+    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+        """With the old network as `shared`."""
+        return memory | {"shared": shared}, shared
 
     def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
         """The term, a scalar; 0 while no class is old."""
@@ -213,8 +217,8 @@ class LwF(Way):
         return self.strength * self.temperature**2 * mean * seen.any().astype(mean.dtype)
 
     def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
-        """The network as it is now, and its task's classes among the old ones."""
-        return {"shared": trainable["shared"], "seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
+        """Its task's classes among the old ones."""
+        return {"seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
 
 
 Retention = PGP | EWC | LwF

@@ -71,6 +71,12 @@ METHODS = {
     "Upper bound of Soft-TF": {"method": "dualprompt+softtf", "tasks": 1},
 }
 
+# What Soft-TF is put beside in words: other ways to a task's own weights, and none.
+RIVALS = {
+    "DualPrompt-Soft-TF": ("DualPrompt-WSN c=90%", "DualPrompt-SoftNet c=90%", "DualPrompt-LoRA r=4", "DualPrompt-Adapter r=4"),
+    "Soft-TF": ("head", "LoRA r=4"),
+}
+
 LAYERS = {f"DualPrompt-Soft-TF-L[{layer}]": {"mask_layers": (layer,)} for layer in range(1, 13)}
 
 # What is masked in a layer, under the paper's names for it.
@@ -243,7 +249,10 @@ def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One row under one protocol: means and standard deviations over the seeds, in percent, and what it costs."""
+    """One row under one protocol: means and standard deviations over the seeds, in percent, and what it costs.
+
+    `each` has the accuracy of every seed.
+    """
 
     number: int
     name: str
@@ -252,8 +261,13 @@ class Line:
     published: Mapping[str, Any] | None
     cost: Mapping[str, float | None]
     joint: bool
-    seeds: int
+    each: Sequence[float]
     backbone: str
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds it is of."""
+        return len(self.each)
 
 
 def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line]:
@@ -276,7 +290,8 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         joint = len(runs[0]) == 1
         if joint and protocol not in ("per_sample/no_task_id", "per_sample/prompt_id", "per_sample/prototype"):
             continue  # with one task, the others are one of these
-        lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, len(runs), last[0]["backbone"]["name"]))
+        accuracies = [e["final_average"] for e in each]
+        lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, accuracies, last[0]["backbone"]["name"]))
     return lines
 
 
@@ -352,9 +367,10 @@ def markdown(title: str, command: str, rows: Sequence[Row], lines: Sequence[Line
     return "\n".join([*out, *reading(lines)])
 
 
-# A host's protocols, and those of the same host with Soft-TF, which names the task where the host has no need to.
-_PAIRS = {
+# Protocols that two methods are compared under; where one names no task, it stands beside the other's Prompt ID.
+_COMPARED = {
     "per_sample/prompt_id": ("per_sample/prompt_id", "per_sample/no_task_id"),
+    "per_sample/prototype": ("per_sample/prototype",),
     "batch_vote/prompt_id": ("batch_vote/prompt_id", "batch_vote/pool"),
     "oracle/task_given": ("oracle/task_given",),
 }
@@ -369,33 +385,46 @@ _VOTED = {
 
 
 def reading(lines: Sequence[Line]) -> list[str]:
-    """What the figures say, as Markdown: the best, what Soft-TF adds to each method, what the vote over single-task batches adds."""
-    found = {(line.name, line.protocol): line.figures["final_average"] for line in lines if not line.joint}
-    seeds, out = min((line.seeds for line in lines), default=1), []
+    """What the figures say, as Markdown: the best, what Soft-TF does beside each method, what the vote over single-task batches adds."""
+    found = {(line.name, line.protocol): line.each for line in lines if not line.joint}
+    out = []
     for title, prefix in (("each image by itself", "per_sample"), ("the task given", "oracle")):
-        ranked = sorted(((values[0], values, key) for key, values in found.items() if key[1].startswith(prefix)), reverse=True)
+        ranked = sorted(((np.mean(each), each, key) for key, each in found.items() if key[1].startswith(prefix)), reverse=True)
         if len(ranked) > 1:
-            best = "; ".join(f"{name} ({report.title(protocol)}) {_mean(values, seeds)}" for _, values, (name, protocol) in ranked[:3])
+            best = "; ".join(
+                f"{name} ({report.title(protocol)}) {_mean(_statistics(each), len(each))}" for _, each, (name, protocol) in ranked[:3]
+            )
             out.append(f"- Highest with {title}: {best}. Lowest: {ranked[-1][2][0]}, {ranked[-1][0]:.2f}.")
     for name in dict.fromkeys(name for name, _ in found):
-        changes = []
-        for protocol, theirs in _PAIRS.items():
-            new, old = found.get((f"{name}-Soft-TF", protocol)), next((found[name, p] for p in theirs if (name, p) in found), None)
-            if new and old:
-                changes.append(f"{protocol} {new[0] - old[0]:+.2f}" + (f" ± {np.hypot(new[1], old[1]):.2f}" if seeds > 1 else ""))
-        if changes:
-            out.append(f"- Soft-TF on {name}: {', '.join(changes)} points.")
+        if changes := _differences(found, f"{name}-Soft-TF", name):
+            out.append(f"- Soft-TF on {name}: {changes} points.")
+    for one, others in RIVALS.items():
+        for other in others:
+            if changes := _differences(found, one, other):
+                out.append(f"- {one} beside {other}: {changes} points.")
     leaks = {}
-    for name, protocol in found:
+    for (name, protocol), each in found.items():
         if voted := found.get((name, _VOTED.get(protocol))):
-            leaks[f"{name} {protocol.split('/')[1]}"] = voted[0] - found[name, protocol][0]
+            leaks[f"{name} {protocol.split('/')[1]}"] = np.mean(voted) - np.mean(each)
     if leaks:
         most = max(leaks, key=leaks.get)
         out.append(
             f"- Going by batches of one task adds {np.mean(list(leaks.values())):+.2f} points in the mean of {len(leaks)} pairs of rows, "
             f"{leaks[most]:+.2f} at most ({most})."
         )
-    return ["## What the figures say", "", *out, ""] if out else []
+    note = "Differences are taken seed by seed: mean ± standard deviation. Of few seeds, those below twice that say little."
+    return ["## What the figures say", "", *out, "", note, ""] if out else []
+
+
+def _differences(found: Mapping[tuple[str, str], Sequence[float]], one: str, other: str) -> str:
+    """By how much the accuracies of `one` are above those of `other`, by protocol."""
+    parts = []
+    for protocol, theirs in _COMPARED.items():
+        new, old = (next((found[name, p] for p in theirs if (name, p) in found), None) for name in (one, other))
+        if new and old:
+            mean, deviation = _statistics(np.subtract(new, old))
+            parts.append(f"{protocol} {mean:+.2f}" + (f" ± {deviation:.2f}" if len(new) > 1 else ""))
+    return ", ".join(parts)
 
 
 def draw_layers(path: Path, lines: Sequence[Line]) -> None:
@@ -449,8 +478,10 @@ def chosen(numbers: str | None, count: int) -> list[int]:
     return out
 
 
-def make(table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequence[Config]], workdir: Path, command: str) -> str:
-    """Run what is missing of `rows` below `workdir` and return the table as Markdown; Figure 4's picture goes to `workdir`.
+def make(
+    table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequence[Config]], workdir: Path, command: str, picture: Path
+) -> str:
+    """Run what is missing of `rows` below `workdir` and return the table as Markdown; that of the layers has a picture, a PNG at `picture`.
 
     `configs` holds the configs of each row's seeds, none for a row that is not run. Raises UserError where nothing would be run.
     """
@@ -459,8 +490,10 @@ def make(table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequ
         raise UserError("--rows: none of these rows is run here; --list shows which are")
     runs = iter(run(wanted, workdir, Console()))
     lines = [line for row, each in zip(rows, configs, strict=True) if each for line in lines_of(row, [next(runs) for _ in each])]
-    if table == "layers":
-        draw_layers(workdir / "layers.png", lines)
     title = OWN[table][0] if table in OWN else f"Table {table}"
     note = f"{max(map(len, configs))} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs)
-    return markdown(f"{title}, {benchmark}", command, rows, lines, note)
+    text = markdown(f"{title}, {benchmark}", command, rows, lines, note)
+    if table == "layers":
+        draw_layers(picture, lines)
+        text += f"![Accuracy by masked layer]({picture.name})\n"
+    return text

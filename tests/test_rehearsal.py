@@ -69,10 +69,11 @@ def test_derpp_holds_the_logits_of_then(backbone, rng):
     method, shared = whole(way, backbone)
     memory = way.init(method, shared)
     known = reviewed(rng, np.arange(40) % 2, new=[0, 1])
-    memory = way.remember(memory, method, {"shared": shared}, known)
+    memory, _ = way.remember(memory, shared, known)
     assert sorted(memory["rows"].tolist()) == list(range(8))
     later = reviewed(rng, [*known.labels[:8], *(2 + np.arange(10) % 2)], new=[2, 3], rows=[*memory["rows"], *range(50, 60)])
-    memory = way.remember(memory, method, {"shared": shared}, later)
+    memory, stored = way.remember(memory, shared, later)
+    assert stored is shared
     labels = [*known.labels[:8], *later.labels[8:]]
     assert rehearsal.rows_of(memory).tolist() == [0, 1, 2, 3, 50, 51, 52, 53]
     np.testing.assert_array_equal(memory["logits"][:4], known.logits[:4])  # not what the network makes of them now
@@ -94,7 +95,7 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
     way = rehearsal.ICaRL(exemplars=8)
     method, shared = whole(way, backbone)
     known = reviewed(rng, np.arange(30) % 4, new=[0, 1, 2, 3])
-    memory = way.remember(way.init(method, shared), method, {"shared": shared}, known)
+    memory, served = way.remember(way.init(method, shared), shared, known)
     rows = rehearsal.rows_of(memory)
     assert np.bincount(known.labels[rows]).tolist() == [2, 2, 2, 2]
     unit = known.features / np.linalg.norm(known.features, axis=1, keepdims=True)
@@ -105,10 +106,10 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     queries = rng.normal(size=(50, 24)).astype(np.float32)
     nearest = np.linalg.norm(queries[:, None] / np.linalg.norm(queries, axis=1)[:, None, None] - means, axis=2).argmin(axis=1)
-    served = jax.tree.map(jnp.asarray, way.serve(memory, shared))
     np.testing.assert_array_equal(np.asarray(method.head(served, queries))[:, :4].argmax(axis=1), nearest)
-    resumed = way.resume(memory, served)
-    np.testing.assert_array_equal(resumed["head"]["kernel"], shared["head"]["kernel"])
+    recalled, start = way.recall(memory, served)
+    for network in (recalled["shared"], start):  # distilled from, and trained on
+        np.testing.assert_array_equal(network["head"]["kernel"], shared["head"]["kernel"])
     assert memory["seen"].tolist() == [True] * 4 + [False] * 2
 
 
@@ -128,21 +129,23 @@ def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
     assert abs(rehearsal.bias(known, np.ones(6, bool), few)[0]) < 3
 
     memory = way.init(method, shared) | {"seen": ~new}
-    memory = way.remember(memory, method, {"shared": shared}, known)
-    served, features = way.serve(memory, shared), rng.normal(size=(7, 24)).astype(np.float32)
+    memory, served = way.remember(memory, shared, known)
+    features = rng.normal(size=(7, 24)).astype(np.float32)
     before, after = (np.asarray(method.head(part, features)) for part in (shared, served))
     np.testing.assert_allclose(after[:, :4], before[:, :4], rtol=1e-6)
     validation = rehearsal.all_rows_of({"rows": memory["validation"]})
     alpha, beta = rehearsal.bias(known, np.ones(6, bool), validation)
     np.testing.assert_allclose(after[:, 4:], alpha * before[:, 4:] + beta, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(way.resume(memory, served)["head"]["kernel"], shared["head"]["kernel"])
+    recalled, start = way.recall(memory, served)
+    np.testing.assert_array_equal(start["head"]["kernel"], shared["head"]["kernel"])
+    np.testing.assert_array_equal(recalled["shared"]["head"]["kernel"], served["head"]["kernel"])
 
 
 def test_bics_distillation_weighs_as_many_old_classes_as_there_are(backbone, rng):
     way, plain = rehearsal.BiC(exemplars=12), rehearsal.LwF()
     method, shared = whole(way, backbone)
     seen = np.arange(6) < 4
-    memory = way.init(method, shared) | {"seen": jnp.asarray(seen)}
+    memory, _ = way.recall(way.init(method, shared) | {"seen": jnp.asarray(seen)}, shared)
     batch = {"images": rng.random((3, 16, 16, 3), np.float32), "weights": np.ones(3, np.float32), "class_mask": np.arange(6) < 5}
     logits = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     arguments = (memory, method, {"adapter": {}, "shared": shared}, backbone, batch, logits)
@@ -179,7 +182,8 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             assert len(again) == {0: 0, 1: 30 if method == "derpp" else 25}[task]
             held += sorted(set(run.scenario.members(labels, task)) - set(own))
             once += [*own, *again]
-            state, _ = continual.train_task(run, task, {}, run.method.retention.resume(memory, shared), memory)
+            recalled, shared = run.method.recall(memory, shared)
+            state, _ = continual.train_task(run, task, {}, shared, recalled)
             memory, shared = continual.task_memory(run, task, memory, state.trainable)
         kept = rehearsal.rows_of(memory)
         assert np.bincount(labels[kept], minlength=10).tolist() == [3 if method == "derpp" else 2] * 10

@@ -122,9 +122,12 @@ def whole(backbone):
 def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     method, trainable = whole(retention.EWC(strength=3.0))
     memory = method.retention.init(method, trainable["shared"])
-    assert method.retention.loss(memory, method, trainable, backbone, None, None) == 0
+    recalled, start = method.recall(memory, trainable["shared"])
+    assert start is trainable["shared"]
+    assert method.retention.loss(recalled, method, trainable, backbone, None, None) == 0
     images, labels = pictures(rng, 5)
     memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
+    recalled, _ = method.recall(memory, trainable["shared"])
 
     def log_p(kernel, image, label):
         shared = trainable["shared"] | {"head": trainable["shared"]["head"] | {"kernel": kernel}}
@@ -137,7 +140,7 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     np.testing.assert_allclose(fisher, sum(squares) / 5, rtol=1e-3, atol=1e-5)
     assert any(np.asarray(f).any() for f in jax.tree.leaves(memory["fisher"]["weights"]))
     moved = trainable | {"shared": trainable["shared"] | {"head": trainable["shared"]["head"] | {"kernel": kernel + 0.1}}}
-    loss = method.retention.loss(memory, method, moved, backbone, None, None)
+    loss = method.retention.loss(recalled, method, moved, backbone, None, None)
     assert loss == pytest.approx(3.0 / 2 * 0.01 * float(fisher.sum()), rel=1e-3)
     again = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
     np.testing.assert_allclose(again["fisher"]["head"]["kernel"], 2 * fisher, rtol=1e-5)
@@ -152,6 +155,7 @@ def test_lwf_holds_the_old_answers(whole, backbone, rng):
         return method.logits(backbone, {}, shared, method.trunk(backbone, shared, images))
 
     def loss(memory, now):
+        memory, _ = method.recall(memory, trainable["shared"])
         return float(method.retention.loss(memory, method, now, backbone, batch, logits_of(now["shared"])))
 
     memory = method.retention.init(method, trainable["shared"])
@@ -163,5 +167,6 @@ def test_lwf_holds_the_old_answers(whole, backbone, rng):
     then, now = (np.asarray(logits_of(t["shared"]), float)[:3, :2] / 2 for t in (trainable, moved))
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (then, now))
     assert loss(memory, moved) == pytest.approx(2.0 * 4 * (p * np.log(p / q)).sum(1).mean(), rel=1e-3)
-    grads = jax.grad(lambda t: method.retention.loss(memory, method, t, backbone, batch, logits_of(t["shared"])))(moved)
+    recalled, _ = method.recall(memory, trainable["shared"])
+    grads = jax.grad(lambda t: method.retention.loss(recalled, method, t, backbone, batch, logits_of(t["shared"])))(moved)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

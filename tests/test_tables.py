@@ -184,7 +184,17 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
 def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone="vit_b16"):
     figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0)) | {"final_average": (accuracy, 0.5)}
     cost = {"own": 1, "shared": 2, "own_bytes": 3, "shared_bytes": 4, "memory_bytes": 5, "gflops": None, "train": 6.0, "evaluate": 7.0}
-    return tables.Line(7, name, protocol, figures, {"accuracy": 97.87, "forgetting": 0.21}, cost, joint, 3, backbone)
+    return tables.Line(
+        7,
+        name,
+        protocol,
+        figures,
+        {"accuracy": 97.87, "forgetting": 0.21},
+        cost,
+        joint,
+        [accuracy - 0.5, accuracy, accuracy + 0.5],
+        backbone,
+    )
 
 
 def test_what_is_above_the_joint_bound_is_marked():
@@ -205,11 +215,13 @@ def test_what_the_figures_say_is_computed():
     lines += [line("DualPrompt", 26.0), line("all", 90.0, "per_sample/prompt_id", joint=True)]
     text = "\n".join(tables.reading(lines))
     assert "Highest with each image by itself: DualPrompt (CIL per_sample, Prompt ID) 20.00 ± 0.50" in text
-    assert "Soft-TF on DualPrompt: per_sample/prompt_id -0.50 ± 0.71 points." in text
+    assert "Soft-TF on DualPrompt: per_sample/prompt_id -0.50 ± 0.00 points." in text  # seed by seed
     assert "+6.00 points in the mean of 1 pairs of rows, +6.00 at most (DualPrompt prompt_id)" in text
+    lora = dataclasses.replace(line("DualPrompt-LoRA r=4", 0, "per_sample/prompt_id"), each=[18.5, 19.0, 21.0])
+    assert "- DualPrompt-Soft-TF beside DualPrompt-LoRA r=4: per_sample/prompt_id +0.00 ± 0.87 points." in tables.reading([*lines, lora])
     assert tables.reading(lines[:1]) == []
     pooled = [line("L2P", 11.0, "per_sample/no_task_id"), line("L2P-Soft-TF", 10.0, "per_sample/prompt_id")]
-    assert "Soft-TF on L2P: per_sample/prompt_id -1.00 ± 0.71 points." in "\n".join(tables.reading(pooled))
+    assert "Soft-TF on L2P: per_sample/prompt_id -1.00 ± 0.00 points." in "\n".join(tables.reading(pooled))
 
 
 def test_the_layer_sweep_has_a_picture(tmp_path):
