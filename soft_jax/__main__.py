@@ -52,7 +52,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         help="run a table of the paper",
         description="Run what is missing of a table, continue what was cut off, and print it with the published figures.",
     )
-    table.add_argument("table", help="its number; 'methods' for every method side by side; 'layers' for Figure 4; 'weights'")
+    table.add_argument("table", help=f"its number, or one of our own: {', '.join(tables.OWN)}")
     table.add_argument("--workdir", default="runs/tables", help="the folder that holds the runs of all tables; default: runs/tables")
     table.add_argument("--benchmark", choices=tuple(tables.BENCHMARKS), help="default: the first that the table has figures for")
     table.add_argument("--seeds", type=int, default=1, help="runs of each row, with the benchmark's seed and those after it")

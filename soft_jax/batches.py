@@ -26,8 +26,8 @@ Batch = dict[str, np.ndarray]
 class Schedule:
     """A task's batches as rows of its `count` training images, every image once an epoch, in another order each time.
 
-    The last batch of an epoch holds what is left. Every batch has `replay` more, drawn from the `replayed` rows that follow the
-    `count` (none where there are none), and is padded to one size that `devices` divides, with weight 0.
+    The last batch of an epoch holds what is left. With `replay`, as many more are drawn from the `replayed` rows that follow the
+    `count`, as far as there are any, and every batch is padded to one size that `devices` divides, with weight 0.
     """
 
     seed: int
@@ -36,7 +36,7 @@ class Schedule:
     epochs: int
     batch_size: int
     devices: int
-    replay: int = 0
+    replay: bool = False
     replayed: int = 0
 
     @property
@@ -52,15 +52,15 @@ class Schedule:
     @property
     def padded(self) -> int:
         """Rows of a batch, with the padding."""
-        return math.ceil((self.batch_size + self.replay) / self.devices) * self.devices
+        return math.ceil(self.batch_size * (1 + self.replay) / self.devices) * self.devices
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Step `step`'s rows, int32 `[padded]`, and their weights, float32 `[padded]`."""
         epoch, index = divmod(step, self.steps_per_epoch)
         chosen = _order(self.seed, self.task, epoch, self.count)[index * self.batch_size : (index + 1) * self.batch_size]
-        if self.replayed:
+        if self.replay:
             rng = np.random.default_rng([self.seed, zlib.crc32(b"replay"), self.task, step])
-            chosen = np.concatenate([chosen, self.count + rng.integers(self.replayed, size=self.replay)])
+            chosen = np.concatenate([chosen, self.count + rng.permutation(self.replayed)[: len(chosen)]])
         rows, weights = np.zeros(self.padded, np.int32), np.zeros(self.padded, np.float32)
         rows[: len(chosen)], weights[: len(chosen)] = chosen, 1
         return rows, weights

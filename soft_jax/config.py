@@ -7,12 +7,11 @@ from typing import Any
 
 import ml_collections
 
-from soft_jax import packing, prompts, reparam
+from soft_jax import packing, prompts, rehearsal, reparam
 from soft_jax.errors import UserError
 
 HOSTS = ("dualprompt", "l2p")
-REHEARSAL = ("derpp", "icarl", "bic")  # they keep images of older tasks
-ALONE = ("head", "ft", "ewc", "lwf", *REHEARSAL)  # whole methods; the other parts are joined
+ALONE = ("head", "ft", "ewc", "lwf", *rehearsal.KINDS)  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
 # Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
 FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
@@ -191,7 +190,10 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 def from_identity(identity: Mapping[str, Any]) -> Config:
     """The `Config` of a run's `config.json`, which holds more than that; FREE settings are at their defaults."""
     fields = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in identity.items() if key in fields})
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in identity.items() if key in fields}
+    if isinstance(settings.get("shots"), int):  # of a run from when there was one number
+        settings["shots"] = (settings["shots"],)
+    return Config(**settings)
 
 
 def parse_argument(argument: str | None) -> dict[str, Any]:
@@ -224,7 +226,10 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    names = {tuple[int, ...]: "one or more whole numbers, such as 10-12 or 3+5", tuple[float, float]: "a range, such as 0.05-1"}
+    names = {
+        tuple[int, ...]: "one or more whole numbers, such as 10-12 or 3+5 (in a flag 3,5)",
+        tuple[float, float]: "a range, such as 0.05-1",
+    }
     return names.get(kind) or f"of the type {kind.__name__}"
 
 

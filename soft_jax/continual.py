@@ -30,7 +30,6 @@ from soft_jax.store import Store
 CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
 READ_AT_ONCE = 1024  # files whose images are held at once
 QUERIES_AT_ONCE = 256  # training images of a forward pass that takes q(x)
-REVIEWED_AT_ONCE = 256  # training images that a rehearsing network looks at after a task
 
 
 class Preempted(Exception):
@@ -94,9 +93,9 @@ class Run:
         if not way:
             return own, own[:0]
         shuffled = self.shuffled(task)
-        return np.setdiff1d(own, way.held_out(shuffled, labels[shuffled], self.seen(task))), rehearsal.rows_of(memory) if memory else own[
-            :0
-        ]
+        held_out = way.held_out(shuffled, labels[shuffled], self.seen(task))
+        again = rehearsal.rows_of(memory) if memory else own[:0]
+        return np.setdiff1d(own, held_out), again
 
     def schedule(self, task: int, memory: trees.Tree | None = None) -> batches.Schedule:
         """Which images of `taught`, own ones first, make each step's batch."""
@@ -104,7 +103,7 @@ class Run:
         own, again = map(len, self.taught(task, memory))
         if not way or way.joined:
             return batches.Schedule(c.seed, task, own + again, c.epochs, c.batch_size, self.mesh.size)
-        return batches.Schedule(c.seed, task, own, c.epochs, c.batch_size, self.mesh.size, replay=c.batch_size, replayed=again)
+        return batches.Schedule(c.seed, task, own, c.epochs, c.batch_size, self.mesh.size, replay=True, replayed=again)
 
     def query(self, task: int) -> np.ndarray:
         """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run; `[N, 0]` where the method asks nothing of it."""
@@ -140,13 +139,14 @@ class Run:
         """q(x) of task `task`'s training images prepared as test images are, `[N, dim]`; that of the task asked for last is held."""
         if task not in self.train_queries:
             self.train_queries.clear()
-            self.train_queries[task] = self._train_query(task)
+            self.train_queries[task] = self.features(self.scenario.members(self.dataset.train.labels, task), self.params)
         return self.train_queries[task]
 
-    def _train_query(self, task: int) -> np.ndarray:
-        # A size of its own: with `fixed_query` training depends on it, to the bit, and `eval_batch_size` may change in a run.
-        batching, split = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.train_set(task)
-        ask = functools.partial(inference.queries, self.method, self.params, batching=batching)
+    def features(self, rows: np.ndarray, params: trees.Tree) -> np.ndarray:
+        """q(x) `[N, dim]` of the training images `rows`, int `[N]`, prepared as test images are; q is the ViT with `params`."""
+        # A size of its own: training depends on it, to the bit, and `eval_batch_size` may change in a run.
+        batching, split = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows)
+        ask = functools.partial(inference.queries, self.method, params, batching=batching)
         if isinstance(split, data.Split):
             return ask(split.images)
         parts = np.split(np.arange(len(split.labels)), range(READ_AT_ONCE, len(split.labels), READ_AT_ONCE))
@@ -337,7 +337,7 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
     if not way:
         return {}, shared
     if run.method.rehearsal:
-        memory, shared = run.method.rehearsal.remember(memory, shared, _reviewed(run, task, memory, trainable))
+        memory, shared = run.method.rehearsal.remember(memory, shared, _reviewed(run, task, memory, shared))
     else:
         split, chosen = run.dataset.train, run.shuffled(task)[: retention.IMAGES]
         batch = {
@@ -349,18 +349,12 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
     return processes.put((memory, shared), whole)
 
 
-def _reviewed(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> rehearsal.Reviewed:
+def _reviewed(run: Run, task: int, memory: trees.Tree, shared: methods.Shared) -> rehearsal.Reviewed:
     """What the network after task `task` makes of the exemplars and of all images of the task."""
-    split, by_row = run.dataset.train, train.by_row(run.mesh)
     rows = np.concatenate([rehearsal.all_rows_of(memory), run.shuffled(task)])
-    size = math.ceil(REVIEWED_AT_ONCE / run.mesh.size) * run.mesh.size
-    parts = []
-    for part in np.split(rows, range(size, len(rows), size)):
-        images = inference.pad(split.prepared(part, run.method.vit.image_size), size)
-        found = rehearsal.outputs(run.method, trainable, run.params, processes.put(images, by_row))
-        parts.append([processes.fetch(array)[: len(part)] for array in found])
-    features, logits = map(np.concatenate, zip(*parts, strict=True))
-    return rehearsal.Reviewed(rows, split.labels[rows], features, logits, run.scenario.class_mask(task))
+    features = run.features(rows, shared["weights"]).astype(np.float32)
+    logits = np.asarray(run.method.head(jax.tree.map(np.asarray, {"head": shared["head"]}), features))
+    return rehearsal.Reviewed(rows, run.dataset.train.labels[rows], features, logits, run.scenario.class_mask(task))
 
 
 def prepare(
@@ -380,6 +374,8 @@ def prepare(
     for split in (dataset.train, dataset.test):
         scenario.check(split.labels)
     method = methods.from_config(config, backbone.vit, scenario.classes)
+    if method.rehearsal:
+        method.rehearsal.check(scenario.classes)
     identity = settings | {"backbone_sha256": backbone.fingerprint, "dataset_sha256": dataset.fingerprint}
     processes.check_equal(identity)
     store.claim(identity)

@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from soft_jax import inference, prompts, task_id
+from soft_jax import inference, prompts, report, task_id
 from soft_jax.inference import Batching, Model
 from soft_jax.methods import Method
 
@@ -39,7 +39,7 @@ VOTE_POOL = "batch_vote/pool"
 
 def vote_gradient(shots: int) -> str:
     """The published Gradient ID's protocol with so many images of each test batch, 0 being all."""
-    return f"batch_vote/gradient_id_{shots or 'all'}"
+    return f"{report.VOTE_GRADIENT}{shots or 'all'}"
 
 
 def _by_batch(protocol: str) -> bool:

@@ -208,17 +208,13 @@ class Method:
 
     def classify(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
         """As `logits`, for parameters and prefixes that are at hand."""
-        return self.head(shared, self.features(params, prefix, shared, tokens))
-
-    def features(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
-        """What `classify`'s classifier sees, `[B, dim]` in float32 or wider."""
         vit, params = ViT(self.vit), {"params": self._whole(params, shared)}
         tokens = vit.apply(params, tokens, prefix, self.first_task_layer, None, self.prompt_tokens, method="run_blocks")
-        features = vit.apply(params, tokens, self.prompt_tokens, method="pool")
-        return features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        return self.head(shared, vit.apply(params, tokens, self.prompt_tokens, method="pool"))
 
     def head(self, shared: Shared, features: jax.Array) -> jax.Array:
-        """Logits `[B, classes]` of features `[B, dim]`."""
+        """Logits `[B, classes]` in float32 or wider of features `[B, dim]`."""
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         return jnp.matmul(features, shared["head"]["kernel"], precision="highest") + shared["head"]["bias"][None]
 
 
@@ -244,7 +240,6 @@ def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
             settings["retention"] = retention.KINDS[part](config)
         elif part in rehearsal.KINDS:
             settings["retention"] = rehearsal.KINDS[part](config)
-            settings["retention"].check(classes)
         elif part == "dualprompt":
             settings |= {"e_layers": _from_zero(config.e_prompt_layers), "e_length": config.e_prompt_length}
             settings |= {"g_layers": _from_zero(config.g_prompt_layers), "g_length": config.g_prompt_length}

@@ -7,7 +7,6 @@ crops; where the originals differ is said in each.
 """
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import jax
@@ -17,7 +16,7 @@ from scipy.optimize import minimize
 
 from soft_jax import trees
 from soft_jax.errors import UserError
-from soft_jax.retention import Batch, LwF, Way
+from soft_jax.retention import Batch, Distillation, Way
 
 if TYPE_CHECKING:
     from soft_jax.methods import Method
@@ -39,7 +38,7 @@ class Reviewed:
 
 
 class Rehearsal(Way):
-    """What the three share. `joined`: exemplars are images of an epoch like the task's own; else every batch gets as many again of them.
+    """What the three share. `joined`: exemplars are images of an epoch like the task's own; else every batch gets as many more of them.
 
     Memory: `{"rows": int32 [exemplars]}`, -1 where there are none yet, and each one's own.
     """
@@ -97,23 +96,14 @@ def _padded(rows: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([rows, np.full(length - len(rows), -1)]).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def outputs(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Features `[N, dim]` and logits `[N, classes]` of the network that `trainable` is, for uint8 images prepared as test images are."""
-    adapter, shared = trainable["adapter"], trainable["shared"]
-    params, prefix = method.realize(backbone, adapter, shared)
-    tokens = method.trunk(backbone, shared, images.astype(jnp.float32) / 255)
-    features = method.features(params, prefix, shared, tokens)
-    return features, method.head(shared, features)
-
-
 @dataclasses.dataclass(frozen=True)
 class DERpp(Rehearsal):
     """Dark Experience Replay++ (Buzzega et al., 2020): exemplars with their labels, and with the logits that the network once gave them.
 
-    CE(new) + CE(exemplars) + α MSE of the exemplars' logits to those of when they were new, with β = 1 and α = 0.1 as for Tiny-ImageNet
-    there, and half of it all: the cross entropy is the mean over a batch and as many exemplars. There, a reservoir takes images and logits
-    in at every step, and a second batch is drawn for the third term; here they are taken after a task, equally many of each class.
+    CE(new) + β CE(exemplars) + α MSE of the exemplars' logits to those of when they were new, with β = 1 and α = 0.1 as for Tiny-ImageNet
+    with 200 exemplars there, and half of it all: the cross entropy is the mean over a batch and as many exemplars. There, a reservoir takes
+    images and logits in at every step, and a second batch is drawn for the third term; here they are taken after a task, equally many of
+    each class.
 
     Memory: `rows`, and `logits` float32 `[exemplars, classes]`.
     """
@@ -153,14 +143,15 @@ class DERpp(Rehearsal):
 
 
 @dataclasses.dataclass(frozen=True)
-class ICaRL(LwF, Rehearsal):
+class ICaRL(Distillation, Rehearsal):
     """iCaRL (Rebuffi et al., 2017): exemplars chosen by herding, distillation, and the nearest mean of exemplars as the class of an image.
 
     There, each class has a sigmoid of its own and old classes' targets are the old network's; here it is the cross entropy and LwF's
     distillation with T = 2 over the same images, as in its later reimplementations. argmin |f/|f| − μ| over means μ of norm 1 is argmax
     f · μ, so the stored classifier is the means.
 
-    Memory: LwF's, `rows`, and `head`, the trained classifier, which training goes on from and the old network answers with.
+    Memory: that of the distillation, `rows`, and `head`, the trained classifier: training goes on from it, and the old network
+    answers with it.
     """
 
     exemplars: int = 1000
@@ -202,14 +193,14 @@ def herding(features: np.ndarray, count: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class BiC(LwF, Rehearsal):
+class BiC(Distillation, Rehearsal):
     """Bias correction (Wu et al., 2019): exemplars and distillation, then α and β for the new classes' logits from images not trained on.
 
-    (1 − λ) CE + λ T² KL with λ = old classes / all, here divided by 1 − λ. A tenth of each class's exemplars, one at least, is for α and β
-    alone, from when its class is new; there, it is drawn among the exemplars in every task. α z + β is put into the classifier's columns
-    for classification and for the next task's distillation; training goes on from those before it.
+    (1 − λ) CE + λ KL at T = 2 with λ = old classes / all, here divided by 1 − λ. A tenth of each class's exemplars, one at least, is for α
+    and β alone and never trained on. α z + β is put into the classifier's columns for classification and for the next task's distillation;
+    training goes on from those before it. There, exemplars are chosen by herding, here at random.
 
-    Memory: LwF's, `rows`, `validation` int32 `[exemplars]`, and `head`, the classifier before the correction.
+    Memory: that of the distillation, `rows`, `validation` int32 `[exemplars]`, and `head`, the classifier before the correction.
     """
 
     least: ClassVar[int] = 2
@@ -224,25 +215,25 @@ class BiC(LwF, Rehearsal):
         """The corrected network as the old one, and that before the correction to start from."""
         return super().recall(memory, shared)[0], shared | {"head": memory["head"]}
 
-    def _validation(self, seen: np.ndarray) -> int:
-        return max(1, self.share(seen) // 10)
-
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """The first of each class, never all of them."""
-        held = first_of_each(labels, self._validation(seen))
-        few = np.flatnonzero(np.bincount(labels) <= self._validation(seen))
-        return rows[held[~np.isin(labels[held], few)]]
+        """The first of each class: a tenth of its exemplars, or of its images where those are fewer; none of a class of one image."""
+        counts = np.bincount(labels)
+        held = [
+            np.flatnonzero(labels == label)[: max(1, min(self.share(seen), counts[label]) // 10)] for label in np.flatnonzero(counts > 1)
+        ]
+        return rows[np.sort(np.concatenate([*held, np.zeros(0, int)]))]
 
     def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
         """The term, a scalar; 0 while no class is old."""
         term = super().loss(memory, method, trainable, backbone, batch, logits)
         old, seen = (mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"]))
-        return term * old / jnp.maximum(seen - old, 1)
+        return term / self.temperature**2 * old / jnp.maximum(seen - old, 1)
 
     def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
         """Some of the new images at random, fewer of the old; the network with α and β in its classifier."""
         old = np.asarray(memory["seen"])
-        seen, count = old | known.new, self._validation(old | known.new)
+        seen = old | known.new
+        count = max(1, self.share(seen) // 10)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
         held = np.isin(known.rows, np.asarray(memory["validation"]))
         held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], seen))
@@ -258,8 +249,8 @@ class BiC(LwF, Rehearsal):
 def bias(known: Reviewed, seen: np.ndarray, validation: np.ndarray) -> tuple[float, float]:
     """α and β of the new classes' logits: the least cross entropy over `seen` classes on the images `validation`, int `[M]`.
 
-    Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. There, the search
-    is stopped early.
+    Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. (There, β alone is
+    held near 0, by a weight decay.)
     """
     logits, labels = known.logits[validation].astype(np.float64), known.labels[validation]
 

@@ -18,6 +18,7 @@ LABELS = 20  # of tasks along the side of a picture
 
 Manifests = Sequence[Mapping[str, Any]]
 
+VOTE_GRADIENT = "batch_vote/gradient_id_"  # and the number of shots
 TITLES = {
     "per_sample/prompt_id": "CIL per_sample, Prompt ID",
     "per_sample/gradient_id": "CIL per_sample, Gradient ID",
@@ -31,8 +32,9 @@ TITLES = {
 
 def title(protocol: str) -> str:
     """A protocol as tables name it; that of the published Gradient ID with its shots."""
-    gradient, _, shots = protocol.partition("batch_vote/gradient_id_")
-    return TITLES[protocol] if gradient else f"CIL batch_vote, Gradient ID, {shots} shots *"
+    if protocol.startswith(VOTE_GRADIENT):
+        return f"CIL batch_vote, Gradient ID, {protocol.removeprefix(VOTE_GRADIENT)} shots *"
+    return TITLES[protocol]
 
 
 FOOTNOTE = "* the published protocol: one task id for a test batch that holds a single task, so the batch leaks the task"

@@ -183,11 +183,10 @@ def _fisher(method: "Method", trainable: trees.Tree, backbone: trees.Tree, image
 
 
 @dataclasses.dataclass(frozen=True)
-class LwF(Way):
-    """Learning without Forgetting (Li and Hoiem, 2016): the old network's answers on the new images, kept for the old classes.
+class Distillation(Way):
+    """The old network's answers on the batch's images, kept for the old classes.
 
-    + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks. All weights are shared: old tasks drift
-    wherever the new images do not speak for the old ones.
+    + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks.
 
     Memory: `{"seen": bool [classes]}`; the old network is the shared part as stored.
     """
@@ -215,6 +214,13 @@ class LwF(Way):
         divergence = jnp.sum(jnp.where(old, jnp.exp(log_then) * (jnp.where(old, log_then, 0) - jnp.where(old, log_now, 0)), 0), axis=-1)
         mean = jnp.sum(jnp.where(weights > 0, divergence * weights, 0)) / weights.sum()
         return self.strength * self.temperature**2 * mean * seen.any().astype(mean.dtype)
+
+
+class LwF(Distillation):
+    """Learning without Forgetting (Li and Hoiem, 2016): distillation on the new images alone.
+
+    All weights are shared: old tasks drift wherever the new images do not speak for the old ones.
+    """
 
     def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
         """Its task's classes among the old ones."""

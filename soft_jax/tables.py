@@ -39,19 +39,15 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }
 BACKBONES = {"ImageNet-21K": "vit_b16", "SAM": "vit_b16_sam", "DINO": "vit_b16_dino"}
 WHOLE_NETWORK = {"learning_rate": 0.003}
-REHEARSAL = {"DER++": "derpp", "iCaRL": "icarl", "BiC": "bic"}
+# Methods that train it, by the paper's names.
+WHOLE = {"FT": "ft", "EWC": "ewc", "LwF": "lwf", "DER++": "derpp", "iCaRL": "icarl", "BiC": "bic"}
 # Of L2P's rows, where they differ from its row settings or the benchmark's.
 L2P_ON = {"imr_10": {"epochs": 50, "e_prompt_length": 30}}
 
 # One row a method, under the settings that `--set` gives: every method beside every other, with the joint bounds.
 METHODS = {
     "head": {"method": "head"},
-    "FT": {"method": "ft"} | WHOLE_NETWORK,
-    "EWC": {"method": "ewc"} | WHOLE_NETWORK,
-    "LwF": {"method": "lwf"} | WHOLE_NETWORK,
-    "DER++": {"method": "derpp"} | WHOLE_NETWORK,
-    "iCaRL": {"method": "icarl"} | WHOLE_NETWORK,
-    "BiC": {"method": "bic"} | WHOLE_NETWORK,
+    **{name: {"method": method} | WHOLE_NETWORK for name, method in WHOLE.items()},
     "L2P": {"method": "l2p"},
     "L2P-PGP": {"method": "l2p+pgp"},
     "L2P-Soft-TF": {"method": "l2p+softtf"},
@@ -112,10 +108,9 @@ def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
     name, settings = row["method"], {}
     if name.startswith("CLIP") or name == "DER+MCG":
         return None
-    if name in REHEARSAL:
-        return {"method": REHEARSAL[name], "exemplars": row["exemplars"]} | WHOLE_NETWORK
-    if name in ("FT", "EWC", "LwF"):
-        return {"method": name.lower()} | WHOLE_NETWORK
+    if name in WHOLE:
+        exemplars = {"exemplars": row["exemplars"]} if row.get("exemplars") else {}
+        return {"method": WHOLE[name]} | exemplars | WHOLE_NETWORK
     if name.startswith("Upper bound of "):
         hosted = name.removeprefix("Upper bound of ")
         inner = row_settings({"method": f"DualPrompt-{hosted}-L[10,11,12]" if hosted != "DualPrompt" else hosted})
@@ -147,8 +142,9 @@ def _qualified(row: Mapping[str, Any]) -> dict[str, Any]:
         settings["backbone"] = BACKBONES[row["pretraining"]]
     if row.get("mask_init"):
         settings["mask_init"] = row["mask_init"]
-    if found := re.search(r"(\d+)-shot|batch", row.get("task_id") or ""):
-        settings["shots"] = (int(found[1] or 0),)
+    if (row.get("task_id") or "").startswith("gradient"):
+        found = re.search(r"(\d+)-shot|batch", row["task_id"])
+        settings["shots"] = (int(found[1] or 0),) if found else Config.shots
     return settings
 
 
@@ -157,8 +153,8 @@ def protocol_of(row: Mapping[str, Any]) -> str:
     if not row["task_id"]:
         return "per_sample"
     if row["task_id"].startswith("gradient"):
-        (shots,) = _qualified(row).get("shots", Config.shots)
-        return f"batch_vote/gradient_id_{shots or 'all'}"
+        (shots,) = _qualified(row)["shots"]
+        return f"{report.VOTE_GRADIENT}{shots or 'all'}"
     return "batch_vote/pool" if row["method"].startswith("L2P") and "Soft-TF" not in row["method"] else "batch_vote/prompt_id"
 
 
@@ -188,9 +184,9 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
                 protocol_of(row): {part: row[f"{part}_seconds"][benchmark] for part in ("train", "test")} | {"device": row["device"]}
             }
         before = rows.get(key, Row(len(rows) + 1, name, {}, settings))
-        if shots:  # one run is evaluated with all the shots that the table names
-            settings["shots"] = (*(before.settings or {}).get("shots", ()), *shots)
         merged = (before.settings or {}) | (settings or {})
+        if shots:  # one run is evaluated with all the shots that the table names
+            merged["shots"] = tuple(dict.fromkeys((*merged.get("shots", ()), *shots)))
         rows[key] = dataclasses.replace(before, published={**before.published, **figures}, settings=merged or None)
     if not rows:
         raise UserError(f"table: Table {table} has no figures for {benchmark}")
@@ -376,11 +372,11 @@ _COMPARED = {
 }
 
 
-# What the batch decides in the place of each image.
+# What the batch decides in the place of each image; how the protocol begins.
 _VOTED = {
     "per_sample/no_task_id": "batch_vote/pool",
     "per_sample/prompt_id": "batch_vote/prompt_id",
-    "per_sample/gradient_id": "batch_vote/gradient_id_7",
+    "per_sample/gradient_id": report.VOTE_GRADIENT,
 }
 
 
@@ -404,7 +400,8 @@ def reading(lines: Sequence[Line]) -> list[str]:
                 out.append(f"- {one} beside {other}: {changes} points.")
     leaks = {}
     for (name, protocol), each in found.items():
-        if voted := found.get((name, _VOTED.get(protocol))):
+        begins = _VOTED.get(protocol, "nothing")
+        if voted := next((other for (same, p), other in found.items() if same == name and p.startswith(begins)), None):
             leaks[f"{name} {protocol.split('/')[1]}"] = np.mean(voted) - np.mean(each)
     if leaks:
         most = max(leaks, key=leaks.get)
@@ -412,8 +409,9 @@ def reading(lines: Sequence[Line]) -> list[str]:
             f"- Going by batches of one task adds {np.mean(list(leaks.values())):+.2f} points in the mean of {len(leaks)} pairs of rows, "
             f"{leaks[most]:+.2f} at most ({most})."
         )
-    note = "Differences are taken seed by seed: mean ± standard deviation. Of few seeds, those below twice that say little."
-    return ["## What the figures say", "", *out, "", note, ""] if out else []
+    if any(len(each) > 1 for each in found.values()):
+        out += ["", "Differences are taken seed by seed: mean ± standard deviation. Of few seeds, those below twice that say little."]
+    return ["## What the figures say", "", *out, ""] if out else []
 
 
 def _differences(found: Mapping[tuple[str, str], Sequence[float]], one: str, other: str) -> str:

@@ -219,6 +219,22 @@ def test_a_run_on_files_goes_on_where_it_was(from_files):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.trainable, jax.device_get(alone.trainable))
 
 
+def test_exemplars_come_from_files_too(from_files):
+    """With what a step needs of each beside image and label; on one device and on four."""
+    trained = []
+    for devices in (4, 1):
+        run = from_files(devices, method="derpp", exemplars=20, learning_rate=0.003)
+        shared = run.initial_shared()
+        memory = run.initial_memory(shared)
+        for task in range(2):
+            recalled, shared = run.method.recall(memory, shared)
+            state, _ = continual.train_task(run, task, {}, shared, recalled)
+            memory, shared = continual.task_memory(run, task, memory, state.trainable)
+        assert (np.asarray(memory["rows"]) >= 0).all()
+        trained.append(jax.device_get(shared))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *trained)
+
+
 def test_files_are_evaluated_as_images_in_memory(small, from_files):
     run = from_files()
     assert run.settings.prepared

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import batches, continual, data, methods, rehearsal, weights
+from soft_jax import batches, continual, data, rehearsal, retention, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.store import Store
@@ -48,7 +48,7 @@ def test_herding_takes_what_brings_the_mean_nearest(rng):
 
 
 def test_replayed_rows_come_from_the_exemplars():
-    plan = batches.Schedule(1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=4, replayed=5)
+    plan = batches.Schedule(1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=True, replayed=5)
     assert plan.padded == 9
     assert plan.steps == 4
     drawn = set()
@@ -56,11 +56,13 @@ def test_replayed_rows_come_from_the_exemplars():
         rows, counted = plan.batch(step)
         own = 4 if step % 2 == 0 else 3
         assert (rows[:own] < 7).all()
-        assert ((rows[own : own + 4] >= 7) & (rows[own : own + 4] < 12)).all()
-        assert counted.tolist() == [1] * (own + 4) + [0] * (5 - own)
-        drawn |= set(rows[own : own + 4].tolist())
-    assert len(drawn) > 2
-    rows, counted = batches.Schedule(1, 2, 7, 2, 4, 3, replay=4).batch(0)  # there are none yet
+        again = rows[own : 2 * own].tolist()
+        assert set(again) <= set(range(7, 12))
+        assert len(set(again)) == own
+        assert counted.tolist() == [1] * 2 * own + [0] * (9 - 2 * own)
+        drawn.add(tuple(again))
+    assert len(drawn) > 1
+    rows, counted = batches.Schedule(1, 2, 7, 2, 4, 3, replay=True).batch(0)  # there are none yet
     assert counted.tolist() == [1] * 4 + [0] * 5
 
 
@@ -74,11 +76,9 @@ def test_derpp_holds_the_logits_of_then(backbone, rng):
     later = reviewed(rng, [*known.labels[:8], *(2 + np.arange(10) % 2)], new=[2, 3], rows=[*memory["rows"], *range(50, 60)])
     memory, stored = way.remember(memory, shared, later)
     assert stored is shared
-    labels = [*known.labels[:8], *later.labels[8:]]
     assert rehearsal.rows_of(memory).tolist() == [0, 1, 2, 3, 50, 51, 52, 53]
     np.testing.assert_array_equal(memory["logits"][:4], known.logits[:4])  # not what the network makes of them now
     np.testing.assert_array_equal(memory["logits"][4:], later.logits[8:12])
-    assert np.bincount(np.array(labels)[[0, 1, 2, 3, 8, 9, 10, 11]]).tolist() == [2, 2, 2, 2]
 
     table = way.table(memory, 3)
     assert {name: column.shape for name, column in table.items()} == {"replayed": (11,), "then": (11, 6)}
@@ -142,21 +142,32 @@ def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
 
 
 def test_bics_distillation_weighs_as_many_old_classes_as_there_are(backbone, rng):
-    way, plain = rehearsal.BiC(exemplars=12), rehearsal.LwF()
+    way, plain = rehearsal.BiC(exemplars=12), retention.LwF()
     method, shared = whole(way, backbone)
     seen = np.arange(6) < 4
     memory, _ = way.recall(way.init(method, shared) | {"seen": jnp.asarray(seen)}, shared)
     batch = {"images": rng.random((3, 16, 16, 3), np.float32), "weights": np.ones(3, np.float32), "class_mask": np.arange(6) < 5}
     logits = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     arguments = (memory, method, {"adapter": {}, "shared": shared}, backbone, batch, logits)
-    assert way.loss(*arguments) == pytest.approx(4 * float(plain.loss(*arguments)), rel=1e-5)  # 4 old classes, 1 new
+    assert way.loss(*arguments) == pytest.approx(4 * float(plain.loss(*arguments)) / 2**2, rel=1e-5)  # 4 old classes, 1 new; no T²
 
 
-def test_too_few_exemplars_are_refused():
-    with pytest.raises(UserError, match="exemplars: 99 is below 100, 1 for each of 100 classes"):
-        methods.from_config(Config(method="icarl", exemplars=99), TINY, 100)
-    with pytest.raises(UserError, match="exemplars: 199 is below 200, 2 for each of 100 classes"):
-        methods.from_config(Config(method="bic", exemplars=199), TINY, 100)
+def test_what_bic_holds_out_is_little():
+    """A tenth of a class's exemplars, or of its images, from the front; one at least, but never all of a class."""
+    labels = np.repeat([2, 0, 1, 3], [40, 500, 3, 1])
+    rows = 1000 + np.arange(len(labels))
+    held = rehearsal.BiC(exemplars=1000).held_out(rows, labels, np.arange(6) < 5)
+    assert {label: rows[labels == label].tolist()[:count] for label, count in ((2, 4), (0, 20), (1, 1))} == {
+        label: [row for row in held.tolist() if labels[row - 1000] == label] for label in (2, 0, 1)
+    }
+    assert len(held) == 25
+
+
+@pytest.mark.parametrize(("method", "exemplars", "least"), [("icarl", 9, 10), ("bic", 19, 20)])
+def test_too_few_exemplars_are_refused(method, exemplars, least, digits, tmp_path):
+    config = Config(dataset="digits", tasks=2, method=method, exemplars=exemplars)
+    with pytest.raises(UserError, match=f"exemplars: {exemplars} is below {least}, {least // 10} for each of 10 classes"):
+        continual.run(config, tmp_path, Console(quiet=True), digits)
 
 
 @pytest.fixture
@@ -183,14 +194,20 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             held += sorted(set(run.scenario.members(labels, task)) - set(own))
             once += [*own, *again]
             recalled, shared = run.method.recall(memory, shared)
+            pool, rows = continual._Feed(run, task, 0, recalled)._pool, np.concatenate([own, again])
+            np.testing.assert_array_equal(pool["labels"][: len(rows)], labels[rows])
+            np.testing.assert_array_equal(pool["images"][: len(rows)], digits.train.images[rows])
+            if method == "derpp":
+                np.testing.assert_array_equal(pool["replayed"][: len(rows)], [0] * len(own) + [1] * len(again))
+                np.testing.assert_array_equal(pool["then"][len(own) : len(rows)], memory["logits"][: len(again)])
             state, _ = continual.train_task(run, task, {}, shared, recalled)
             memory, shared = continual.task_memory(run, task, memory, state.trainable)
         kept = rehearsal.rows_of(memory)
         assert np.bincount(labels[kept], minlength=10).tolist() == [3 if method == "derpp" else 2] * 10
         assert len(set(kept.tolist())) == len(kept)
         assert not set(held) & set(once)
+        assert len(held) == {"derpp": 0, "bic": 10}[method]
         if method == "bic":
-            assert len(held) == 10
             assert set(rehearsal.all_rows_of(memory)) == set(held) | set(kept)
         manifest_bytes = continual._exemplar_bytes(run, memory)
         assert manifest_bytes == len(rehearsal.all_rows_of(memory)) * digits.train.images[0].nbytes

@@ -233,7 +233,7 @@ def test_the_layer_sweep_has_a_picture(tmp_path):
 
 
 @pytest.mark.usefixtures("_tiny_world")
-@pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "ewc", "derpp", "icarl", "bic"])
+@pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "ewc", "lwf", "derpp", "icarl", "bic"])
 def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, tmp_path):
     """Task 2 trained again from what task 1 left on disk: the same arrays; and the predictor's counts are those of the evaluation."""
     config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
