@@ -141,7 +141,7 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
     table = Table(
         box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, title=f"{benchmark} after {len(manifests)} tasks, percent", title_justify="left"
     )
-    table.add_column("protocol", no_wrap=True)
+    table.add_column("protocol")  # what is too long for a narrow terminal goes on below
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for protocol in manifests[0]["metrics"]:
@@ -183,7 +183,7 @@ def markdown(root: Path, config: Mapping[str, Any], benchmark: str, manifests: M
 def _size_lines(root: Path, manifests: Manifests) -> list[str]:
     parameters = manifests[-1]["parameters"]
     adapter, shared = parameters["adapter"] - parameters["fixed"], parameters["shared"]
-    sizes, flops = manifests[-1]["bytes"], manifests[-1]["step_flops"]
+    sizes, flops = {"exemplars": 0} | manifests[-1]["bytes"], manifests[-1]["step_flops"]
     folders = sorted(path for path in (root / "tasks").iterdir() if path.name.isdigit())
     return [
         "## Size",

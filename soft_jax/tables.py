@@ -274,7 +274,7 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         "shared": last[0]["parameters"]["shared"],
         "own_bytes": last[0]["bytes"]["adapter"],
         "shared_bytes": last[0]["bytes"]["shared"],
-        "memory_bytes": last[0]["bytes"]["memory"] + last[0]["bytes"]["exemplars"],
+        "memory_bytes": last[0]["bytes"]["memory"] + last[0]["bytes"].get("exemplars", 0),
         "gflops": last[0]["step_flops"] and last[0]["step_flops"] / 1e9,
     }
     for part in ("train", "evaluate"):

@@ -88,7 +88,7 @@ def test_a_run_and_its_results(finished):
     workdir, output = finished
     for identified in ("Prompt ID", "Gradient ID", "prototype"):
         assert f"CIL per_sample, {identified}" in output
-    for row in ("CIL batch_vote, Prompt ID *", "CIL batch_vote, Gradient ID *", "TIL oracle, task given", "Time:"):
+    for row in ("CIL batch_vote, Prompt ID *", "CIL batch_vote, Gradient ID, 7", "TIL oracle, task given", "Time:"):
         assert row in output
     rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
     assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:6]] == [
@@ -96,7 +96,7 @@ def test_a_run_and_its_results(finished):
         (1, "per_sample", "gradient_id"),
         (1, "per_sample", "prototype"),
         (1, "batch_vote", "prompt_id"),
-        (1, "batch_vote", "gradient_id"),
+        (1, "batch_vote", "gradient_id_7"),
         (1, "oracle", "task_given"),
     ]
     assert len(rows) == 12
