@@ -409,7 +409,7 @@ def reading(lines: Sequence[Line]) -> list[str]:
             f"- Going by batches of one task adds {np.mean(list(leaks.values())):+.2f} points in the mean of {len(leaks)} pairs of rows, "
             f"{leaks[most]:+.2f} at most ({most})."
         )
-    if any(len(each) > 1 for each in found.values()):
+    if out and any(len(each) > 1 for each in found.values()):
         out += ["", "Differences are taken seed by seed: mean ± standard deviation. Of few seeds, those below twice that say little."]
     return ["## What the figures say", "", *out, ""] if out else []
 
