@@ -73,14 +73,19 @@ class Run:
             self.tested[task] = data.Split(test.prepared(members, self.method.vit.image_size), test.labels[members])
         return self.tested[task]
 
-    def train_set(self, task: int) -> data.Split | data.Files:
-        """Task `task`'s training images."""
-        return self.dataset.train.take(self.scenario.members(self.dataset.train.labels, task))
+    def members(self, task: int) -> np.ndarray:
+        """Task `task`'s training images, as rows of the whole training set."""
+        return self.scenario.members(self.dataset.train.labels, task)
 
     def shuffled(self, task: int) -> np.ndarray:
-        """Task `task`'s training images in random order, as rows of the whole training set."""
-        members = self.scenario.members(self.dataset.train.labels, task)
-        return np.random.default_rng([self.config.seed, zlib.crc32(b"memory"), task]).permutation(members)
+        """`members` in random order."""
+        return np.random.default_rng([self.config.seed, zlib.crc32(b"memory"), task]).permutation(self.members(task))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of a training image as the step gets it: as it is in memory, or of the model's size where files are cropped before."""
+        split, size = self.dataset.train, self.method.vit.image_size
+        return split.images.shape[1:] if isinstance(split, data.Split) else (size, size, 3)
 
     def seen(self, task: int) -> np.ndarray:
         """The classes of the tasks up to `task`, bool `[classes]`."""
@@ -89,7 +94,7 @@ class Run:
     def taught(self, task: int, memory: trees.Tree | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What task `task` is trained on, as rows of the training set: images of its own, and older tasks' that `memory`, if any, names."""
         labels, way = self.dataset.train.labels, self.method.rehearsal
-        own = self.scenario.members(labels, task)
+        own = self.members(task)
         if not way:
             return own, own[:0]
         shuffled = self.shuffled(task)
@@ -122,10 +127,12 @@ class Run:
         adapter, shared = (jax.eval_shape(draw, key, self.params) for draw in (method.init_adapter, method.init_shared))
         memory = jax.eval_shape(lambda shared: method.recall(method.init_memory(shared), shared)[0], shared)
         state = jax.eval_shape(functools.partial(train.init_state, self.recipe), adapter, shared)
-        split, rows, size = self.dataset.train, self.schedule(0).padded, self.method.vit.image_size
-        shape = (size, size, 3) if isinstance(split, data.Files) else split.images.shape[1:]
-        like = jax.ShapeDtypeStruct
-        batch = {"images": like((rows, *shape), jnp.uint8), "labels": like((rows,), jnp.int32), "weights": like((rows,), jnp.float32)}
+        rows, like = self.schedule(0).padded, jax.ShapeDtypeStruct
+        batch = {
+            "images": like((rows, *self.image_shape), jnp.uint8),
+            "labels": like((rows,), jnp.int32),
+            "weights": like((rows,), jnp.float32),
+        }
         batch |= {"class_mask": like((self.scenario.classes,), bool), "hold_g_prompt": like((), bool)}
         batch |= {"query": like((rows, self.method.vit.dim), self.method.vit.dtype)} if self.recipe.fixed_query else {}
         batch |= {"memory": memory} | {name: like((rows, *column.shape), column.dtype) for name, column in method.columns.items()}
@@ -139,7 +146,7 @@ class Run:
         """q(x) of task `task`'s training images prepared as test images are, `[N, dim]`; that of the task asked for last is held."""
         if task not in self.train_queries:
             self.train_queries.clear()
-            self.train_queries[task] = self.features(self.scenario.members(self.dataset.train.labels, task), self.params)
+            self.train_queries[task] = self.features(self.members(task), self.params)
         return self.train_queries[task]
 
     def features(self, rows: np.ndarray, params: trees.Tree) -> np.ndarray:
@@ -322,8 +329,7 @@ def task_statistics(run: Run, task: int) -> trees.Tree:
     """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are; empty without task identity."""
     if not run.method.by_task:
         return {}
-    labels = run.dataset.train.labels
-    labels = labels[run.scenario.members(labels, task)]
+    labels = run.dataset.train.labels[run.members(task)]
     statistics = prototype.statistics(run.train_query(task), labels, run.scenario.classes_of(task), run.projection)
     return processes.put(statistics, train.replicated(run.mesh))
 
@@ -412,8 +418,9 @@ def train_task(
     """
     config, start = run.config, time.monotonic()
     state, before = _continued(run, task, train.compile_init(run.recipe, run.mesh)(adapter, shared))
-    done, total = int(state.step), run.schedule(task, memory).steps
+    done = int(state.step)
     feed = _Feed(run, task, done, memory)
+    total = feed.schedule.steps
     call, pending, mark = 1, None, time.monotonic()
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=done)
@@ -457,7 +464,7 @@ class _Feed:
         }
         self._fixed = processes.put(fixed, whole) | {"memory": memory}
         self._key = processes.put(train.stream(run.config.seed, "augment", task), whole)
-        self._run, self._schedule, self.waited = run, run.schedule(task, memory), 0.0
+        self._run, self.schedule, self.waited = run, run.schedule(task, memory), 0.0
         self._columns = {"query": run.train_query(task)} if run.recipe.fixed_query else {}
         self._columns |= way.table(memory, len(own)) if way else {}
         if isinstance(split, data.Split):
@@ -468,7 +475,7 @@ class _Feed:
             self._files = None
         else:
             spec = train.augmentation(run.config, run.method)
-            self._files = batches.from_files(self._schedule, split, spec, first, jax.process_index(), jax.process_count())
+            self._files = batches.from_files(self.schedule, split, spec, first, jax.process_index(), jax.process_count())
 
     def advance(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, Any]:
         """Run `count` steps from step `first` on; the new state, and the steps' terms as `_check` takes them."""
@@ -476,7 +483,7 @@ class _Feed:
 
     def _from_pool(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, dict[str, jax.Array]]:
         start = time.monotonic()
-        rows = processes.put(self._schedule.chunk(first, count, train.CHUNK), train.replicated(self._run.mesh))
+        rows = processes.put(self.schedule.chunk(first, count, train.CHUNK), train.replicated(self._run.mesh))
         self.waited += time.monotonic() - start
         steps = train.compile_steps(self._run.recipe, self._run.mesh)
         return steps(state, self._run.params, self._pool, rows, self._fixed, self._key, np.int32(count))
@@ -580,8 +587,7 @@ def _exemplar_bytes(run: Run, memory: trees.Tree) -> int:
     """Bytes of the older tasks' images that are trained on again, as the step gets them; the store keeps their rows alone."""
     if not run.method.rehearsal:
         return 0
-    split, size = run.dataset.train, run.method.vit.image_size
-    return len(rehearsal.all_rows_of(memory)) * (split.images[0].nbytes if isinstance(split, data.Split) else 3 * size**2)
+    return len(rehearsal.all_rows_of(memory)) * math.prod(run.image_shape)
 
 
 def _counts(row: evaluate.Row) -> dict[str, Any]:

@@ -24,9 +24,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from soft_jax import inference, prompts, report, task_id
+from soft_jax import inference, prompts, task_id
 from soft_jax.inference import Batching, Model
 from soft_jax.methods import Method
+from soft_jax.report import vote_gradient
 
 PER_SAMPLE = "per_sample/prompt_id"
 PER_SAMPLE_GRADIENT = "per_sample/gradient_id"
@@ -35,11 +36,6 @@ VOTE_PROMPT = "batch_vote/prompt_id"
 ORACLE = "oracle/task_given"
 NO_TASK_ID = "per_sample/no_task_id"
 VOTE_POOL = "batch_vote/pool"
-
-
-def vote_gradient(shots: int) -> str:
-    """The published Gradient ID's protocol with so many images of each test batch, 0 being all."""
-    return f"{report.VOTE_GRADIENT}{shots or 'all'}"
 
 
 def _by_batch(protocol: str) -> bool:

@@ -37,6 +37,7 @@ class Reviewed:
     new: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rehearsal(Way):
     """What the three share. `joined`: exemplars are images of an epoch like the task's own; else every batch gets as many more of them.
 
@@ -109,7 +110,6 @@ class DERpp(Rehearsal):
     """
 
     joined: ClassVar[bool] = False
-    exemplars: int
     alpha: float = 0.1
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
@@ -153,8 +153,6 @@ class ICaRL(Distillation, Rehearsal):
     Memory: that of the distillation, `rows`, and `head`, the trained classifier: training goes on from it, and the old network
     answers with it.
     """
-
-    exemplars: int = 1000
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """No class is old, no exemplars."""
@@ -204,7 +202,6 @@ class BiC(Distillation, Rehearsal):
     """
 
     least: ClassVar[int] = 2
-    exemplars: int = 1000
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """No class is old, no exemplars."""
@@ -272,7 +269,7 @@ def _corrected(head: trees.Tree, new: np.ndarray, alpha: float, beta: float) -> 
 
 # A way by the name it has in a config's `method`, from the config's settings.
 KINDS = {
-    "derpp": lambda c: DERpp(c.exemplars),
+    "derpp": lambda c: DERpp(exemplars=c.exemplars),
     "icarl": lambda c: ICaRL(exemplars=c.exemplars),
     "bic": lambda c: BiC(exemplars=c.exemplars),
 }

@@ -30,6 +30,11 @@ TITLES = {
 }
 
 
+def vote_gradient(shots: int) -> str:
+    """The published Gradient ID's protocol with so many images of each test batch, 0 being all."""
+    return f"{VOTE_GRADIENT}{shots or 'all'}"
+
+
 def title(protocol: str) -> str:
     """A protocol as tables name it; that of the published Gradient ID with its shots."""
     if protocol.startswith(VOTE_GRADIENT):

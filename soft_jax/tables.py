@@ -154,7 +154,7 @@ def protocol_of(row: Mapping[str, Any]) -> str:
         return "per_sample"
     if row["task_id"].startswith("gradient"):
         (shots,) = _qualified(row)["shots"]
-        return f"{report.VOTE_GRADIENT}{shots or 'all'}"
+        return report.vote_gradient(shots)
     return "batch_vote/pool" if row["method"].startswith("L2P") and "Soft-TF" not in row["method"] else "batch_vote/prompt_id"
 
 
@@ -184,10 +184,10 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
                 protocol_of(row): {part: row[f"{part}_seconds"][benchmark] for part in ("train", "test")} | {"device": row["device"]}
             }
         before = rows.get(key, Row(len(rows) + 1, name, {}, settings))
-        merged = (before.settings or {}) | (settings or {})
+        together = before.settings
         if shots:  # one run is evaluated with all the shots that the table names
-            merged["shots"] = tuple(dict.fromkeys((*merged.get("shots", ()), *shots)))
-        rows[key] = dataclasses.replace(before, published={**before.published, **figures}, settings=merged or None)
+            together = together | {"shots": tuple(dict.fromkeys((*together.get("shots", ()), *shots)))}
+        rows[key] = dataclasses.replace(before, published={**before.published, **figures}, settings=together)
     if not rows:
         raise UserError(f"table: Table {table} has no figures for {benchmark}")
     return list(rows.values())
@@ -400,8 +400,9 @@ def reading(lines: Sequence[Line]) -> list[str]:
                 out.append(f"- {one} beside {other}: {changes} points.")
     leaks = {}
     for (name, protocol), each in found.items():
-        begins = _VOTED.get(protocol, "nothing")
-        if voted := next((other for (same, p), other in found.items() if same == name and p.startswith(begins)), None):
+        if protocol not in _VOTED:
+            continue
+        if voted := next((other for (same, p), other in found.items() if same == name and p.startswith(_VOTED[protocol])), None):
             leaks[f"{name} {protocol.split('/')[1]}"] = np.mean(voted) - np.mean(each)
     if leaks:
         most = max(leaks, key=leaks.get)

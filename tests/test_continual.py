@@ -164,7 +164,7 @@ def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
     logging = dataclasses.replace(run, log=lambda group, step, values: seen.append((step, values)))
     state, _ = continual.train_task(logging, 0, adapter, shared, {})
     step_by_step = train.compile_init(run.recipe, run.mesh)(adapter, shared)
-    plan, split = run.schedule(0), run.train_set(0)
+    plan, split = run.schedule(0), run.dataset.train.take(run.members(0))
     fixed = {"class_mask": run.scenario.class_mask(0), "hold_g_prompt": False, "memory": {}}
     for step in range(plan.steps):
         rows, weights = plan.batch(step)
