@@ -28,7 +28,7 @@ from soft_jax.scenario import Scenario
 from soft_jax.store import Store
 
 CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
-READ_AT_ONCE = 1024  # files whose images are held at once
+READ_AT_ONCE = 1024  # training images that q(x) is taken of before a SIGTERM is looked for; from files, they are held at once
 QUERIES_AT_ONCE = 256  # training images of a forward pass that takes q(x)
 
 
@@ -150,14 +150,19 @@ class Run:
         return self.train_queries[task]
 
     def features(self, rows: np.ndarray, params: trees.Tree) -> np.ndarray:
-        """q(x) `[N, dim]` of the training images `rows`, int `[N]`, prepared as test images are; q is the ViT with `params`."""
+        """q(x) `[N, dim]` of the training images `rows`, int `[N]`, prepared as test images are; q is the ViT with `params`.
+
+        Raises Preempted after a SIGTERM: the training state before or behind it is kept.
+        """
         # A size of its own: training depends on it, to the bit, and `eval_batch_size` may change in a run.
-        batching, split = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows)
-        ask = functools.partial(inference.queries, self.method, params, batching=batching)
-        if isinstance(split, data.Split):
-            return ask(split.images)
-        parts = np.split(np.arange(len(split.labels)), range(READ_AT_ONCE, len(split.labels), READ_AT_ONCE))
-        return np.concatenate([ask(split.prepared(part, self.method.vit.image_size), prepared=True) for part in parts])
+        batching, split, out = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows), []
+        for part in np.split(np.arange(len(rows)), range(READ_AT_ONCE, len(rows), READ_AT_ONCE)):
+            if processes.highest(self.stop.is_set())[0]:
+                raise Preempted("Stopped while looking at training images; the same command continues")
+            in_memory = isinstance(split, data.Split)
+            images = split.images[part] if in_memory else split.prepared(part, self.method.vit.image_size)
+            out.append(inference.queries(self.method, params, images, batching, prepared=not in_memory))
+        return np.concatenate(out)
 
     @functools.cached_property
     def projection(self) -> np.ndarray:
@@ -337,7 +342,7 @@ def task_statistics(run: Run, task: int) -> trees.Tree:
 def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> tuple[trees.Tree, methods.Shared]:
     """The method's memory after task `task`, from its training images prepared as test images are, and the shared part to be stored.
 
-    Rehearsal looks at all of them, the others at some, drawn at random.
+    Rehearsal looks at those that it chooses exemplars from, the others at some drawn at random.
     """
     way, shared, whole = run.method.retention, trainable["shared"], train.replicated(run.mesh)
     if not way:
@@ -356,11 +361,13 @@ def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, tr
 
 
 def _reviewed(run: Run, task: int, memory: trees.Tree, shared: methods.Shared) -> rehearsal.Reviewed:
-    """What the network after task `task` makes of the exemplars and of all images of the task."""
-    rows = np.concatenate([rehearsal.all_rows_of(memory), run.shuffled(task)])
+    """What the network after task `task` makes of the exemplars and of the task's images that may become some."""
+    labels, shuffled = run.dataset.train.labels, run.shuffled(task)
+    considered = run.method.rehearsal.considered(shuffled, labels[shuffled], run.seen(task))
+    rows = np.concatenate([rehearsal.all_rows_of(memory), considered])
     features = run.features(rows, shared["weights"]).astype(np.float32)
     logits = np.asarray(run.method.head(jax.tree.map(np.asarray, {"head": shared["head"]}), features))
-    return rehearsal.Reviewed(rows, run.dataset.train.labels[rows], features, logits, run.scenario.class_mask(task))
+    return rehearsal.Reviewed(rows, labels[rows], features, logits, run.scenario.class_mask(task))
 
 
 def prepare(

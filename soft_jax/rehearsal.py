@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reviewed:
-    """What a trained network makes of exemplars, of older tasks' ones first, and of all images of the task it was trained on.
+    """What a trained network makes of exemplars, of older tasks' ones first, and of images of the task it was trained on.
 
     `rows` int `[N]` of the training set, in the order in which they would be kept; `labels` int `[N]`; `features` `[N, dim]` and `logits`
     `[N, classes]` of the images as test images are prepared; `new` bool `[classes]`, the task's classes.
@@ -60,6 +60,10 @@ class Rehearsal(Way):
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """Those of a task's `rows`, in random order, that are not trained on; `labels` are theirs, `seen` counts the task's classes in."""
         return rows[:0]
+
+    def considered(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Those of a task's `rows`, in random order, that `remember` chooses from, in that order; arguments as in `held_out`."""
+        return rows[first_of_each(labels, self.share(seen))]
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What `loss` needs of every image of a batch beside image and label, by name; shapes are those of one image."""
@@ -161,6 +165,10 @@ class ICaRL(Distillation, Rehearsal):
     def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
         """The network with its trained classifier, as the old one and to start from."""
         return super().recall(memory, shared | {"head": memory["head"]})
+
+    def considered(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """All: herding is towards their mean."""
+        return rows
 
     def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
         """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier."""

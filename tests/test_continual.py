@@ -155,6 +155,20 @@ def test_sigterm_saves_at_once(small):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+def test_sigterm_is_answered_while_training_images_are_looked_at(small, monkeypatch):
+    """Before the next of the parts that they are looked at in, which change nothing."""
+    run = small()
+    whole = run.train_query(0)
+    monkeypatch.setattr(continual, "READ_AT_ONCE", 8)
+    rows = run.members(0)
+    np.testing.assert_allclose(run.features(rows, run.params), whole, atol=1e-5)
+    calls, ask = [], inference.queries
+    monkeypatch.setattr(inference, "queries", lambda *a, **k: run.stop.set() or calls.append(a) or ask(*a, **k))
+    with pytest.raises(continual.Preempted, match="Stopped while looking at training images; the same command continues"):
+        continual.task_statistics(dataclasses.replace(run, train_queries={}), 0)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("call", [1, 3, 64])
 def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
     monkeypatch.setattr(continual, "_next_call", lambda *_: call)

@@ -1,5 +1,6 @@
 """DER++, iCaRL and BiC against their definitions, and what all of them keep and train on in a run."""
 
+import dataclasses
 import threading
 from contextlib import closing
 
@@ -161,6 +162,19 @@ def test_what_bic_holds_out_is_little():
         label: [row for row in held.tolist() if labels[row - 1000] == label] for label in (2, 0, 1)
     }
     assert len(held) == 25
+
+
+@pytest.mark.parametrize("way", [rehearsal.DERpp(exemplars=13), rehearsal.BiC(exemplars=41)])
+def test_images_that_are_not_considered_would_change_nothing(way, backbone, rng):
+    method, shared = whole(way, backbone)
+    labels = np.repeat([0, 1, 2], [30, 3, 50])
+    seen, rows = np.arange(6) < 3, 100 + rng.permutation(83)
+    considered = np.isin(rows, way.considered(rows, labels[rows - 100], seen))
+    assert considered.sum() == way.share(seen) + 3 + way.share(seen)
+    known = reviewed(rng, labels[rows - 100], new=[0, 1, 2], rows=rows)
+    parts = [dataclasses.replace(known, **{f: getattr(known, f)[considered] for f in ("rows", "labels", "features", "logits")}), known]
+    from_some, from_all = (way.remember(way.init(method, shared), shared, part) for part in parts)
+    jax.tree.map(np.testing.assert_array_equal, from_some, from_all)
 
 
 @pytest.mark.parametrize(("method", "exemplars", "least"), [("icarl", 9, 10), ("bic", 19, 20)])
