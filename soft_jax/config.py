@@ -11,7 +11,8 @@ from soft_jax import packing, prompts, rehearsal, reparam
 from soft_jax.errors import UserError
 
 HOSTS = ("dualprompt", "l2p")
-ALONE = ("head", "ft", "ewc", "lwf", *rehearsal.KINDS)  # whole methods; the other parts are joined
+FINE_TUNED = ("ft", "ewc", "lwf", *rehearsal.KINDS)  # methods that train the whole network
+ALONE = ("head", *FINE_TUNED)  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
 # Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
 FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")

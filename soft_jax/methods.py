@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from soft_jax import packing, prompts, rehearsal, reparam, retention, trees
-from soft_jax.config import Config
+from soft_jax.config import FINE_TUNED, Config
 from soft_jax.errors import UserError
 from soft_jax.rehearsal import Rehearsal
 from soft_jax.reparam import Reparam
@@ -246,7 +246,7 @@ def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
             settings |= {"prefix_layout": config.prefix_layout}
         elif part == "l2p":
             settings |= {"pool_size": config.pool_size, "pool_length": config.e_prompt_length, "top_k": config.top_k}
-    settings["trains_backbone"] = bool({"ft", "ewc", "lwf", *rehearsal.KINDS} & set(parts))
+    settings["trains_backbone"] = config.method in FINE_TUNED
     return Method(vit=vit, classes=classes, **settings)
 
 

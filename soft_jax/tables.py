@@ -10,7 +10,8 @@ host, retention, reparametrisation and layers. Choices where the paper is silent
   of 0.0003, 0.001, 0.003 and 0.01 for joint training on the small backbone. The paper gives none.
 - The upper bound of a method is the method with one task of all classes.
 
-CLIP and DER+MCG (of which we know no description) are printed as published and not run.
+CLIP and DER+MCG are printed as published and not run. The latter, DER (Yan et al., 2021) with a gate that names the task (Cai et al., 2023),
+adds a whole network with every task and classifies by all of them: neither a frozen backbone nor one that is trained on carries that.
 """
 
 import dataclasses
@@ -199,7 +200,7 @@ def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int)
     Raises UserError for a row that is not run here, or a setting that is no good.
     """
     if row.settings is None:
-        raise UserError(f"table: the row {row.name!r} is not run here: it is CLIP's, or of a method we know no description of")
+        raise UserError(f"table: the row {row.name!r} is not run here: CLIP, or a network more for every task")
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
     settings = BENCHMARKS[benchmark] | dict(row.settings) | dict(overrides)

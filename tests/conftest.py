@@ -10,11 +10,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from contextlib import contextmanager
+
 import hypothesis
 import numpy as np
 import pytest
 
-from soft_jax import methods, reparam
+from soft_jax import data, methods, reparam, weights
 from soft_jax.vit import ViT, ViTConfig
 
 # A busy machine is slow, not wrong.
@@ -22,6 +24,8 @@ hypothesis.settings.register_profile("patient", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("patient")
 
 TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=48)
+# Where a run on it has masks and prompts.
+LAYERS = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
 
 
 def soft_masks(init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)) -> reparam.SoftMask:
@@ -49,6 +53,24 @@ def backbone():
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(treedef, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@contextmanager
+def tiny_world(backbone):
+    """Runs and predictors get the tiny backbone and the first 80 training and test digits, which are given."""
+    digits = data.load("digits")
+    few = data.Dataset(*(data.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
+        patch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
+        patch.setattr(data, "load", lambda *_: few)
+        yield few
+
+
+@pytest.fixture
+def digits(backbone):
+    """`tiny_world` around one test."""
+    with tiny_world(backbone) as few:
+        yield few
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from soft_jax import continual, data, inference, methods, train, trees, weights
+from soft_jax import continual, data, inference, methods, train, trees
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.scenario import Scenario
 from soft_jax.store import Store
-from tests.conftest import TINY, tiny_method
+from tests.conftest import LAYERS, tiny_method
 
 
 @pytest.fixture
@@ -50,22 +50,16 @@ def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
 
 
 @pytest.fixture
-def small(backbone, tmp_path, monkeypatch):
-    """`prepare` for real digits in two tasks on the tiny random backbone, with batches that four devices don't divide."""
-    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-    digits = data.load("digits")
-    few = data.Dataset(*(data.Split(s.images[:60], s.labels[:60]) for s in (digits.train, digits.test)), digits.class_names)
-    monkeypatch.setattr(data, "load", lambda *_: few)
-    layers = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
-    config = Config(dataset="digits", tasks=2, batch_size=6, epochs=1, eval_batch_size=16, prototype_features=50, **layers)
+def small(digits, tmp_path):
+    """`prepare` for the tiny world in two tasks, with batches that four devices don't divide."""
+    config = Config(dataset="digits", tasks=2, batch_size=6, epochs=1, eval_batch_size=16, prototype_features=50, **LAYERS)
 
     def prepare(devices=4, **changes):
         with closing(Store(tmp_path / f"on{devices}")) as store:
             mesh = train.data_mesh(jax.devices()[:devices])
             return continual.prepare(dataclasses.replace(config, **changes), store, Console(quiet=True), threading.Event(), mesh)
 
-    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int step count
-        yield prepare
+    return prepare
 
 
 def run_two_tasks(run):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import continual, data, packing, trees, weights
+from soft_jax import continual, packing, trees
 from soft_jax.config import Config
 from soft_jax.predictor import Predictor
-from tests.conftest import TINY
+from tests.conftest import LAYERS
 
 
 def masks(shape=(24, 71)):
@@ -46,25 +46,20 @@ def test_a_low_rank_mask_is_kept_whole():
 
 
 @pytest.mark.usefixtures("fast_compile")
-def test_a_run_goes_on_with_what_it_stored(backbone, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_what_it_stored(digits, tmp_path, monkeypatch):
     """Its figures are those of the stored masks: read again, by the run and by a predictor, they are the ones that were evaluated."""
-    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-    digits = data.load("digits")
-    few = data.Dataset(*(data.Split(s.images[:60], s.labels[:60]) for s in (digits.train, digits.test)), digits.class_names)
-    layers = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
-    config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **layers)
+    config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **LAYERS)
     config = dataclasses.replace(config, mask_storage="int4")
     seen = []
     add = continual.Learned.add
     monkeypatch.setattr(continual.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
-    with jax.numpy_dtype_promotion("standard"):
-        for _ in range(2):  # the second reads both tasks from the store
-            manifests = continual.run(config, tmp_path, Console(quiet=True), few)
+    for _ in range(2):  # the second reads both tasks from the store
+        manifests = continual.run(config, tmp_path, Console(quiet=True))
     for first, again in zip(seen[:2], seen[2:], strict=True):
         jax.tree.map(np.testing.assert_array_equal, first, again)
     predictor = Predictor.load(tmp_path, task_id="oracle", batch_size=16)
-    labels = few.test.labels
-    right = predictor.predict(few.test.images, labels // 5).classes == labels
+    labels = digits.test.labels
+    right = predictor.predict(digits.test.images, labels // 5).classes == labels
     rows = manifests[-1]["metrics"]["oracle/task_given"]
     assert [int(right[labels // 5 == task].sum()) for task in range(2)] == [row["correct"] for row in rows]
     stored = json.loads((tmp_path / "tasks/000/manifest/metadata").read_text())

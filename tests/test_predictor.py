@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 
 import soft_jax
-from soft_jax import __main__, continual, data, evaluate, images, weights
+from soft_jax import __main__, continual, evaluate, images, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.predictor import Predictor
-from tests.conftest import TINY
+from tests.conftest import LAYERS, TINY, tiny_world
 
 PROTOCOLS = {
     "prompt": evaluate.PER_SAMPLE,
@@ -23,17 +23,11 @@ PROTOCOLS = {
     "prototype": evaluate.PROTOTYPE,
     "oracle": evaluate.ORACLE,
 }
-LAYERS = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world(backbone):
-    """`weights.load` and `data.load` give the tiny backbone and a few digits."""
-    digits = data.load("digits")
-    few = data.Dataset(*(data.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
-        patch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-        patch.setattr(data, "load", lambda *_: few)
+    with tiny_world(backbone) as few:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield few
         jax.config.update("jax_disable_most_optimizations", False)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import batches, continual, data, rehearsal, retention, weights
+from soft_jax import batches, continual, rehearsal, retention
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.store import Store
-from tests.conftest import TINY, tiny_method
+from tests.conftest import tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -181,22 +181,14 @@ def test_images_that_are_not_considered_would_change_nothing(way, backbone, rng)
 def test_too_few_exemplars_are_refused(method, exemplars, least, digits, tmp_path):
     config = Config(dataset="digits", tasks=2, method=method, exemplars=exemplars)
     with pytest.raises(UserError, match=f"exemplars: {exemplars} is below {least}, {least // 10} for each of 10 classes"):
-        continual.run(config, tmp_path, Console(quiet=True), digits)
-
-
-@pytest.fixture
-def digits(backbone, monkeypatch):
-    whole = data.load("digits")
-    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-    with jax.numpy_dtype_promotion("standard"):
-        yield data.Dataset(*(data.Split(s.images[:200], s.labels[:200]) for s in (whole.train, whole.test)), whole.class_names)
+        continual.run(config, tmp_path, Console(quiet=True))
 
 
 @pytest.mark.parametrize("method", ["derpp", "bic"])
 def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digits, tmp_path):
     config = Config(dataset="digits", tasks=2, method=method, exemplars=30, epochs=1, batch_size=16, learning_rate=0.003)
     with closing(Store(tmp_path)) as store:
-        run = continual.prepare(config, store, Console(quiet=True), threading.Event(), dataset=digits)
+        run = continual.prepare(config, store, Console(quiet=True), threading.Event())
         shared = run.initial_shared()
         memory = run.initial_memory(shared)
         labels, held, once = digits.train.labels, [], []

@@ -4,16 +4,15 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import pytest
 from rich.console import Console
 
 import soft_jax
 from soft_jax import __main__ as command_line
-from soft_jax import continual, data, evaluate, methods, report, store, tables, weights
+from soft_jax import continual, evaluate, methods, report, store, tables, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
-from tests.conftest import TINY
+from tests.conftest import LAYERS
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -147,17 +146,7 @@ def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.fixture
-def _tiny_world(backbone, monkeypatch):
-    digits = data.load("digits")
-    few = data.Dataset(*(data.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
-    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-    monkeypatch.setattr(data, "load", lambda *_: few)
-    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
-        yield
-
-
-@pytest.mark.usefixtures("_tiny_world")
+@pytest.mark.usefixtures("digits")
 def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path, capsys, monkeypatch):
     arguments = ["table", "methods", f"--workdir={tmp_path}", "--rows=1,24", "--seeds=2"]
     arguments.append(
@@ -232,21 +221,18 @@ def test_the_layer_sweep_has_a_picture(tmp_path):
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("_tiny_world")
 @pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "ewc", "lwf", "derpp", "icarl", "bic"])
-def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, tmp_path):
+def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, digits, tmp_path):
     """Task 2 trained again from what task 1 left on disk: the same arrays; and the predictor's counts are those of the evaluation."""
     config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
-    config = dataclasses.replace(
-        config, mask_layers=(3, 4), e_prompt_layers=(3, 4), g_prompt_layers=(1,), pool_size=3, top_k=2, exemplars=20
-    )
+    config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, **LAYERS)
     once = continual.run(config, tmp_path, Console(quiet=True))
     arrays = store.load_manifest(tmp_path / "tasks/001")["sha256"]
     shutil.rmtree(tmp_path / "tasks/001")
     again = continual.run(config, tmp_path, Console(quiet=True))
     assert again[1]["metrics"] == once[1]["metrics"]
     assert store.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
-    test = data.load("digits").test
+    test = digits.test
     classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
     protocol = evaluate.NO_TASK_ID if "+" not in method else evaluate.PER_SAMPLE
     rows = once[1]["metrics"][protocol]
