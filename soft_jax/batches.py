@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 from PIL import Image
 
@@ -87,6 +86,8 @@ def from_files(
     task). An image is augmented by its place in the schedule alone, so the batches depend neither on threads nor on processes.
     Raises UserError naming a file that can't be read.
     """
+    import grain  # a third of what a run would import, and only files need it
+
     each = schedule.padded // processes
     first_row = process * each
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import minimize
 
 from soft_jax import trees
 from soft_jax.errors import UserError
@@ -257,6 +256,8 @@ def bias(known: Reviewed, seen: np.ndarray, validation: np.ndarray) -> tuple[flo
     Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. (There, β alone is
     held near 0, by a weight decay.)
     """
+    from scipy.optimize import minimize  # only BiC needs it, and it takes long to import
+
     logits, labels = known.logits[validation].astype(np.float64), known.labels[validation]
 
     def objective(x):

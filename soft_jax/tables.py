@@ -10,8 +10,8 @@ host, retention, reparametrisation and layers. Choices where the paper is silent
   of 0.0003, 0.001, 0.003 and 0.01 for joint training on the small backbone. The paper gives none.
 - The upper bound of a method is the method with one task of all classes.
 
-CLIP and DER+MCG are printed as published and not run. The latter, DER (Yan et al., 2021) with a gate that names the task (Cai et al., 2023),
-adds a whole network with every task and classifies by all of them: neither a frozen backbone nor one that is trained on carries that.
+CLIP and DER+MCG are printed as published and not run. The latter, DER (Yan et al., 2021) with a gate that names the task (Cai et al.,
+2023), adds a whole network with every task and classifies by all of them: neither a frozen backbone nor one that is trained on is that.
 """
 
 import dataclasses

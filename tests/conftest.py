@@ -48,11 +48,14 @@ def tiny_method(**changes) -> methods.Method:
 @pytest.fixture(scope="session")
 def backbone():
     """Random frozen parameters of the tiny ViT, spread wide enough that nothing is nearly linear."""
-    images = np.zeros((1, 16, 16, 3), np.float32)
-    params = jax.jit(ViT(TINY).init)(jax.random.key(0), images)["params"]
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(treedef, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    rng, images = np.random.default_rng(0), np.zeros((1, 16, 16, 3), np.float32)
+    shapes = jax.eval_shape(ViT(TINY).init, jax.random.key(0), images)["params"]  # drawn by NumPy, which compiles nothing
+
+    def draw(path, like):
+        mean = 1 if path[-1].key == "scale" else 0
+        return jax.numpy.asarray(rng.normal(mean, 0.3 if path[-1].key == "kernel" else 0.2, like.shape), like.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 @contextmanager
