@@ -7,11 +7,12 @@ from typing import Any
 
 import ml_collections
 
-from soft_jax import packing, prompts, rehearsal, reparam
+from soft_jax import packing, prompts, rehearsal, reparam, retention
 from soft_jax.errors import UserError
 
 HOSTS = ("dualprompt", "l2p")
-FINE_TUNED = ("ft", "ewc", "lwf", *rehearsal.KINDS)  # methods that train the whole network
+WAYS = retention.KINDS | rehearsal.KINDS  # of keeping something from older tasks
+FINE_TUNED = ("ft", *(name for name, way in WAYS.items() if way.fine_tunes))  # methods that train the whole network
 ALONE = ("head", *FINE_TUNED)  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
 # Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
@@ -138,7 +139,7 @@ class Config:
             raise UserError("mask_weights: 'qv' is for lora, which treats q, k and v apart; take 'qkv'")
 
     def _check_method(self) -> None:
-        parts, joined = self.method.split("+"), (HOSTS, ("pgp",), tuple(reparam.KINDS))
+        parts, joined = self.method.split("+"), (HOSTS, tuple(name for name in WAYS if name not in ALONE), tuple(reparam.KINDS))
         known = {*ALONE, *(part for group in joined for part in group)}
         if unknown := [part for part in parts if part not in known]:
             raise UserError(f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}")

@@ -12,8 +12,12 @@ network. Joint training, the upper bound of any method, is the method with one t
 An adapter is a task's own pytree, `{"key": [dim], "prompt": [layers, 2, length, heads, head_dim], "mask": {...}}` ("prompt" for DualPrompt
 only; the last under the name of the reparametrisation's slot; empty where a method has nothing of a task's own). The shared part is trained
 by every task in turn: `{"head": {"kernel": [dim, classes], "bias": [classes]}}`, with "g_prompt" for DualPrompt, "pool"
-`{"key": [size, dim], "prompt": [size, length, dim]}` for L2P, and "weights", the whole backbone, where that is trained. Forgetting
-comes from the shared part alone: the G-prompt, the pool, the weights, and, for methods without task identity, the classifier.
+`{"key": [size, dim], "prompt": [size, length, dim]}` for L2P, and "weights", the whole backbone, where that is trained.
+
+What a method forgets comes from two places. With the task given, from the shared part alone: the G-prompt, the pool, the weights; the
+classifier's columns of older classes only where those are trained on again (`rehearsal`), since the loss is over the task's classes
+otherwise. "head", "softtf" and "lora" alone share nothing else, and forget nothing there. Without the task, every method also loses
+images to the classes, and the keys, of newer tasks.
 """
 
 import dataclasses
@@ -21,12 +25,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from soft_jax import packing, prompts, rehearsal, reparam, retention, trees
-from soft_jax.config import FINE_TUNED, Config
+from soft_jax import prompts, reparam, trees
+from soft_jax.config import FINE_TUNED, WAYS, Config
 from soft_jax.errors import UserError
 from soft_jax.rehearsal import Rehearsal
 from soft_jax.reparam import Reparam
-from soft_jax.retention import Retention
+from soft_jax.retention import Way
 from soft_jax.vit import Prefix, ViT, ViTConfig
 
 Adapter = trees.Tree
@@ -43,7 +47,7 @@ class Method:
     vit: ViTConfig
     classes: int
     reparam: Reparam | None = None
-    retention: Retention | Rehearsal | None = None
+    retention: Way | None = None
     e_layers: tuple[int, ...] = ()
     e_length: int = 0
     g_layers: tuple[int, ...] = ()
@@ -77,7 +81,7 @@ class Method:
     @property
     def first_task_layer(self) -> int:
         """The first layer whose output depends on the task: everything before it is computed once for all tasks."""
-        return min([*self.e_layers, *reparam.layers_of(self.reparam)], default=self.vit.depth)
+        return min([*self.e_layers, *(self.reparam.changed_layers if self.reparam else ())], default=self.vit.depth)
 
     @property
     def prompt_tokens(self) -> int:
@@ -148,16 +152,13 @@ class Method:
 
     def pack(self, adapter: Adapter) -> Adapter:
         """A trained adapter as the store keeps it."""
-        if not isinstance(self.reparam, reparam.SoftMask):
-            return adapter
-        return adapter | {"mask": packing.pack(adapter["mask"], self.reparam.stored_as, self.reparam.stored_rank)}
+        return adapter | ({self.reparam.slot: self.reparam.pack(adapter[self.reparam.slot])} if self.reparam else {})
 
     def unpack(self, packed: Adapter, backbone: trees.Tree) -> Adapter:
         """The adapter, or the part of it, that `pack` gave."""
-        if not isinstance(self.reparam, reparam.SoftMask) or "mask" not in packed:
+        if not self.reparam or self.reparam.slot not in packed:
             return packed
-        like = trees.select(backbone, self.kernels)
-        return packed | {"mask": packing.unpack(packed["mask"], self.reparam.stored_as, like)}
+        return packed | {self.reparam.slot: self.reparam.unpack(packed[self.reparam.slot], backbone)}
 
     def fixed(self, adapter: Adapter) -> int:
         """How many of an adapter's numbers are kept but never trained."""
@@ -236,10 +237,8 @@ def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
         if part in reparam.KINDS:
             settings["reparam"] = reparam.KINDS[part](config, _from_zero(config.mask_layers))
             reparam.check(settings["reparam"], vit)
-        elif part in retention.KINDS:
-            settings["retention"] = retention.KINDS[part](config)
-        elif part in rehearsal.KINDS:
-            settings["retention"] = rehearsal.KINDS[part](config)
+        elif part in WAYS:
+            settings["retention"] = WAYS[part].from_config(config)
         elif part == "dualprompt":
             settings |= {"e_layers": _from_zero(config.e_prompt_layers), "e_length": config.e_prompt_length}
             settings |= {"g_layers": _from_zero(config.g_prompt_layers), "g_length": config.g_prompt_length}

@@ -1,9 +1,11 @@
-"""How a task's soft masks are kept in the store: as they are, or smaller. A mask is near 1, so what is kept is its distance from 1.
+"""How a task's masks are kept in the store: as they are, or smaller.
 
-A packed mask is a dict of arrays; packing is done once, when a task ends, and the task goes on with what unpacking gives: figures are those
-of what is stored. A mask of ones stays one, to the bit, in each of these ways.
+Packing is done once, when a task ends, and the task goes on with what unpacking gives: figures are those of what is stored. A soft mask is
+near 1, so what is kept is its distance from 1, in a dict of arrays; a mask of ones stays one, to the bit, in each of these ways. Of a
+binary mask a bit a weight is kept.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,6 +50,16 @@ def _pack_low_rank(mask: jax.Array, rank: int) -> Packed:
     """The best product of `[in, rank]` and `[rank, out]` in the 2-norm (Eckart and Young, 1936)."""
     left, sizes, right = jnp.linalg.svd(mask - 1, full_matrices=False)
     return {"left": left[:, :rank] * sizes[None, :rank], "right": right[:rank]}
+
+
+def pack_bits(mask: jax.Array) -> jax.Array:
+    """A mask of zeros and ones as uint8 `[ceil(size / 8)]`, a bit each, in row-major order."""
+    return jnp.packbits(mask.reshape(-1).astype(bool))
+
+
+def unpack_bits(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The mask, float32 `shape`, of what `pack_bits` gave."""
+    return jnp.unpackbits(bits, count=math.prod(shape)).reshape(shape).astype(jnp.float32)
 
 
 class Way(NamedTuple):

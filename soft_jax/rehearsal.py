@@ -2,12 +2,13 @@
 
 These are `retention`'s ways that keep, beside arrays, which images of the training set are their exemplars: rows of that set, equally many
 of every class seen (`exemplars` // classes), so a continued run needs the same set, which it checks. All of them train the whole network,
-with the cross entropy over all classes seen. They are the paper's rehearsal baselines on this backbone, under this project's optimizer and
-crops; where the originals differ is said in each.
+with the cross entropy over all classes seen: they forget as fine-tuning does wherever so few images, which they come to know by heart, do
+not speak for the rest. They are the paper's rehearsal baselines on this backbone, under this project's optimizer and crops; where the
+originals differ is said in each.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from soft_jax.errors import UserError
 from soft_jax.retention import Batch, Distillation, Way
 
 if TYPE_CHECKING:
+    from soft_jax.config import Config
     from soft_jax.methods import Method
 
 
@@ -46,6 +48,11 @@ class Rehearsal(Way):
     joined: ClassVar[bool] = True
     least: ClassVar[int] = 1  # exemplars of a class
     exemplars: int
+
+    @classmethod
+    def from_config(cls, config: "Config") -> Self:
+        """With as many exemplars as `config` says."""
+        return cls(exemplars=config.exemplars)
 
     def check(self, classes: int) -> None:
         """Raise UserError where there are too few exemplars for so many classes."""
@@ -276,9 +283,5 @@ def _corrected(head: trees.Tree, new: np.ndarray, alpha: float, beta: float) -> 
     return {"kernel": np.asarray(head["kernel"]) * scale, "bias": bias}
 
 
-# A way by the name it has in a config's `method`, from the config's settings.
-KINDS = {
-    "derpp": lambda c: DERpp(exemplars=c.exemplars),
-    "icarl": lambda c: ICaRL(exemplars=c.exemplars),
-    "bic": lambda c: BiC(exemplars=c.exemplars),
-}
+# A way by the name it has in a config's `method`.
+KINDS: dict[str, type[Rehearsal]] = {"derpp": DERpp, "icarl": ICaRL, "bic": BiC}

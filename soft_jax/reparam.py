@@ -3,6 +3,8 @@
 Each class is one kind: `slot` names its arrays in an adapter, `init` draws them, `weights` turns them into parameters that take the
 place of the backbone's (`kernels`), or stand beside them (`Bottleneck`). Products and sums are taken in float32: bfloat16 steps by 0.004
 near 1, which is where masks are. To add a kind, write its class here and its line in `KINDS`.
+
+Of every kind, nothing of an old task's arrays changes later, so none of them forgets by itself: see `methods` for what does.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import trees
+from soft_jax import packing, trees
 from soft_jax.errors import UserError
 from soft_jax.vit import ViTConfig
 
@@ -65,11 +67,31 @@ def masked(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
     return jax.tree.map(jnp.multiply, kernels, masks)
 
 
+class Reparam:
+    """What a kind does unless it says otherwise. `slot` names its arrays in an adapter, `kernels` the parameters that they replace."""
+
+    slot: ClassVar[str]
+    kernels: tuple[str, ...]
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """The layers, from 0, that differ from the backbone's."""
+        return tuple(sorted({layer_of(path) for path in self.kernels}))
+
+    def pack(self, own: trees.Tree) -> trees.Tree:
+        """A trained task's arrays as the store keeps them: as they are."""
+        return own
+
+    def unpack(self, packed: trees.Tree, backbone: trees.Tree) -> trees.Tree:
+        """Arrays that stand for the same weights, from what `pack` gave."""
+        return packed
+
+
 @dataclasses.dataclass(frozen=True)
-class SoftMask:
+class SoftMask(Reparam):
     """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1) is the published code's.
 
-    Nothing of a task's masks changes after it. `stored_as` and `stored_rank` say how the store keeps them (`packing`).
+    `stored_as` and `stored_rank` say how the store keeps masks (`packing`).
     """
 
     slot: ClassVar[str] = "mask"
@@ -85,6 +107,14 @@ class SoftMask:
     def weights(self, backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
         """θ ⊙ m."""
         return masked(backbone, masks)
+
+    def pack(self, masks: trees.Tree) -> trees.Tree:
+        """The masks as `stored_as` says."""
+        return packing.pack(masks, self.stored_as, self.stored_rank)
+
+    def unpack(self, packed: trees.Tree, backbone: trees.Tree) -> trees.Tree:
+        """The masks that are stored."""
+        return packing.unpack(packed, self.stored_as, trees.select(backbone, self.kernels))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -105,11 +135,11 @@ def kept(share: float, size: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class BinaryMask:
+class BinaryMask(Reparam):
     """WSN (Kang et al., 2022): scores s, and the top share `keep` of |s| in each kernel as a binary mask, straight-through to |s|.
 
     With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10)) as in the published code, instead of 0.
-    They are drawn with the task and not trained. Nothing of a task's scores changes after it.
+    They are drawn with the task and not trained. The store keeps a bit a weight, and of the small values those that are used.
     """
 
     slot: ClassVar[str] = "scores"
@@ -137,13 +167,36 @@ class BinaryMask:
         """θ ⊙ m."""
         return masked(backbone, self.masks(own))
 
+    def pack(self, own: trees.Tree) -> trees.Tree:
+        """Which weights are kept, a bit each, and the small values of the others, float32 `[size - kept]`."""
+        binary = dataclasses.replace(self, soft=False).masks(own)
+        packed = {"bits": jax.tree.map(packing.pack_bits, binary)}
+        if self.soft:
+            packed["minor"] = jax.tree.map(lambda mask, minor: minor.reshape(-1)[self._dropped(mask)], binary, own["minor"])
+        return packed
+
+    def unpack(self, packed: trees.Tree, backbone: trees.Tree) -> trees.Tree:
+        """Scores of 1 and 0, and the small values where they are used: the same masks, to the bit."""
+        kernels = trees.select(backbone, self.kernels)
+        own = {"scores": jax.tree.map(lambda kernel, bits: packing.unpack_bits(bits, kernel.shape), kernels, packed["bits"])}
+        if self.soft:
+            own["minor"] = jax.tree.map(
+                lambda mask, minor: jnp.zeros(mask.size).at[self._dropped(mask)].set(minor).reshape(mask.shape),
+                own["scores"],
+                packed["minor"],
+            )
+        return own
+
+    def _dropped(self, mask: jax.Array) -> jax.Array:
+        return jnp.flatnonzero(mask == 0, size=mask.size - kept(self.keep, mask.size))
+
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Reparam):
     """LoRA (Hu et al., 2022): W + 8 A B, rank `rank`, for q, k, v each by itself and `proj`, `fc1`, `fc2` whole.
 
     8 is alpha / rank of the published baseline (32 / 4), at every rank of Table 7; its dropout of 0.1 on the way in is left out.
-    B starts at 0: a new task starts as the backbone, to the bit. Nothing of a task's A and B changes after it.
+    B starts at 0: a new task starts as the backbone, to the bit.
     """
 
     slot: ClassVar[str] = "lora"
@@ -178,18 +231,22 @@ class LoRA:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Reparam):
     """Adapter (Houlsby et al., 2019), placed as the published baseline's: x + up(GELU(down x)) behind fc1 and behind fc2, no biases.
 
     The published ones are never trained (they require no gradient); these are. `up` starts at 0: a new task starts as the backbone.
     They stand beside the backbone's parameters, under the names that `vit.Mlp` looks for, so there is nothing to superpose for Gradient ID.
-    Nothing of a task's bottlenecks changes after it.
     """
 
     slot: ClassVar[str] = "bottleneck"
     kernels: ClassVar[tuple[str, ...]] = ()
     layers: tuple[int, ...]
     rank: int = 4
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """Those that it stands in."""
+        return self.layers
 
     def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
         """`blocks_L/mlp/{adapter1,adapter2}/{down [width, rank], up [rank, width]}`, float32."""
@@ -207,9 +264,6 @@ class Bottleneck:
         return own
 
 
-Reparam = SoftMask | BinaryMask | LoRA | Bottleneck
-
-
 def _lora(c, layers):
     weights = c.mask_weights.split("+")
     parts = (0, 2) if "qv" in weights else (0, 1, 2)
@@ -224,13 +278,6 @@ KINDS = {
     "lora": _lora,
     "adapter": lambda c, layers: Bottleneck(layers, c.rank),
 }
-
-
-def layers_of(reparam: Reparam | None) -> tuple[int, ...]:
-    """The layers, from 0, that differ from the backbone's."""
-    if reparam is None:
-        return ()
-    return reparam.layers if isinstance(reparam, Bottleneck) else tuple(sorted({layer_of(path) for path in reparam.kernels}))
 
 
 def check(reparam: Reparam, vit: ViTConfig) -> None:

@@ -8,7 +8,7 @@ older tasks are in `rehearsal`.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from soft_jax import trees
 from soft_jax.vit import ViT
 
 if TYPE_CHECKING:
+    from soft_jax.config import Config
     from soft_jax.methods import Method
 
 IMAGES = 256  # of a task's training images that `update` looks at, prepared as test images are
@@ -29,11 +30,22 @@ Batch = Mapping[str, Any]
 
 
 class Way:
-    """What a way does unless it says otherwise.
+    """What a way does unless it says otherwise. `fine_tunes`: it stands alone and trains the whole network; else it joins a prompt method.
 
     `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in [0, 1] `[N, H, W, 3]`, `labels` int `[N]`
     and `class_mask` bool `[classes]`, and in a step the `weights` `[N]` of `train.loss_fn`.
     """
+
+    fine_tunes: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, config: "Config") -> Self:
+        """The way with its settings of `config`: none."""
+        return cls()
+
+    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+        """The memory before the first task."""
+        raise NotImplementedError
 
     def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
         """What is added to the loss, a scalar; `logits` `[N, classes]` are the batch's. Nothing."""
@@ -47,6 +59,10 @@ class Way:
         """What a task's steps get as `memory`, and the shared part that they start from, from what is stored: both as they are."""
         return memory, shared
 
+    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
+        """The memory after one more task, from a batch of its images."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class PGP(Way):
@@ -57,11 +73,12 @@ class PGP(Way):
     main directions until `threshold` of the task's energy Σ σ² is in it. The published code, whose threshold is also 0.5, centres and
     reduces features by PCA, weighs σ⁴, and takes the basis among the images, not the features; that is not reproduced. Under the
     interleaved layout the halves named here are those of the arrays, not of their use. Projection comes after clipping and before Adam, as
-    there: Adam rescales each entry, so the update is only nearly orthogonal, and old tasks can still drift.
+    there: Adam rescales each entry, so the update is only nearly orthogonal, and old tasks can still drift by the G-prompt or the pool.
 
     Memory: `{"projector": [layers, dim, dim]}`, U Uᵀ of the G- and E-prompt layers in turn; of the pool, one.
     """
 
+    fine_tunes: ClassVar[bool] = False
     threshold: float = 0.5
 
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
@@ -150,6 +167,11 @@ class EWC(Way):
 
     strength: float = 1000.0
 
+    @classmethod
+    def from_config(cls, config: "Config") -> Self:
+        """λ is `ewc_strength`."""
+        return cls(config.ewc_strength)
+
     def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
         """Nothing to hold on to: F = 0."""
         return {"fisher": jax.tree.map(jnp.zeros_like, shared)}
@@ -219,19 +241,19 @@ class Distillation(Way):
 class LwF(Distillation):
     """Learning without Forgetting (Li and Hoiem, 2016): distillation on the new images alone.
 
-    All weights are shared: old tasks drift wherever the new images do not speak for the old ones.
+    There, the new classes' columns are trained first, alone; here everything is from the start. All weights are shared: old tasks drift
+    wherever the new images do not speak for the old ones.
     """
+
+    @classmethod
+    def from_config(cls, config: "Config") -> Self:
+        """λ is `lwf_strength`."""
+        return cls(config.lwf_strength)
 
     def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
         """Its task's classes among the old ones."""
         return {"seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
 
 
-Retention = PGP | EWC | LwF
-
-# A way by the name it has in a config's `method`, from the config's settings.
-KINDS = {
-    "pgp": lambda c: PGP(),
-    "ewc": lambda c: EWC(c.ewc_strength),
-    "lwf": lambda c: LwF(c.lwf_strength),
-}
+# A way by the name it has in a config's `method`.
+KINDS: dict[str, type[Way]] = {"pgp": PGP, "ewc": EWC, "lwf": LwF}

@@ -46,10 +46,11 @@ def test_a_low_rank_mask_is_kept_whole():
 
 
 @pytest.mark.usefixtures("fast_compile")
-def test_a_run_goes_on_with_what_it_stored(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [{"mask_storage": "int4"}, {"method": "dualprompt+softnet", "keep": 0.7}])
+def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypatch):
     """Its figures are those of the stored masks: read again, by the run and by a predictor, they are the ones that were evaluated."""
     config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **LAYERS)
-    config = dataclasses.replace(config, mask_storage="int4")
+    config = dataclasses.replace(config, **settings)
     seen = []
     add = continual.Learned.add
     monkeypatch.setattr(continual.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))

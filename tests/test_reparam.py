@@ -70,6 +70,20 @@ def test_softnet_keeps_the_rest_as_small_fixed_values(backbone):
     assert all(np.asarray(g).any() for g in jax.tree.leaves(grads["scores"]))
 
 
+@pytest.mark.parametrize(("keep", "soft"), [(0.7, False), (0.7, True), (1.0, True)])
+def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
+    """The masks of what is read again are those that were stored, to the bit; so are they when it is stored once more."""
+    kind = reparam.BinaryMask(PATHS, keep, soft)
+    own = kind.init(jax.random.key(0), backbone)
+    packed = kind.pack(own)
+    back = kind.unpack(packed, backbone)
+    assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, own)
+    jax.tree.map(np.testing.assert_array_equal, kind.masks(back), kind.masks(own))
+    jax.tree.map(np.testing.assert_array_equal, kind.pack(back), packed)
+    sizes = [leaf.size for leaf in jax.tree.leaves(own["scores"])]
+    assert trees.nbytes(packed) == sum(size // 8 + (4 * (size - round(keep * size)) if soft else 0) for size in sizes)
+
+
 @pytest.mark.parametrize("parts", [(0, 1, 2), (0, 2)])
 def test_lora_equals_the_merged_weight(backbone, rng, parts):
     """x W + 8 (x A) B, for q, k and v apart."""
