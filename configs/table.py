@@ -5,7 +5,7 @@ beside the published figures. The figure expected of a row is the published one,
 
 Variants by argument: `benchmark` (c100_10, c100_20, imr_10, cub_5, tiny_10; default: the first that the table has figures for), and any
 field of soft_jax.config.Config:
-  table.py:table=1,row=18,benchmark=c100_20                    Soft-TF-L[10,11,12] on 20-Split-CIFAR100
+  table.py:table=1,row=16,benchmark=c100_20                    Soft-TF-L[10,11,12] on 20-Split-CIFAR100
   table.py:table=methods,row=8,backbone=vit_ti8_32,epochs=2    L2P on the small bundled backbone
 """
 

@@ -76,9 +76,6 @@ def _table(arguments: argparse.Namespace) -> int:
         return 0
     overrides = parse_argument(arguments.set)
     rows = [rows[number - 1] for number in numbers]
-    configs = [
-        [tables.config_of(row, benchmark, overrides, seed) for seed in range(arguments.seeds)] if row.settings else [] for row in rows
-    ]
     # Imported here: a wrong argument is answered sooner.
     from absl import logging
 
@@ -90,20 +87,21 @@ def _table(arguments: argparse.Namespace) -> int:
     workdir = Path(arguments.workdir)
     picture = Path(arguments.output).with_suffix(".png") if arguments.output else workdir / "layers.png"
     try:
-        text = tables.make(arguments.table, benchmark, rows, configs, workdir, _command(arguments), picture)
+        text, whole = tables.make(arguments.table, benchmark, rows, overrides, arguments.seeds, workdir, _command(arguments), picture)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + 15
     print(text)
     if arguments.output:
         Path(arguments.output).write_text(text)
-    return 0
+    return 0 if whole else 1
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """The command again, but for where things are."""
+    """The command again, but for where things are, unless that tells what they are."""
+    dropped = set(tables.FREE) - set(tables.told_apart(parse_argument(arguments.set).get("dataset")))
     options = {name: getattr(arguments, name) for name in ("benchmark", "seeds", "rows", "set")}
-    settings = ",".join(item for item in options.pop("set").split(",") if item.partition("=")[0] not in tables.FREE)
+    settings = ",".join(item for item in options.pop("set").split(",") if item.partition("=")[0] not in dropped)
     words = [f"--{name}={value}" for name, value in (options | {"set": settings}).items() if value]
     return " ".join(["python -m soft_jax table", arguments.table, *words])
 

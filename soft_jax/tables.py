@@ -6,12 +6,16 @@ host, retention, reparametrisation and layers. Choices where the paper is silent
 - DualPrompt without layers has its E-prompts in L[3,4,5], as published; with masks in part of L[10,11,12] they are in all three.
 - Soft-TF without weights masks q,k,v,proj.
 - The adapter baseline's parameter counts are those of all 12 layers, whatever its name says: it is in all 12.
+- Figure 4 moves the masked layer alone; E-prompts stay in L[10,11,12].
 - Whole networks (FT, EWC, LwF and those with exemplars) are trained at base learning rate 0.003, a tenth of what prompts take: the best
   of 0.0003, 0.001, 0.003 and 0.01 for joint training on the small backbone. The paper gives none.
 - The upper bound of a method is the method with one task of all classes.
 
-CLIP and DER+MCG are printed as published and not run. The latter, DER (Yan et al., 2021) with a gate that names the task (Cai et al.,
-2023), adds a whole network with every task and classifies by all of them: neither a frozen backbone nor one that is trained on is that.
+In the table of all methods, prompts, masks, LoRA and adapters are all in L[10,11,12].
+
+DER+MCG is printed as published and not run, and CLIP (Table 3) is not here. DER+MCG is DER (Yan et al., 2021) with a gate that names the
+task (Cai et al., 2023): a whole network more with every task, and all of them classify. No frozen backbone, nor one that is trained on,
+carries that.
 """
 
 import dataclasses
@@ -19,9 +23,10 @@ import functools
 import hashlib
 import json
 import re
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -30,6 +35,9 @@ from soft_jax import report
 from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
 from soft_jax.store import Reader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "c100_10": {"dataset": "cifar100", "tasks": 10, "seed": 59},
@@ -86,7 +94,7 @@ WEIGHTS = {
 # Tables that the paper does not number: title, and settings by row.
 OWN = {
     "methods": ("Every method", METHODS),
-    "layers": ("Soft-TF on one layer at a time (Figure 4)", LAYERS),
+    "layers": ("Soft-TF on one layer at a time, E-prompts in L[10,11,12] (Figure 4)", LAYERS),
     "weights": ("Soft-TF on some of a layer's weights", WEIGHTS),
 }
 
@@ -166,7 +174,9 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
     """
     if table in OWN:
         return [Row(number, name, {}, settings) for number, (name, settings) in enumerate(OWN[table][1].items(), 1)]
-    known = {str(row["table"]) for row in report.published_rows()}
+    known = {str(row["table"]) for row in report.published_rows()} - {"3"}
+    if table == "3":
+        raise UserError("table: Table 3 is CLIP's, which is not here")
     if table not in known:
         raise UserError(f"table: {table!r} is unknown; known are {', '.join([*sorted(known, key=int), *OWN])}")
     rows: dict[str, Row] = {}
@@ -197,23 +207,37 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
 def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int) -> Config:
     """A row's config. `overrides` go before the benchmark's settings and the row's own, but for what the row is about.
 
-    Raises UserError for a row that is not run here, or a setting that is no good.
+    Raises UserError for a row that is not run here, a setting that is no good, or another backbone for a row that is about its own.
     """
     if row.settings is None:
         raise UserError(f"table: the row {row.name!r} is not run here: CLIP, or a network more for every task")
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
+    if {"backbone"} <= row.settings.keys() & overrides.keys():
+        raise UserError(f"backbone: the row {row.name!r} is about {row.settings['backbone']}; leave backbone out, or this row")
     settings = BENCHMARKS[benchmark] | dict(row.settings) | dict(overrides)
-    # A run on another backbone, of fewer epochs or at another rate is still this row; another method, rank or number of tasks is not.
-    kept = {key: value for key, value in row.settings.items() if key not in ("epochs", "batch_size", "backbone", "learning_rate")}
-    return Config(**settings | kept | {"name": "table", "seed": settings["seed"] + seed})
+    return Config(**settings | fixed(row) | {"name": "table", "seed": settings["seed"] + seed})
+
+
+def fixed(row: Row) -> dict[str, Any]:
+    """The settings that a row is about, which nothing overrides.
+
+    A run of fewer epochs or at another rate is still this row; one of another method, rank or number of tasks is not.
+    """
+    return {key: value for key, value in row.settings.items() if key not in ("epochs", "batch_size", "learning_rate")}
 
 
 def folder_of(config: Config) -> str:
     """The run's folder below the table's workdir: its method, what tells it apart, a digest of all its settings, and its seed."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in {*FREE, "name", "seed"}}
+    settings |= {field: getattr(config, field) for field in told_apart(config.dataset) if getattr(config, field)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.method}-{config.dataset}-{config.tasks}x-{digest}/seed{config.seed}"
+
+
+def told_apart(dataset: str | None) -> tuple[str, ...]:
+    """Settings of where things are that say what they are too: a backbone's file, and a folder of images."""
+    return ("backbone_path", "data_dir") if dataset == "folder" else ("backbone_path",)
 
 
 def finished(workdir: Path, config: Config) -> list[dict[str, Any]] | None:
@@ -225,10 +249,11 @@ def finished(workdir: Path, config: Config) -> list[dict[str, Any]] | None:
     return [reader.load_task_manifest(task) for task in range(config.tasks)]
 
 
-def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list[dict[str, Any]]]:
-    """The manifests of each config's run below `workdir`; those that are not finished are run, or continued.
+def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list[dict[str, Any]] | UserError]:
+    """The manifests of each config's run below `workdir`, or what was wrong with it; those that are not finished are run, or continued.
 
-    One data set is held at a time, and seeds of one method share its compiled programs. Raises as `continual.run` does.
+    One data set is held at a time, and seeds of one method share its compiled programs. Raises UserError for a data set that can't be
+    had, Preempted after a SIGTERM.
     """
     from soft_jax import continual, data  # they start jax, which a finished table does without
 
@@ -239,7 +264,12 @@ def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list
         manifests = finished(folder, config)
         if manifests is None:
             console.rule(f"{number} of {len(configs)}: {config.method}, {config.tasks} tasks, seed {config.seed}")
-            manifests = continual.run(config, folder, console, load(config.dataset, config.data_dir))
+            dataset = load(config.dataset, config.data_dir)
+            try:
+                manifests = continual.run(config, folder, console, dataset)
+            except UserError as error:  # hours of other rows may be before and behind it
+                console.print(f"error: {error}")
+                manifests = error
         done.append(manifests)
     return done
 
@@ -278,16 +308,18 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         "memory_bytes": last[0]["bytes"]["memory"] + last[0]["bytes"].get("exemplars", 0),
         "gflops": last[0]["step_flops"] and last[0]["step_flops"] / 1e9,
     }
-    for part in ("train", "evaluate"):
+    for part in ("train", "statistics", "evaluate"):
         cost[part] = float(np.mean([sum(m["seconds"][part] for m in manifests) for manifests in runs]))
     for protocol in runs[0][0]["metrics"]:
         each = [report.figures(manifests, protocol) for manifests in runs]
         figures = {key: _statistics([e[key] for e in each]) for key in each[0]}
-        published = row.published.get(protocol) or (row.published.get("per_sample") if protocol.startswith("per_sample/") else None)
+        published = row.published.get(protocol) or (row.published.get("per_sample") if protocol in _NO_VOTE else None)
         joint = len(runs[0]) == 1
         if joint and protocol not in ("per_sample/no_task_id", "per_sample/prompt_id", "per_sample/prototype"):
             continue  # with one task, the others are one of these
         accuracies = [e["final_average"] for e in each]
+        if protocol == "per_sample/prototype":  # which alone needs them
+            cost = cost | {"own_bytes": last[0]["bytes"]["adapter"] + last[0]["bytes"]["statistics"]}
         lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, accuracies, last[0]["backbone"]["name"]))
     return lines
 
@@ -295,6 +327,18 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
 def _statistics(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n − 1; 0 for one value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def joint_lines(benchmark: str, overrides: Mapping[str, Any], seeds: int, workdir: Path) -> list[Line]:
+    """Joint training under the settings of a table, as far as any table has finished it below `workdir`."""
+    lines = []
+    for number, (name, settings) in enumerate(METHODS.items(), 1):
+        if settings.get("tasks") == 1:
+            row = Row(number, name, {}, settings)
+            configs = [config_of(row, benchmark, overrides, seed) for seed in range(seeds)]
+            runs = [finished(workdir / folder_of(config), config) for config in configs]
+            lines += lines_of(row, found) if (found := [one for one in runs if one]) else []
+    return lines
 
 
 def bound(line: Line, lines: Sequence[Line]) -> float | None:
@@ -339,28 +383,45 @@ def _cells(line: Line, best: float | None) -> list[str]:
         f"{cost['own']:,} + {cost['shared']:,}",
         " + ".join(f"{cost[part] / 2**20:.2f}" for part in ("own_bytes", "shared_bytes", "memory_bytes")),
         "–" if cost["gflops"] is None else f"{cost['gflops']:.1f}",
-        f"{cost['train']:.0f} + {cost['evaluate']:.0f}",
+        " + ".join(f"{cost[part]:.0f}" for part in ("train", "statistics", "evaluate")),
     ]
 
 
-def markdown(title: str, command: str, rows: Sequence[Row], lines: Sequence[Line], settings: str) -> str:
-    """The table as Markdown."""
+def markdown(
+    title: str,
+    command: str,
+    rows: Sequence[Row],
+    lines: Sequence[Line],
+    settings: str,
+    joint: Sequence[Line] = (),
+    failed: Mapping[int, UserError] = types.MappingProxyType({}),
+) -> str:
+    """The table as Markdown. `joint` are lines of joint training that bound those of the table, whether or not they are in it."""
     columns = ["#", "row", "protocol", "accuracy", "forgetting", "task id", "published", "parameters: own + shared"]
-    columns += ["MiB a task: own + shared + memory", "GFLOP a step", "seconds: training + evaluation"]
+    columns += ["MiB a task: own + shared + memory", "GFLOP a step", "seconds: training + after it + evaluation"]
     out = [f"# {title}", "", f"Made by `{command}`; a row alone by its number, with `--rows=#`.", "", settings, ""]
     out += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    out += ["| " + " | ".join(_cells(line, bound(line, lines))) + " |" for line in lines]
+    out += ["| " + " | ".join(_cells(line, bound(line, [*lines, *joint]))) + " |" for line in lines]
     for row in rows:
         for figures in row.published.values() if row.settings is None else ():
             out.append(f"| {row.number} | {row.name} | as published, not run |{' – |' * 3} {_published(figures)} |{' – |' * 4}")
+        if row.number in failed:
+            out.append(f"| {row.number} | {row.name} | failed: {failed[row.number]} |{' – |' * 8}")
     out += ["", report.FOOTNOTE.replace("*", "\\*", 1) + ".", ""]
     out += [
         "Accuracy and forgetting after the last task, in percent of test images, ± the standard deviation over seeds; published: "
-        "accuracy / forgetting, on ViT-B/16. Memory is what a method holds of older tasks. Evaluation is of all protocols and stages.",
+        "accuracy / forgetting, on ViT-B/16. Memory is what a method holds of older tasks; what is a prototype row's own counts the "
+        "statistics of q(x). After training come those statistics and what the method keeps; evaluation is of all protocols and stages.",
         "",
     ]
-    if any(line.joint for line in lines):
+    if any(line.joint for line in [*lines, *joint]):
         out += ["▲: above joint training on all classes, as measured here on the same backbone (for prototype rows: with prototypes).", ""]
+    else:
+        out += [
+            "Joint training on all classes, the bound that ▲ marks what is above of, is not measured under these settings; "
+            "`table methods` has it in its last rows.",
+            "",
+        ]
     return "\n".join([*out, *reading(lines)])
 
 
@@ -374,6 +435,7 @@ _COMPARED = {
 
 
 # What the batch decides in the place of each image; how the protocol begins.
+_NO_VOTE = ("per_sample/no_task_id", "per_sample/prompt_id")  # of ours, what stands beside a figure published without a task id
 _VOTED = {
     "per_sample/no_task_id": "batch_vote/pool",
     "per_sample/prompt_id": "batch_vote/prompt_id",
@@ -392,9 +454,11 @@ def reading(lines: Sequence[Line]) -> list[str]:
                 f"{name} ({report.title(protocol)}) {_mean(_statistics(each), len(each))}" for _, each, (name, protocol) in ranked[:3]
             )
             out.append(f"- Highest with {title}: {best}. Lowest: {ranked[-1][2][0]}, {ranked[-1][0]:.2f}.")
-    for name in dict.fromkeys(name for name, _ in found):
-        if changes := _differences(found, f"{name}-Soft-TF", name):
-            out.append(f"- Soft-TF on {name}: {changes} points.")
+    names = dict.fromkeys(name for name, _ in found)
+    for name in names:
+        host = re.sub(r"-Soft-TF(-L\[[\d,]+\])?( q,k,v(,proj)?)?", "", name)
+        if host != name and (changes := _differences(found, name, host)):
+            out.append(f"- {name} beside {host}: {changes} points.")
     for one, others in RIVALS.items():
         for other in others:
             if changes := _differences(found, one, other):
@@ -427,8 +491,8 @@ def _differences(found: Mapping[tuple[str, str], Sequence[float]], one: str, oth
     return ", ".join(parts)
 
 
-def draw_layers(path: Path, lines: Sequence[Line]) -> None:
-    """Figure 4: accuracy by masked layer, a curve a protocol, as a PNG at `path`."""
+def draw_layers(lines: Sequence[Line]) -> "Figure":
+    """Figure 4: accuracy by masked layer, a curve a protocol."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -440,11 +504,17 @@ def draw_layers(path: Path, lines: Sequence[Line]) -> None:
         axes.errorbar(layers, means, stds, marker="o", capsize=3, label=report.title(protocol))
     axes.set(xlabel="masked layer", ylabel="accuracy after the last task (%)", xticks=range(1, 13))
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    return figure
 
 
-def _conditions(rows: Sequence[Row], configs: Sequence[Sequence[Config]]) -> str:
-    """Backbone, epochs, batches, rates and images, and for which rows."""
+def _conditions(rows: Sequence[Row], configs: Sequence[Sequence[Config]], overrides: Mapping[str, Any]) -> str:
+    """Backbone, epochs, batches, rates and images, and for which rows; and where an override did not reach."""
+    kept: dict[str, list[int]] = {}
+    for row in rows:
+        for key, value in fixed(row).items() if row.settings else ():
+            if overrides.get(key, value) != value:
+                kept.setdefault(key, []).append(row.number)
+    but = "".join(f" {key} is what rows {', '.join(map(str, numbers))} are about: theirs is their own." for key, numbers in kept.items())
     by_condition: dict[str, list[int]] = {}
     for row, each in zip(rows, configs, strict=True):
         for c in each[:1]:
@@ -452,8 +522,8 @@ def _conditions(rows: Sequence[Row], configs: Sequence[Sequence[Config]]) -> str
             text = f"{c.backbone}, {c.epochs} epoch(s) in batches of {c.batch_size} at base rate {c.learning_rate}, {images}"
             by_condition.setdefault(text, []).append(row.number)
     if len(by_condition) == 1:
-        return f"{next(iter(by_condition))}."
-    return " ".join(f"Rows {', '.join(map(str, numbers))}: {text}." for text, numbers in by_condition.items())
+        return f"{next(iter(by_condition))}." + but
+    return " ".join(f"Rows {', '.join(map(str, numbers))}: {text}." for text, numbers in by_condition.items()) + but
 
 
 def default_benchmark(table: str) -> str:
@@ -465,35 +535,52 @@ def default_benchmark(table: str) -> str:
 
 
 def chosen(numbers: str | None, count: int) -> list[int]:
-    """Row numbers from 1, of a list such as "1,3-5"; all without one. Raises UserError for what is no such list."""
+    """Row numbers from 1 in order, of a list such as "1,3-5"; all without one. Raises UserError for what is no such list."""
     if not numbers:
         return list(range(1, count + 1))
-    try:
-        parts = [(int(first), int(last or first)) for first, _, last in (part.partition("-") for part in numbers.split(","))]
-    except ValueError:
-        raise UserError(f"--rows: {numbers!r} is not a list such as 1,3-5") from None
-    out = [number for first, last in parts for number in range(first, last + 1)]
-    if not out or not all(1 <= number <= count for number in out):
+    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in numbers.split(",")]
+    parts = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
+    if not all(found) or any(first > last for first, last in parts):
+        raise UserError(f"--rows: {numbers!r} is not a list such as 1,3-5")
+    out = sorted({number for first, last in parts for number in range(first, last + 1)})
+    if not 1 <= out[0] <= out[-1] <= count:
         raise UserError(f"--rows: {numbers!r}: rows are numbered 1 to {count}; --list shows them")
     return out
 
 
 def make(
-    table: str, benchmark: str, rows: Sequence[Row], configs: Sequence[Sequence[Config]], workdir: Path, command: str, picture: Path
-) -> str:
-    """Run what is missing of `rows` below `workdir` and return the table as Markdown; that of the layers has a picture, a PNG at `picture`.
+    table: str,
+    benchmark: str,
+    rows: Sequence[Row],
+    overrides: Mapping[str, Any],
+    seeds: int,
+    workdir: Path,
+    command: str,
+    picture: Path,
+) -> tuple[str, bool]:
+    """Run what is missing of `rows` below `workdir`: the table as Markdown, and whether every row is in it.
 
-    `configs` holds the configs of each row's seeds, none for a row that is not run. Raises UserError where nothing would be run.
+    A row that can't be run, or fails, has its error in the table; the others are run. That of the layers has a picture, a PNG at `picture`.
+    Raises UserError where no row is run, for the reason of the first.
     """
+    configs = [[config_of(row, benchmark, overrides, seed) for seed in range(seeds)] if row.settings else [] for row in rows]
     wanted = [config for each in configs for config in each]
     if not wanted:
         raise UserError("--rows: none of these rows is run here; --list shows which are")
-    runs = iter(run(wanted, workdir, Console()))
-    lines = [line for row, each in zip(rows, configs, strict=True) if each for line in lines_of(row, [next(runs) for _ in each])]
+    outcomes, lines, failed = iter(run(wanted, workdir, Console())), [], {}
+    for row, each in zip(rows, configs, strict=True):
+        runs = [next(outcomes) for _ in each]
+        if problem := next((outcome for outcome in runs if isinstance(outcome, UserError)), None):
+            failed[row.number] = problem
+        elif runs:
+            lines += lines_of(row, runs)
+    if not lines:
+        raise next(iter(failed.values()))
     title = OWN[table][0] if table in OWN else f"Table {table}"
-    note = f"{max(map(len, configs))} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs)
-    text = markdown(f"{title}, {benchmark}", command, rows, lines, note)
+    note = f"{seeds} seed(s), from {wanted[0].seed} on. " + _conditions(rows, configs, overrides)
+    joint = joint_lines(benchmark, overrides, seeds, workdir)
+    text = markdown(f"{title}, {benchmark}", command, rows, lines, note, joint, failed)
     if table == "layers":
-        draw_layers(picture, lines)
+        draw_layers(lines).savefig(picture, dpi=100)
         text += f"![Accuracy by masked layer]({picture.name})\n"
-    return text
+    return text, not failed

@@ -184,7 +184,7 @@ def test_too_few_exemplars_are_refused(method, exemplars, least, digits, tmp_pat
         continual.run(config, tmp_path, Console(quiet=True))
 
 
-@pytest.mark.parametrize("method", ["derpp", "bic"])
+@pytest.mark.parametrize("method", ["derpp", "icarl", "bic"])
 def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digits, tmp_path):
     config = Config(dataset="digits", tasks=2, method=method, exemplars=30, epochs=1, batch_size=16, learning_rate=0.003)
     with closing(Store(tmp_path)) as store:
@@ -196,11 +196,18 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             own, again = run.taught(task, memory)
             assert (labels[own] // 5 == task).all()
             assert (labels[again] < 5 * task).all()
-            assert len(again) == {0: 0, 1: 30 if method == "derpp" else 25}[task]
+            assert len(again) == {0: 0, 1: 25 if method == "bic" else 30}[task]
             held += sorted(set(run.scenario.members(labels, task)) - set(own))
             once += [*own, *again]
             recalled, shared = run.method.recall(memory, shared)
-            pool, rows = continual._Feed(run, task, 0, recalled)._pool, np.concatenate([own, again])
+            feed, rows = continual._Feed(run, task, 0, recalled), np.concatenate([own, again])
+            pool, plan = feed._pool, feed.schedule
+            np.testing.assert_array_equal(feed._fixed["class_mask"], np.arange(10) < 5 * (task + 1))
+            drawn = np.concatenate([batch[counted > 0] for batch, counted in map(plan.batch, range(plan.steps))])
+            if method == "derpp":  # as many exemplars as new images in each batch, whichever
+                assert np.bincount(drawn < len(own), minlength=2).tolist() == [len(own) * (task > 0), len(own)]
+            else:
+                assert sorted(drawn.tolist()) == list(range(len(rows)))
             np.testing.assert_array_equal(pool["labels"][: len(rows)], labels[rows])
             np.testing.assert_array_equal(pool["images"][: len(rows)], digits.train.images[rows])
             if method == "derpp":
@@ -209,10 +216,10 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             state, _ = continual.train_task(run, task, {}, shared, recalled)
             memory, shared = continual.task_memory(run, task, memory, state.trainable)
         kept = rehearsal.rows_of(memory)
-        assert np.bincount(labels[kept], minlength=10).tolist() == [3 if method == "derpp" else 2] * 10
+        assert np.bincount(labels[kept], minlength=10).tolist() == [2 if method == "bic" else 3] * 10
         assert len(set(kept.tolist())) == len(kept)
         assert not set(held) & set(once)
-        assert len(held) == {"derpp": 0, "bic": 10}[method]
+        assert len(held) == (10 if method == "bic" else 0)
         if method == "bic":
             assert set(rehearsal.all_rows_of(memory)) == set(held) | set(kept)
         manifest_bytes = continual._exemplar_bytes(run, memory)

@@ -34,7 +34,7 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
     method = tiny_method(retention=retention.PGP(), **host)
     trainable = trainable_of(method, backbone)
     memory = method.retention.init(method, trainable["shared"])
-    held = 0
+    held, before = 0, np.asarray(memory["projector"], float)
     for _ in range(2):
         images, labels = pictures(rng)
         memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
@@ -42,6 +42,13 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
             np.testing.assert_allclose(projector @ projector, projector, atol=1e-5)
             gram = np.asarray(retention._grams(method, trainable, backbone, images)[layer], float)
             assert np.trace(projector @ gram) >= 0.499 * np.trace(gram)
+            # As few directions as reach half of the energy, beside those that are held already: by the singular values.
+            rest = np.eye(24) - before[layer]
+            energies = np.linalg.svd(rest @ gram @ rest, compute_uv=False)
+            needed = 0.5 * np.trace(gram) - np.trace(before[layer] @ gram)
+            added = round(np.trace(projector) - np.trace(before[layer]))
+            assert added == np.searchsorted(np.cumsum(energies), needed) + 1 if needed > 0 else added == 0
+        before = np.asarray(memory["projector"], float)
         rank = np.trace(np.asarray(memory["projector"]), axis1=1, axis2=2).sum()
         assert held <= rank + 1e-3
         held = rank
