@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -103,13 +104,15 @@ OWN = {
 class Row:
     """A row of a table: its number in it, its name, the published figures by protocol, and the settings it is run with.
 
-    `settings` is None for a row that is not run here.
+    `settings` is None for a row that is not run here. `shots` are those of the published Gradient ID that the table shows; None: all that
+    are evaluated.
     """
 
     number: int
     name: str
     published: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any] | None
+    shots: tuple[int, ...] | None = None
 
 
 def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -187,21 +190,32 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
         if settings and "l2p" in settings["method"]:
             settings |= L2P_ON.get(benchmark, {})
         name = report.row_name(row)
-        shots = settings.pop("shots", ()) if settings else ()
+        shots = settings.pop("shots", Config.shots) if settings else ()
         key = json.dumps(settings, sort_keys=True) if settings else name
         figures = {protocol_of(row): row[benchmark]} if "accuracy" in row.get(benchmark, {}) else {}
         if "train_seconds" in row:
             figures = {
                 protocol_of(row): {part: row[f"{part}_seconds"][benchmark] for part in ("train", "test")} | {"device": row["device"]}
             }
-        before = rows.get(key, Row(len(rows) + 1, name, {}, settings))
-        together = before.settings
-        if shots:  # one run is evaluated with all the shots that the table names
-            together = together | {"shots": tuple(dict.fromkeys((*together.get("shots", ()), *shots)))}
-        rows[key] = dataclasses.replace(before, published={**before.published, **figures}, settings=together)
+        if settings and (evaluated := _shots().get(key, Config.shots)) != Config.shots:
+            settings |= {"shots": evaluated}
+        before = rows.get(key, Row(len(rows) + 1, name, {}, settings, ()))
+        shown = tuple(dict.fromkeys((*before.shots, *shots)))
+        rows[key] = dataclasses.replace(before, published={**before.published, **figures}, shots=shown)
     if not rows:
         raise UserError(f"table: Table {table} has no figures for {benchmark}")
     return list(rows.values())
+
+
+@functools.cache
+def _shots() -> dict[str, tuple[int, ...]]:
+    """By the rest of a row's settings, as JSON: the shots that any table names for it, so that one run serves all tables."""
+    found: dict[str, set[int]] = {}
+    for row in report.published_rows():
+        if settings := row_settings(row):
+            shots = settings.pop("shots", Config.shots)
+            found.setdefault(json.dumps(settings, sort_keys=True), set()).update(shots)
+    return {key: tuple(sorted(shots, key=lambda count: count or math.inf)) for key, shots in found.items()}
 
 
 def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int) -> Config:
@@ -317,6 +331,8 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         joint = len(runs[0]) == 1
         if joint and protocol not in ("per_sample/no_task_id", "per_sample/prompt_id", "per_sample/prototype"):
             continue  # with one task, the others are one of these
+        if protocol.startswith(report.VOTE_GRADIENT) and row.shots and protocol not in map(report.vote_gradient, row.shots):
+            continue  # another table's
         accuracies = [e["final_average"] for e in each]
         if protocol == "per_sample/prototype":  # which alone needs them
             cost = cost | {"own_bytes": last[0]["bytes"]["adapter"] + last[0]["bytes"]["statistics"]}

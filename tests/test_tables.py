@@ -130,13 +130,27 @@ def test_which_weights_are_masked_is_swept():
     assert parts["w/ FF"] == ["attn/proj/kernel", "attn/qkv/kernel", "mlp/fc1/kernel", "mlp/fc2/kernel"]
 
 
-def test_one_run_serves_all_shots():
+def test_one_run_serves_all_shots_of_all_tables():
     rows = tables.rows_of("9", "c100_10")
-    assert [row.settings["shots"] for row in rows] == [(3, 5, 7)] * 2
+    assert [row.settings["shots"] for row in rows] == [(3, 5, 7), (3, 5, 7, 0)]
+    assert [row.shots for row in rows] == [(3, 5, 7)] * 2
     assert [figures["accuracy"] for figures in rows[0].published.values()] == [93.12, 96.13, 96.51]
     assert list(rows[1].published) == [f"batch_vote/gradient_id_{shots}" for shots in (3, 5, 7)]
-    by_name = {row.name: row for row in tables.rows_of("6", "c100_10")}
-    assert by_name["DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"].settings["shots"] == (3, 7, 0)
+    same = "DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"
+    found = {table: next(row for row in tables.rows_of(table, "c100_10") if row.name.startswith(same)) for table in "679"}
+    assert {table: row.shots for table, row in found.items()} == {"6": (7, 3, 0), "7": (7,), "9": (3, 5, 7)}
+    assert len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()}) == 1
+    manifest = {
+        "metrics": {report.vote_gradient(shots): [{"correct": 1, "total": 2, "task_correct": 1}] for shots in (3, 5, 7, 0)},
+        "parameters": {"adapter": 3, "fixed": 0, "shared": 2},
+        "bytes": {"adapter": 3, "shared": 2, "memory": 0, "statistics": 1},
+        "step_flops": None,
+        "seconds": {"train": 1, "statistics": 1, "evaluate": 1},
+        "backbone": {"name": "vit_b16"},
+    }
+    runs = [[manifest, manifest | {"metrics": {k: v * 2 for k, v in manifest["metrics"].items()}}]]
+    assert [line.protocol for line in tables.lines_of(found["7"], runs)] == ["batch_vote/gradient_id_7"]
+    assert len(tables.lines_of(dataclasses.replace(found["7"], shots=None), runs)) == 4
 
 
 def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
