@@ -29,6 +29,7 @@ from soft_jax.store import Store
 
 CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
 READ_AT_ONCE = 1024  # training images that q(x) is taken of before a SIGTERM is looked for; from files, they are held at once
+DRAWN_AFTER = 60.0  # seconds of a task, for its pictures to be drawn before the last task: they take some
 QUERIES_AT_ONCE = 256  # training images of a forward pass that takes q(x)
 
 
@@ -249,7 +250,8 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
 
 def _report(run: Run, manifests: list[dict[str, Any]]) -> None:
     if processes.first():
-        report.write(run.store.root, dataclasses.asdict(run.config), run.config.benchmark, manifests)
+        drawn = len(manifests) == run.config.tasks or sum(manifests[-1]["seconds"].values()) > DRAWN_AFTER
+        report.write(run.store.root, dataclasses.asdict(run.config), run.config.benchmark, manifests, drawn)
 
 
 class Learned:

@@ -99,10 +99,10 @@ def row_name(row: Mapping[str, Any]) -> str:
     return ", ".join([row["method"], *(text.format(row[key]) for key, text in qualifiers.items() if row.get(key))])
 
 
-def write(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests) -> None:
-    """Write `results.jsonl`, `report.md` and the pictures, all made anew from the manifests."""
+def write(root: Path, config: Mapping[str, Any], benchmark: str, manifests: Manifests, drawn: bool) -> None:
+    """Write `results.jsonl`, `report.md` and, if they are to be `drawn`, the pictures, all made anew from the manifests."""
     write_text(root / "results.jsonl", "".join(json.dumps(row) + "\n" for row in result_rows(config, benchmark, manifests)))
-    pictures = draw(root, manifests)
+    pictures = draw(root, manifests) if drawn else []
     write_text(root / "report.md", markdown(root, config, benchmark, manifests, pictures))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import continual, packing, trees
+from soft_jax import continual, packing, report, trees
 from soft_jax.config import Config
 from soft_jax.predictor import Predictor
 from tests.conftest import LAYERS
@@ -54,8 +54,12 @@ def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypat
     seen = []
     add = continual.Learned.add
     monkeypatch.setattr(continual.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
+    monkeypatch.setattr(continual, "DRAWN_AFTER", 0.0)
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or [])
     for _ in range(2):  # the second reads both tasks from the store
         manifests = continual.run(config, tmp_path, Console(quiet=True))
+    assert drawn == [1, 2, 2]  # long tasks have pictures before the last is done
     for first, again in zip(seen[:2], seen[2:], strict=True):
         jax.tree.map(np.testing.assert_array_equal, first, again)
     predictor = Predictor.load(tmp_path, task_id="oracle", batch_size=16)

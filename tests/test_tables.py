@@ -195,7 +195,10 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     arguments.append(
         "--set=dataset=digits,tasks=2,epochs=1,batch_size=16,layers=3-4,g_prompt_layers=1,prototype_features=50,eval_batch_size=16"
     )
+    drawn, draw = [], report.draw
+    monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or draw(root, manifests))
     assert command_line.main([*arguments, f"--output={tmp_path / 'table.md'}"]) == 0
+    assert drawn == [2, 2, 1, 1]  # so short tasks have no pictures before the end
     assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
     lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert [(line[1], line[2]) for line in lines] == [
