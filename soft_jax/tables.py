@@ -224,7 +224,7 @@ def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int)
     Raises UserError for a row that is not run here, a setting that is no good, or another backbone for a row that is about its own.
     """
     if row.settings is None:
-        raise UserError(f"table: the row {row.name!r} is not run here: CLIP, or a network more for every task")
+        raise UserError(f"table: the row {row.name!r} is not run here: it adds a whole network with every task")
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
     if {"backbone"} <= row.settings.keys() & overrides.keys():
