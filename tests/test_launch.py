@@ -84,7 +84,7 @@ def contents(workdir):
 def finished(launch, tmp_path_factory):
     """A run that nothing disturbed, and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, launch(*SMALL, f"--workdir={workdir}")
+    return workdir, launch(*SMALL, "--config.tensorboard=True", f"--workdir={workdir}")
 
 
 def test_a_run_and_its_results(finished):
@@ -129,6 +129,7 @@ def test_a_run_and_its_results(finished):
     assert manifest["config"]["epochs"] == 1
     assert "jax" in manifest["versions"]
     assert not any("backbone" in path.name for path in (workdir / "tasks/000/adapter").iterdir())
+    assert list((workdir / "tensorboard").glob("events*"))
 
 
 def test_its_images_are_predicted(finished, launch, tmp_path):
@@ -275,14 +276,6 @@ def test_bad_input_is_one_clear_error(launch, tmp_path, monkeypatch, arguments, 
     assert message in output
     assert "Traceback" not in output
     assert not list((tmp_path).glob("run/tasks/*"))
-
-
-def test_dualprompt_and_interleaved_and_tensorboard(launch, tmp_path):
-    variant = SMALL[0] + ",method=dualprompt,prefix_layout=interleaved,tensorboard=true"
-    output = launch(variant, f"--workdir={tmp_path}")
-    assert "Gradient ID" not in output
-    assert list((tmp_path / "tensorboard").glob("events*"))
-    assert not (tmp_path / "mask_distance.png").exists()
 
 
 def test_the_bundled_backbone_is_the_documented_file():

@@ -199,6 +199,7 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or draw(root, manifests))
     assert command_line.main([*arguments, f"--output={tmp_path / 'table.md'}"]) == 0
     assert drawn == [2, 2, 1, 1]  # so short tasks have no pictures before the end
+    assert not list(tmp_path.glob("head*/*/mask_d*.png"))  # it has no masks
     assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
     lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert [(line[1], line[2]) for line in lines] == [
@@ -291,7 +292,7 @@ def test_the_layer_sweep_has_a_picture():
 def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, digits, tmp_path):
     """Task 2 trained again from what task 1 left on disk: the same arrays; and the predictor's counts are those of the evaluation."""
     config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
-    config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, **LAYERS)
+    config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, prefix_layout="interleaved", **LAYERS)
     once = continual.run(config, tmp_path, Console(quiet=True))
     arrays = store.load_manifest(tmp_path / "tasks/001")["sha256"]
     shutil.rmtree(tmp_path / "tasks/001")
