@@ -317,7 +317,6 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
     cost = {
         "own": last[0]["parameters"]["adapter"] - last[0]["parameters"]["fixed"],
         "shared": last[0]["parameters"]["shared"],
-        "own_bytes": last[0]["bytes"]["adapter"],
         "shared_bytes": last[0]["bytes"]["shared"],
         "memory_bytes": last[0]["bytes"]["memory"] + last[0]["bytes"].get("exemplars", 0),
         "gflops": last[0]["step_flops"] and last[0]["step_flops"] / 1e9,
@@ -334,9 +333,10 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
         if protocol.startswith(report.VOTE_GRADIENT) and row.shots and protocol not in map(report.vote_gradient, row.shots):
             continue  # another table's
         accuracies = [e["final_average"] for e in each]
-        if protocol == "per_sample/prototype":  # which alone needs them
-            cost = cost | {"own_bytes": last[0]["bytes"]["adapter"] + last[0]["bytes"]["statistics"]}
-        lines.append(Line(row.number, row.name, protocol, figures, published, cost, joint, accuracies, last[0]["backbone"]["name"]))
+        # Prototypes alone need the statistics.
+        own = last[0]["bytes"]["adapter"] + (last[0]["bytes"]["statistics"] if protocol == "per_sample/prototype" else 0)
+        costs = cost | {"own_bytes": own}
+        lines.append(Line(row.number, row.name, protocol, figures, published, costs, joint, accuracies, last[0]["backbone"]["name"]))
     return lines
 
 
@@ -598,5 +598,5 @@ def make(
     text = markdown(f"{title}, {benchmark}", command, rows, lines, note, joint, failed)
     if table == "layers":
         draw_layers(lines).savefig(picture, dpi=100)
-        text += f"![Accuracy by masked layer]({picture.name})\n"
+        text += f"\n![Accuracy by masked layer]({picture.name})\n"
     return text, not failed

@@ -141,7 +141,10 @@ def test_one_run_serves_all_shots_of_all_tables():
     assert {table: row.shots for table, row in found.items()} == {"6": (7, 3, 0), "7": (7,), "9": (3, 5, 7)}
     assert len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()}) == 1
     manifest = {
-        "metrics": {report.vote_gradient(shots): [{"correct": 1, "total": 2, "task_correct": 1}] for shots in (3, 5, 7, 0)},
+        "metrics": {
+            protocol: [{"correct": 1, "total": 2, "task_correct": 1}]
+            for protocol in (evaluate.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))
+        },
         "parameters": {"adapter": 3, "fixed": 0, "shared": 2},
         "bytes": {"adapter": 3, "shared": 2, "memory": 0, "statistics": 1},
         "step_flops": None,
@@ -149,8 +152,10 @@ def test_one_run_serves_all_shots_of_all_tables():
         "backbone": {"name": "vit_b16"},
     }
     runs = [[manifest, manifest | {"metrics": {k: v * 2 for k, v in manifest["metrics"].items()}}]]
-    assert [line.protocol for line in tables.lines_of(found["7"], runs)] == ["batch_vote/gradient_id_7"]
-    assert len(tables.lines_of(dataclasses.replace(found["7"], shots=None), runs)) == 4
+    # Prototypes alone need the statistics, a byte here.
+    stored = [(line.protocol, line.cost["own_bytes"]) for line in tables.lines_of(found["7"], runs)]
+    assert stored == [("per_sample/prototype", 4), ("batch_vote/gradient_id_7", 3)]
+    assert len(tables.lines_of(dataclasses.replace(found["7"], shots=None), runs)) == 5
 
 
 def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
