@@ -119,9 +119,26 @@ class SoftMask(Reparam):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_share(scores: jax.Array, keep: int) -> jax.Array:
-    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores themselves (straight-through)."""
-    order = jnp.argsort(-scores.reshape(-1))  # stable: of equal ones the first are kept
-    return jnp.zeros(scores.size, scores.dtype).at[order[:keep]].set(1).reshape(scores.shape)
+    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores themselves (straight-through).
+
+    Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so the lowest that is kept is found bit by
+    bit: a float's bits, those of negative ones inverted, are in the order of the floats.
+    """
+    unsigned = jnp.dtype(f"uint{8 * scores.dtype.itemsize}")
+    top = unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    bits = jax.lax.bitcast_convert_type(scores.reshape(-1), unsigned)
+    ranks = jnp.where(bits >= top, ~bits, bits | top)
+
+    def raised(step: jax.Array, lowest: jax.Array) -> jax.Array:
+        higher = lowest | (top >> step.astype(unsigned))
+        return jnp.where(jnp.sum(ranks >= higher, dtype=jnp.int32) >= keep, higher, lowest)
+
+    lowest = jax.lax.fori_loop(0, 8 * unsigned.itemsize, raised, unsigned.type(0))
+    above, level = ranks > lowest, ranks == lowest
+    room = keep - jnp.sum(above, dtype=jnp.int32)
+    fits = jnp.sum(level, dtype=jnp.int32) == room
+    level = jax.lax.cond(fits, lambda: level, lambda: level & (jnp.cumsum(level, dtype=jnp.int32) <= room))
+    return (above | level).astype(scores.dtype).reshape(scores.shape)
 
 
 @top_share.defjvp

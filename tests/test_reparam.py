@@ -47,6 +47,19 @@ def test_a_binary_mask_keeps_exactly_its_share(backbone, keep):
         assert scores[mask == 1].min() >= scores[mask == 0].max(initial=0)
 
 
+@pytest.mark.parametrize("scores", ["drawn", "rounded", "equal"])
+@pytest.mark.parametrize("keep", [1, 37, 99, 120])
+def test_the_highest_are_those_that_sorting_finds(rng, scores, keep):
+    """Of equal ones the first, in row-major order; negative ones too, which a mask never has."""
+    values = {"drawn": rng.normal(size=(10, 12)), "rounded": np.round(rng.normal(size=(10, 12)), 1) + 0.0, "equal": np.ones((10, 12))}[
+        scores
+    ]
+    values = values.astype(np.float32)
+    expected = np.zeros(120, np.float32)
+    expected[np.argsort(-values.reshape(-1), kind="stable")[:keep]] = 1
+    np.testing.assert_array_equal(reparam.top_share(values, keep), expected.reshape(10, 12))
+
+
 def test_scores_get_the_gradient_of_the_mask(backbone, rng):
     """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped weights alike."""
     kind = reparam.BinaryMask((PROJ,), 0.5)
