@@ -59,20 +59,20 @@ def backbone():
 
 
 @contextmanager
-def tiny_world(backbone):
-    """Runs and predictors get the tiny backbone and the first 80 training and test digits, which are given."""
+def tiny_world(backbone, patch):
+    """Runs and predictors get the tiny backbone and the first 80 training and test digits, which are given, until `patch` is undone."""
     digits = data.load("digits")
     few = data.Dataset(*(data.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
-        patch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-        patch.setattr(data, "load", lambda *_: few)
+    patch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
+    patch.setattr(data, "load", lambda *_: few)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
         yield few
 
 
 @pytest.fixture
-def digits(backbone):
-    """`tiny_world` around one test."""
-    with tiny_world(backbone) as few:
+def digits(backbone, monkeypatch):
+    """`tiny_world` around one test, by its own patches: those of another would be undone in another order, and some come back."""
+    with tiny_world(backbone, monkeypatch) as few:
         yield few
 
 

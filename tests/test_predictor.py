@@ -27,7 +27,7 @@ PROTOCOLS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world(backbone):
-    with tiny_world(backbone) as few:
+    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield few
         jax.config.update("jax_disable_most_optimizations", False)
