@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from soft_jax.cache import COMPILED
 
@@ -87,7 +88,9 @@ def _table(arguments: argparse.Namespace) -> int:
     workdir = Path(arguments.workdir)
     picture = Path(arguments.output).with_suffix(".png") if arguments.output else workdir / "layers.png"
     try:
-        text, whole = tables.make(arguments.table, benchmark, rows, overrides, arguments.seeds, workdir, _command(arguments), picture)
+        text, whole = tables.make(
+            arguments.table, benchmark, rows, overrides, arguments.seeds, workdir, _command(arguments, overrides), picture
+        )
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + 15
@@ -97,9 +100,9 @@ def _table(arguments: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
-def _command(arguments: argparse.Namespace) -> str:
-    """The command again, but for where things are, unless that tells what they are."""
-    dropped = set(tables.FREE) - set(tables.told_apart(parse_argument(arguments.set).get("dataset")))
+def _command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
+    """The command again, but for where things are, unless that tells what they are; `overrides` are what `--set` says."""
+    dropped = set(tables.FREE) - set(tables.told_apart(overrides.get("dataset")))
     options = {name: getattr(arguments, name) for name in ("benchmark", "seeds", "rows", "set")}
     settings = ",".join(item for item in options.pop("set").split(",") if item.partition("=")[0] not in dropped)
     words = [f"--{name}={value}" for name, value in (options | {"set": settings}).items() if value]

@@ -157,10 +157,10 @@ class Run:
         """
         # A size of its own: training depends on it, to the bit, and `eval_batch_size` may change in a run.
         batching, split, out = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows), []
+        in_memory = isinstance(split, data.Split)
         for part in np.split(np.arange(len(rows)), range(READ_AT_ONCE, len(rows), READ_AT_ONCE)):
             if processes.highest(self.stop.is_set())[0]:
                 raise Preempted("Stopped while looking at training images; the same command continues")
-            in_memory = isinstance(split, data.Split)
             images = split.images[part] if in_memory else split.prepared(part, self.method.vit.image_size)
             out.append(inference.queries(self.method, params, images, batching, prepared=not in_memory))
         return np.concatenate(out)

@@ -152,7 +152,9 @@ class Method:
 
     def pack(self, adapter: Adapter) -> Adapter:
         """A trained adapter as the store keeps it."""
-        return adapter | ({self.reparam.slot: self.reparam.pack(adapter[self.reparam.slot])} if self.reparam else {})
+        if not self.reparam:
+            return adapter
+        return adapter | {self.reparam.slot: self.reparam.pack(adapter[self.reparam.slot])}
 
     def unpack(self, packed: Adapter, backbone: trees.Tree) -> Adapter:
         """The adapter, or the part of it, that `pack` gave."""

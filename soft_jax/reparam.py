@@ -124,8 +124,9 @@ def top_share(scores: jax.Array, keep: int) -> jax.Array:
     Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so the lowest that is kept is found bit by
     bit: a float's bits, those of negative ones inverted, are in the order of the floats.
     """
-    unsigned = jnp.dtype(f"uint{8 * scores.dtype.itemsize}")
-    top = unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    width = 8 * scores.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{width}")
+    top = unsigned.type(1 << (width - 1))
     bits = jax.lax.bitcast_convert_type(scores.reshape(-1), unsigned)
     ranks = jnp.where(bits >= top, ~bits, bits | top)
 
@@ -133,7 +134,7 @@ def top_share(scores: jax.Array, keep: int) -> jax.Array:
         higher = lowest | (top >> step.astype(unsigned))
         return jnp.where(jnp.sum(ranks >= higher, dtype=jnp.int32) >= keep, higher, lowest)
 
-    lowest = jax.lax.fori_loop(0, 8 * unsigned.itemsize, raised, unsigned.type(0))
+    lowest = jax.lax.fori_loop(0, width, raised, unsigned.type(0))
     above, level = ranks > lowest, ranks == lowest
     room = keep - jnp.sum(above, dtype=jnp.int32)
     fits = jnp.sum(level, dtype=jnp.int32) == room
@@ -173,9 +174,12 @@ class BinaryMask(Reparam):
             own["minor"] = jax.tree.map(jax.nn.sigmoid, minor)
         return own
 
+    def _binary(self, own: trees.Tree) -> trees.Tree:
+        return jax.tree.map(lambda scores: top_share(jnp.abs(scores), kept(self.keep, scores.size)), own["scores"])
+
     def masks(self, own: trees.Tree) -> trees.Tree:
         """The masks that the scores stand for."""
-        masks = jax.tree.map(lambda scores: top_share(jnp.abs(scores), kept(self.keep, scores.size)), own["scores"])
+        masks = self._binary(own)
         if not self.soft:
             return masks
         return jax.tree.map(lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor), masks, own["minor"])
@@ -186,7 +190,7 @@ class BinaryMask(Reparam):
 
     def pack(self, own: trees.Tree) -> trees.Tree:
         """Which weights are kept, a bit each, and the small values of the others, float32 `[size - kept]`."""
-        binary = dataclasses.replace(self, soft=False).masks(own)
+        binary = self._binary(own)
         packed = {"bits": jax.tree.map(packing.pack_bits, binary)}
         if self.soft:
             packed["minor"] = jax.tree.map(lambda mask, minor: minor.reshape(-1)[self._dropped(mask)], binary, own["minor"])

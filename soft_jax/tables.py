@@ -227,7 +227,7 @@ def config_of(row: Row, benchmark: str, overrides: Mapping[str, Any], seed: int)
         raise UserError(f"table: the row {row.name!r} is not run here: it adds a whole network with every task")
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
-    if {"backbone"} <= row.settings.keys() & overrides.keys():
+    if "backbone" in row.settings and "backbone" in overrides:
         raise UserError(f"backbone: the row {row.name!r} is about {row.settings['backbone']}; leave backbone out, or this row")
     settings = BENCHMARKS[benchmark] | dict(row.settings) | dict(overrides)
     return Config(**settings | fixed(row) | {"name": "table", "seed": settings["seed"] + seed})
@@ -326,9 +326,9 @@ def lines_of(row: Row, runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line
     for protocol in runs[0][0]["metrics"]:
         each = [report.figures(manifests, protocol) for manifests in runs]
         figures = {key: _statistics([e[key] for e in each]) for key in each[0]}
-        published = row.published.get(protocol) or (row.published.get("per_sample") if protocol in _NO_VOTE else None)
+        published = row.published.get(protocol) or (row.published.get("per_sample") if protocol in _EACH_IMAGE else None)
         joint = len(runs[0]) == 1
-        if joint and protocol not in ("per_sample/no_task_id", "per_sample/prompt_id", "per_sample/prototype"):
+        if joint and protocol not in (*_EACH_IMAGE, "per_sample/prototype"):
             continue  # with one task, the others are one of these
         if protocol.startswith(report.VOTE_GRADIENT) and row.shots and protocol not in map(report.vote_gradient, row.shots):
             continue  # another table's
@@ -417,7 +417,8 @@ def markdown(
     columns += ["MiB a task: own + shared + memory", "GFLOP a step", "seconds: training + after it + evaluation"]
     out = [f"# {title}", "", f"Made by `{command}`; a row alone by its number, with `--rows=#`.", "", settings, ""]
     out += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    out += ["| " + " | ".join(_cells(line, bound(line, [*lines, *joint]))) + " |" for line in lines]
+    measured = [*lines, *joint]
+    out += ["| " + " | ".join(_cells(line, bound(line, measured))) + " |" for line in lines]
     for row in rows:
         for figures in row.published.values() if row.settings is None else ():
             out.append(f"| {row.number} | {row.name} | as published, not run |{' – |' * 3} {_published(figures)} |{' – |' * 4}")
@@ -430,7 +431,7 @@ def markdown(
         "statistics of q(x). After training come those statistics and what the method keeps; evaluation is of all protocols and stages.",
         "",
     ]
-    if any(line.joint for line in [*lines, *joint]):
+    if any(line.joint for line in measured):
         out += ["▲: above joint training on all classes, as measured here on the same backbone (for prototype rows: with prototypes).", ""]
     else:
         out += [
@@ -441,9 +442,12 @@ def markdown(
     return "\n".join([*out, *reading(lines)])
 
 
-# Protocols that two methods are compared under; where one names no task, it stands beside the other's Prompt ID.
+# Each image by itself, in the way that a method has: one that names no task stands beside the others' Prompt ID, and so does a figure that
+# is published without one.
+_EACH_IMAGE = ("per_sample/prompt_id", "per_sample/no_task_id")
+# Protocols that two methods are compared under.
 _COMPARED = {
-    "per_sample/prompt_id": ("per_sample/prompt_id", "per_sample/no_task_id"),
+    "per_sample/prompt_id": _EACH_IMAGE,
     "per_sample/prototype": ("per_sample/prototype",),
     "batch_vote/prompt_id": ("batch_vote/prompt_id", "batch_vote/pool"),
     "oracle/task_given": ("oracle/task_given",),
@@ -451,7 +455,6 @@ _COMPARED = {
 
 
 # What the batch decides in the place of each image; how the protocol begins.
-_NO_VOTE = ("per_sample/no_task_id", "per_sample/prompt_id")  # of ours, what stands beside a figure published without a task id
 _VOTED = {
     "per_sample/no_task_id": "batch_vote/pool",
     "per_sample/prompt_id": "batch_vote/prompt_id",
@@ -470,8 +473,7 @@ def reading(lines: Sequence[Line]) -> list[str]:
                 f"{name} ({report.title(protocol)}) {_mean(_statistics(each), len(each))}" for _, each, (name, protocol) in ranked[:3]
             )
             out.append(f"- Highest with {title}: {best}. Lowest: {ranked[-1][2][0]}, {ranked[-1][0]:.2f}.")
-    names = dict.fromkeys(name for name, _ in found)
-    for name in names:
+    for name in dict.fromkeys(name for name, _ in found):
         host = re.sub(r"-Soft-TF(-L\[[\d,]+\])?( q,k,v(,proj)?)?", "", name)
         if host != name and (changes := _differences(found, name, host)):
             out.append(f"- {name} beside {host}: {changes} points.")

@@ -222,12 +222,13 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     monkeypatch.setattr(continual, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None)
     rows = {"wide": {"method": "dualprompt+lora", "rank": 99}, "head": {"method": "head"}}
     monkeypatch.setitem(tables.OWN, "two", ("Two", rows))
-    assert command_line.main(["table", "two", *(a for a in arguments[2:] if not a.startswith("--rows"))]) == 1
+    two = ["table", "two", *(argument for argument in arguments[2:] if not argument.startswith("--rows"))]
+    assert command_line.main(two) == 1
     output = [row for row in capsys.readouterr().out.splitlines() if row.startswith(("|", "▲"))]
     assert [row.split(" | ")[1] for row in output if row.startswith("| ")] == ["row", "head", "head", "wide"]
     assert "failed: rank: 99 is above the backbone's width, 24" in output[-2]
     assert output[-1].startswith("▲: above joint training")
-    assert command_line.main(["table", "two", "--rows=1", *(a for a in arguments[2:] if not a.startswith("--rows"))]) == 1
+    assert command_line.main([*two, "--rows=1"]) == 1
     assert "error: rank: 99 is above" in capsys.readouterr().err
 
 
