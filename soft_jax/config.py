@@ -125,7 +125,8 @@ class Config:
                 raise UserError(f"{field}: {(low, high)} is not a range above 0")
         if self.seed >= 2**31:
             raise UserError(f"seed: {self.seed} is not below 2**31")
-        if both := set(self.e_prompt_layers) & set(self.g_prompt_layers):
+        both = set(self.e_prompt_layers) & set(self.g_prompt_layers)
+        if both and "dualprompt" in self.method:
             raise UserError(f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; a layer takes one prompt")
 
     def _check_mask_weights(self) -> None:

@@ -207,7 +207,7 @@ def run(config: Config, workdir: str | Path, console: Console | None = None, dat
     console = console or Console(quiet=not processes.first())
     with _sigterm() as stop, closing(Store(workdir)) as store:
         this = prepare(config, store, console, stop, dataset=dataset)
-        with _tensorboard(config, store.root) as log:
+        with _tensorboard(config, store.root) as log, _memory_named():
             manifests = _run_tasks(dataclasses.replace(this, log=log))
     report.show(console, config.benchmark, manifests)
     console.print(f"Report: {store.root / 'report.md'}")
@@ -369,7 +369,7 @@ def _reviewed(run: Run, task: int, memory: trees.Tree, shared: methods.Shared) -
     rows = np.concatenate([rehearsal.all_rows_of(memory), considered])
     features = run.features(rows, shared["weights"]).astype(np.float32)
     logits = np.asarray(run.method.head(jax.tree.map(np.asarray, {"head": shared["head"]}), features))
-    return rehearsal.Reviewed(rows, labels[rows], features, logits, run.scenario.class_mask(task))
+    return rehearsal.Reviewed(rows, labels[rows], features, logits, run.scenario.class_mask(task), run.seen(task))
 
 
 def prepare(
@@ -572,7 +572,7 @@ def _manifest(
     table: Mapping[str, list[evaluate.Row]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """`adapter` as training left it, `items` as they are stored."""
+    """`adapter` as the task goes on with it, which what is stored unpacks to; `items` as they are stored."""
     classes = run.scenario.classes_of(task)
     masks = trees.flatten(adapter.get("mask", {}))
     return {
@@ -620,6 +620,21 @@ def _density(mask: jax.Array) -> dict[str, Any]:
 
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """What to do about too little memory, in the place of XLA's own account of it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"batch_size: the devices have too little memory ({str(error).splitlines()[0]}). Take a lower eval_batch_size or "
+            "weights_cache_mb, which may change in a run; or in another workdir a lower batch_size or dtype=bfloat16. Finished tasks are "
+            "as they were"
+        ) from error
 
 
 @contextmanager

@@ -15,9 +15,9 @@ by every task in turn: `{"head": {"kernel": [dim, classes], "bias": [classes]}}`
 `{"key": [size, dim], "prompt": [size, length, dim]}` for L2P, and "weights", the whole backbone, where that is trained.
 
 What a method forgets comes from two places. With the task given, from the shared part alone: the G-prompt, the pool, the weights; the
-classifier's columns of older classes only where those are trained on again (`rehearsal`), since the loss is over the task's classes
-otherwise. "head", "softtf" and "lora" alone share nothing else, and forget nothing there. Without the task, every method also loses
-images to the classes, and the keys, of newer tasks.
+classifier's columns of older classes only where those are trained on again (`rehearsal`) or taught by the network before (LwF), since the
+loss is over the task's classes otherwise. "head", "softtf" and "lora" alone share nothing else, and forget nothing there. Without the task,
+every method also loses images to the classes, and the keys, of newer tasks.
 """
 
 import dataclasses

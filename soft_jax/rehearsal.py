@@ -28,7 +28,8 @@ class Reviewed:
     """What a trained network makes of exemplars, of older tasks' ones first, and of images of the task it was trained on.
 
     `rows` int `[N]` of the training set, in the order in which they would be kept; `labels` int `[N]`; `features` `[N, dim]` and `logits`
-    `[N, classes]` of the images as test images are prepared; `new` bool `[classes]`, the task's classes.
+    `[N, classes]` of the images as test images are prepared; `new` and `seen` bool `[classes]`, the task's classes, and those and all
+    before.
     """
 
     rows: np.ndarray
@@ -36,6 +37,7 @@ class Reviewed:
     features: np.ndarray
     logits: np.ndarray
     new: np.ndarray
+    seen: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +114,9 @@ class DERpp(Rehearsal):
     """Dark Experience Replay++ (Buzzega et al., 2020): exemplars with their labels, and with the logits that the network once gave them.
 
     CE(new) + β CE(exemplars) + α MSE of the exemplars' logits to those of when they were new, with β = 1 and α = 0.1 as for Tiny-ImageNet
-    with 200 exemplars there, and half of it all: the cross entropy is the mean over a batch and as many exemplars. There, a reservoir takes
-    images and logits in at every step, and a second batch is drawn for the third term; here they are taken after a task, equally many of
-    each class.
+    with 200 exemplars there, and half of it all: the cross entropy is the mean over a batch and as many exemplars. (Fewer exemplars than a
+    batch has images are all in it, and β is their share of it.) There, a reservoir takes images and logits in at every step, and a second
+    batch is drawn for the third term; here they are taken after a task, equally many of each class.
 
     Memory: `rows`, and `logits` float32 `[exemplars, classes]`.
     """
@@ -146,7 +148,7 @@ class DERpp(Rehearsal):
         """Some of the new images at random, with their logits of now; fewer of the old. The network as it is."""
         old = np.asarray(memory["rows"]) >= 0
         logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
-        kept = first_of_each(known.labels, self.share(np.bincount(known.labels) > 0))
+        kept = first_of_each(known.labels, self.share(known.seen))
         room = np.zeros((self.exemplars - len(kept), logits.shape[1]))
         rows = _padded(known.rows[kept], self.exemplars)
         return {"rows": rows, "logits": np.concatenate([logits[kept], room]).astype(np.float32)}, shared
@@ -177,20 +179,23 @@ class ICaRL(Distillation, Rehearsal):
         return rows
 
     def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
-        """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier."""
-        seen = np.asarray(memory["seen"]) | known.new
+        """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier.
+
+        A class without exemplars, since it has no images or is not learned yet, has no mean, and never wins.
+        """
         features = known.features / np.maximum(np.linalg.norm(known.features, axis=1, keepdims=True), 1e-12)
-        share, order = self.share(seen), np.arange(len(known.rows))
-        for label in np.flatnonzero(known.new):
+        share, order = self.share(known.seen), np.arange(len(known.rows))
+        for label in np.unique(known.labels[known.new[known.labels]]):
             members = np.flatnonzero(known.labels == label)
             order[members] = members[herding(features[members], share)]
         kept = order[first_of_each(known.labels[order], share)]
-        means = np.zeros((len(seen), features.shape[1]))
+        means = np.zeros((len(known.seen), features.shape[1]))
         np.add.at(means, known.labels[kept], features[kept])
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        served = {"kernel": means.T.astype(np.float32), "bias": np.zeros(len(seen), np.float32)}
+        bias = np.where(np.isin(np.arange(len(means)), known.labels[kept]), 0, -np.inf).astype(np.float32)
+        served = {"kernel": means.T.astype(np.float32), "bias": bias}
         rows = _padded(known.rows[kept], self.exemplars)
-        return {"seen": seen, "rows": rows, "head": shared["head"]}, shared | {"head": served}
+        return {"seen": known.seen, "rows": rows, "head": shared["head"]}, shared | {"head": served}
 
 
 def herding(features: np.ndarray, count: int) -> np.ndarray:
@@ -242,23 +247,21 @@ class BiC(Distillation, Rehearsal):
 
     def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
         """Some of the new images at random, fewer of the old; the network with α and β in its classifier."""
-        old = np.asarray(memory["seen"])
-        seen = old | known.new
-        count = max(1, self.share(seen) // 10)
+        count = max(1, self.share(known.seen) // 10)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
         held = np.isin(known.rows, np.asarray(memory["validation"]))
-        held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], seen))
+        held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], known.seen))
         validation = np.flatnonzero(held)[first_of_each(known.labels[held], count)]
-        kept = np.flatnonzero(~held)[first_of_each(known.labels[~held], self.share(seen) - count)]
+        kept = np.flatnonzero(~held)[first_of_each(known.labels[~held], self.share(known.seen) - count)]
         rows = {"rows": _padded(known.rows[kept], self.exemplars), "validation": _padded(known.rows[validation], self.exemplars)}
         served = shared["head"]
-        if old.any():
-            served = _corrected(served, known.new, *bias(known, seen, validation))
-        return {"seen": seen, "head": shared["head"]} | rows, shared | {"head": served}
+        if (known.seen & ~known.new).any():
+            served = _corrected(served, known.new, *bias(known, validation))
+        return {"seen": known.seen, "head": shared["head"]} | rows, shared | {"head": served}
 
 
-def bias(known: Reviewed, seen: np.ndarray, validation: np.ndarray) -> tuple[float, float]:
-    """α and β of the new classes' logits: the least cross entropy over `seen` classes on the images `validation`, int `[M]`.
+def bias(known: Reviewed, validation: np.ndarray) -> tuple[float, float]:
+    """α and β of the new classes' logits: the least cross entropy over the classes seen on the images `validation`, int `[M]`.
 
     Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. (There, β alone is
     held near 0, by a weight decay.)
@@ -269,7 +272,7 @@ def bias(known: Reviewed, seen: np.ndarray, validation: np.ndarray) -> tuple[flo
 
     def objective(x):
         corrected = np.where(known.new, x[0] * logits + x[1], logits)
-        corrected = np.where(seen, corrected, -np.inf)
+        corrected = np.where(known.seen, corrected, -np.inf)
         shifted = corrected - corrected.max(axis=1, keepdims=True)
         surprise = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
         return surprise.sum() + ((x[0] - 1) ** 2 + x[1] ** 2) / 2

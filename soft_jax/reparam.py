@@ -302,7 +302,9 @@ KINDS = {
 
 
 def check(reparam: Reparam, vit: ViTConfig) -> None:
-    """Raise UserError where a rank is larger than the layer is wide."""
-    rank = max(getattr(reparam, "rank", 0), getattr(reparam, "stored_rank", 0))
+    """Raise UserError where a rank that is used is larger than the layer is wide."""
+    rank = getattr(reparam, "rank", 0)
+    if getattr(reparam, "stored_as", "") == "lowrank":
+        rank = reparam.stored_rank
     if rank > vit.dim:
         raise UserError(f"rank: {rank} is above the backbone's width, {vit.dim}")

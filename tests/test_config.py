@@ -27,6 +27,11 @@ def test_the_papers_settings():
     assert c.benchmark == "c100_10"
 
 
+def test_layers_of_prompts_that_a_method_does_not_have():
+    for method in ("softtf", "l2p+softtf", "adapter"):
+        assert get_config("vit_cil", f"method={method},layers=1-12").mask_layers == tuple(range(1, 13))
+
+
 def test_variants():
     c = get_config("vit_cil", "tasks=20,method=dualprompt,layers=3-5")
     assert (c.tasks, c.seed, c.method, c.mask_layers, c.e_prompt_layers) == (20, 42, "dualprompt", (3, 4, 5), (3, 4, 5))

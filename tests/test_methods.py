@@ -117,3 +117,6 @@ def test_a_rank_that_the_vit_does_not_have():
     vit = weights.BACKBONES["vit_ti8_32"].vit
     with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
         methods.from_config(Config(method="lora", rank=193), vit, 10)
+    with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
+        methods.from_config(Config(mask_storage="lowrank", rank=193), vit, 10)
+    methods.from_config(Config(mask_storage="int8", rank=193), vit, 10)  # which has none
