@@ -1,6 +1,7 @@
 """The paper's rows as settings, and the tables that come of runs."""
 
 import dataclasses
+import io
 import json
 import re
 import runpy
@@ -30,12 +31,18 @@ ALL = ("e_prompt_layers", "mask_layers")
     [
         ("FT", {"method": "ft", "learning_rate": 0.003}),
         ("L2P-PGP", {"method": "l2p+pgp", "batch_size": 16, "epochs": 5, "e_prompt_layers": (3, 4, 5)}),
-        ("DualPrompt-PGP-Soft-TF-L[3,4,5]", {"method": "dualprompt+pgp+softtf", **dict.fromkeys(ALL, (3, 4, 5))}),
+        (
+            "DualPrompt-PGP-Soft-TF-L[3,4,5]",
+            {"method": "dualprompt+pgp+softtf", "mask_weights": "qkv+proj", **dict.fromkeys(ALL, (3, 4, 5))},
+        ),
         (
             "DualPrompt-Soft-TF-L[12] q,k,v",
             {"method": "dualprompt+softtf", "mask_layers": (12,), "mask_weights": "qkv", "e_prompt_layers": (10, 11, 12)},
         ),
-        ("DualPrompt-WSN-L[10,11,12] c=83%", {"method": "dualprompt+wsn", "keep": 0.83, **dict.fromkeys(ALL, (10, 11, 12))}),
+        (
+            "DualPrompt-WSN-L[10,11,12] c=83%",
+            {"method": "dualprompt+wsn", "keep": 0.83, "mask_weights": "qkv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
+        ),
         (
             "DualPrompt-LoRA-L[10,11,12] r=24",
             {"method": "dualprompt+lora", "rank": 24, "mask_weights": "qv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
@@ -130,6 +137,56 @@ def test_which_weights_are_masked_is_swept():
     assert parts["w/ FF"] == ["attn/proj/kernel", "attn/qkv/kernel", "mlp/fc1/kernel", "mlp/fc2/kernel"]
 
 
+def manifests(*protocols):
+    """Of a run of two tasks, by which half of the images are right."""
+    row = {"correct": 1, "total": 2, "task_correct": 1}
+    manifest = {
+        "parameters": {"adapter": 3, "fixed": 0, "shared": 2},
+        "bytes": {"adapter": 3, "shared": 2, "memory": 0, "statistics": 1},
+        "step_flops": None,
+        "seconds": {"train": 1, "statistics": 1, "evaluate": 1},
+        "backbone": {"name": "vit_b16"},
+    }
+    return [manifest | {"metrics": {protocol: [row] * tasks for protocol in protocols}} for tasks in (1, 2)]
+
+
+def table_of(*arguments, workdir, monkeypatch, capsys):
+    """Exit status and text of a table whose runs all end as `manifests` of Prompt ID by batches."""
+    monkeypatch.setattr(tables, "run", lambda configs, *_: [manifests("batch_vote/prompt_id")] * len(configs))
+    status = command_line.main(["table", *arguments, f"--workdir={workdir}"])
+    return status, capsys.readouterr().out
+
+
+def test_settings_that_are_not_for_joint_training(tmp_path, monkeypatch, capsys):
+    """FT has no masks to keep as int8, so it is no bound; that must not cost the table."""
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    status, text = table_of("7", "--rows=4", "--set=mask_storage=int8", **world)
+    assert status == 0
+    assert "| 50.00 | 0.00 |" in text
+    assert "is not measured under these settings" in text
+
+
+def test_a_setting_that_is_not_for_a_row_fails_that_row(tmp_path, monkeypatch, capsys):
+    status, text = table_of("methods", "--rows=1,12", "--set=fixed_query=True", workdir=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 1
+    assert text.startswith("error: row 1: fixed_query: 'head' asks nothing of q(x)")
+    assert "| 1 | head | failed: fixed_query: 'head' asks nothing of q(x)" in text
+    assert "| 12 | DualPrompt | CIL batch_vote, Prompt ID" in text
+    assert "Rows 1" not in text  # its settings are of no run
+
+
+def test_published_figures_are_of_the_benchmarks_own_data_and_tasks(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    _, text = table_of("7", "--rows=4", "--set=epochs=1", **world)
+    assert text.startswith("# Table 7, c100_10\n")
+    assert " / " in text.split("| 50.00 | 0.00 |")[1].split("|")[1]
+    for changes, ran in (("dataset=digits,tasks=2", "digits_2"), ("tasks=5", "c100_5")):
+        _, text = table_of("7", "--rows=4", f"--set={changes}", **world)
+        assert text.startswith(f"# Table 7, {ran}\n")
+        assert "The published figures are of c100_10, and left out." in text
+        assert " / " not in text.split("| 50.00 | 0.00 |")[1].split("|")[1]
+
+
 def test_one_run_serves_all_shots_of_all_tables():
     rows = tables.rows_of("9", "c100_10")
     assert [row.settings["shots"] for row in rows] == [(3, 5, 7), (3, 5, 7, 0)]
@@ -140,18 +197,7 @@ def test_one_run_serves_all_shots_of_all_tables():
     found = {table: next(row for row in tables.rows_of(table, "c100_10") if row.name.startswith(same)) for table in "679"}
     assert {table: row.shots for table, row in found.items()} == {"6": (7, 3, 0), "7": (7,), "9": (3, 5, 7)}
     assert len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()}) == 1
-    manifest = {
-        "metrics": {
-            protocol: [{"correct": 1, "total": 2, "task_correct": 1}]
-            for protocol in (evaluate.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))
-        },
-        "parameters": {"adapter": 3, "fixed": 0, "shared": 2},
-        "bytes": {"adapter": 3, "shared": 2, "memory": 0, "statistics": 1},
-        "step_flops": None,
-        "seconds": {"train": 1, "statistics": 1, "evaluate": 1},
-        "backbone": {"name": "vit_b16"},
-    }
-    runs = [[manifest, manifest | {"metrics": {k: v * 2 for k, v in manifest["metrics"].items()}}]]
+    runs = [manifests(evaluate.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))]
     # Prototypes alone need the statistics, a byte here.
     stored = [(line.protocol, line.cost["own_bytes"]) for line in tables.lines_of(found["7"], runs)]
     assert stored == [("per_sample/prototype", 4), ("batch_vote/gradient_id_7", 3)]
@@ -169,8 +215,23 @@ def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
     assert tables.folder_of(dataclasses.replace(config, backbone_path="/b.npz")) != tables.folder_of(config)
     folders = [dataclasses.replace(config, dataset="folder", data_dir=path) for path in ("/one", "/two")]
     assert tables.folder_of(folders[0]) != tables.folder_of(folders[1])
-    assert "epochs is what" not in tables._conditions([row := tables.rows_of("7", "c100_10")[0]], [[]], {"epochs": 2})
-    assert "mask_layers is what rows 1 are about" in tables._conditions([row], [[]], {"mask_layers": (3,)})
+    assert "epochs is what" not in tables._conditions([row := tables.rows_of("7", "c100_10")[0]], {}, {"epochs": 2})
+    assert "mask_layers is what rows 1 are about" in tables._conditions([row], {}, {"mask_layers": (3,)})
+
+
+@pytest.mark.parametrize(
+    ("table", "overrides"),
+    [
+        ("7", {"mask_weights": "qkv+proj+mlp", "shots": (5,)}),
+        ("layers", {"method": "dualprompt+lora", "e_prompt_layers": (3, 4)}),
+        ("weights", {"method": "softtf", "mask_weights": "mlp"}),
+    ],
+)
+def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides):
+    for row in tables.rows_of(table, "c100_10"):
+        if "Soft-TF" in row.name:
+            changed, default = (tables.config_of(row, "c100_10", settings, 0) for settings in (overrides, {}))
+            assert changed == default
 
 
 @pytest.mark.parametrize(
@@ -230,6 +291,12 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     assert output[-1].startswith("▲: above joint training")
     assert command_line.main([*two, "--rows=1"]) == 1
     assert "error: rank: 99 is above" in capsys.readouterr().err
+    # Nor does a finished run that is damaged.
+    next(tmp_path.glob("head*/*/tasks/001/manifest/metadata")).write_text("{")
+    assert command_line.main(arguments) == 1
+    output = [row.split(" | ")[1:3] for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert [name for name, _ in output] == ["row", *["Upper bound of Soft-TF (joint)"] * 2, "head"]
+    assert output[-1][1].startswith("failed: ")
 
 
 def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone="vit_b16"):
@@ -261,7 +328,11 @@ def test_what_is_above_the_joint_bound_is_marked():
     assert "| 1 | BiC | as published, not run" in text
     assert tables.bound(lines[0], lines[:3]) is None
     assert "is not measured under these settings" in tables.markdown("T", "make it", [], lines[:3], "so")
+    assert "That is not measured for row(s) 8" in tables.markdown(
+        "T", "make it", [], [*lines[:-1], dataclasses.replace(lines[-1], number=8)], "so"
+    )
     elsewhere = tables.markdown("T", "make it", [], lines[:3], "so", joint=lines[3:6])
+    assert "That is not measured" not in elsewhere
     assert [row.split(" | ")[1] for row in elsewhere.splitlines() if "**▲**" in row] == ["above"]
 
 
@@ -271,7 +342,7 @@ def test_what_the_figures_say_is_computed():
     text = "\n".join(tables.reading(lines))
     assert "Highest with each image by itself: DualPrompt (CIL per_sample, Prompt ID) 20.00 ± 0.50" in text
     assert "DualPrompt-Soft-TF beside DualPrompt: per_sample/prompt_id -0.50 ± 0.00 points." in text  # seed by seed
-    assert "+6.00 points in the mean of 1 pairs of rows, +6.00 at most (DualPrompt prompt_id)" in text
+    assert "+6.00 points in the mean of 1 pairs of rows, +6.00 at most (DualPrompt batch_vote/prompt_id)" in text
     lora = dataclasses.replace(line("DualPrompt-LoRA r=4", 0, "per_sample/prompt_id"), each=[18.5, 19.0, 21.0])
     assert "- DualPrompt-Soft-TF beside DualPrompt-LoRA r=4: per_sample/prompt_id +0.00 ± 0.87 points." in tables.reading([*lines, lora])
     assert tables.reading(lines[:1]) == []
@@ -294,20 +365,38 @@ def test_the_layer_sweep_has_a_picture():
     assert len(axes.containers) == 2
 
 
-@pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "ewc", "lwf", "derpp", "icarl", "bic"])
-def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, digits, tmp_path):
-    """Task 2 trained again from what task 1 left on disk: the same arrays; and the predictor's counts are those of the evaluation."""
+@pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "softnet", "ewc", "lwf", "derpp", "icarl", "bic"])
+def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, digits, tmp_path, monkeypatch):
+    """Task 2 trained again from what task 1 left on disk, and killed on the way: the same arrays, whether or not task 1's weights are held;
+    task 1 is not touched; and the predictor's counts are those of the evaluation."""
     config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
-    config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, prefix_layout="interleaved", **LAYERS)
+    config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, prefix_layout="interleaved", checkpoint_every=2, **LAYERS)
+    if "softtf" in method:
+        config = dataclasses.replace(config, mask_storage="int8")
     once = continual.run(config, tmp_path, Console(quiet=True))
     arrays = store.load_manifest(tmp_path / "tasks/001")["sha256"]
     shutil.rmtree(tmp_path / "tasks/001")
-    again = continual.run(config, tmp_path, Console(quiet=True))
+    first = {path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()}
+
+    class Killed(Exception):
+        pass
+
+    def kill(run, task, step, values):
+        if step == 2:
+            raise Killed
+
+    config, output = dataclasses.replace(config, weights_cache_mb=0), io.StringIO()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(continual, "_check_step", kill)
+        continual.run(config, tmp_path, Console(quiet=True))
+    again = continual.run(config, tmp_path, Console(file=output))
+    assert "Task 2 continues after step 2" in output.getvalue()
     assert again[1]["metrics"] == once[1]["metrics"]
     assert store.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
+    assert {path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()} == first
     test = digits.test
     classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
-    protocol = evaluate.NO_TASK_ID if "+" not in method else evaluate.PER_SAMPLE
+    protocol = evaluate.PER_SAMPLE if "+" in method or method == "softnet" else evaluate.NO_TASK_ID
     rows = once[1]["metrics"][protocol]
     assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)
