@@ -30,7 +30,9 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for workdir in arguments.workdirs:
-        config = dataclasses.replace(from_identity(Reader(workdir).read_identity()), data_dir=arguments.data_dir)
+        # All tasks' weights are held: what is read from the workdir again is not what was packed here.
+        identity = Reader(workdir).read_identity()
+        config = dataclasses.replace(from_identity(identity), data_dir=arguments.data_dir, weights_cache_mb=2**20)
         with closing(Store(workdir)) as store:
             run = continual.prepare(config, store, Console(quiet=True), threading.Event())
             for name in WAYS:

@@ -62,32 +62,32 @@ def unpack_bits(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.unpackbits(bits, count=math.prod(shape)).reshape(shape).astype(jnp.float32)
 
 
-class Way(NamedTuple):
-    """`pack(mask [in, out], rank)` and `unpack(packed, columns of the mask)`."""
+class Packing(NamedTuple):
+    """A way to keep masks smaller: `pack(mask [in, out], rank)` and `unpack(packed, columns of the mask)`."""
 
     pack: Callable[[jax.Array, int], Packed]
     unpack: Callable[[Packed, int], jax.Array]
 
 
-WAYS = {
-    "int8": Way(_pack_int8, lambda packed, columns: _dequantized(packed)),
-    "int4": Way(_pack_int4, _unpack_int4),
-    "lowrank": Way(_pack_low_rank, lambda packed, columns: 1 + jnp.matmul(packed["left"], packed["right"], precision="highest")),
+KINDS = {
+    "int8": Packing(_pack_int8, lambda packed, columns: _dequantized(packed)),
+    "int4": Packing(_pack_int4, _unpack_int4),
+    "lowrank": Packing(_pack_low_rank, lambda packed, columns: 1 + jnp.matmul(packed["left"], packed["right"], precision="highest")),
 }
 
 
-STORED_AS = ("float32", *WAYS)
+STORED_AS = ("float32", *KINDS)
 
 
-def pack(masks: trees.Tree, way: str, rank: int) -> trees.Tree:
-    """Masks, a tree of float32 `[in, out]`, as they are kept, `way` of STORED_AS; "float32" is as they are. `rank` is that of "lowrank"."""
-    if way == "float32":
+def pack(masks: trees.Tree, kind: str, rank: int) -> trees.Tree:
+    """Masks, a tree of float32 `[in, out]`, as they are kept, by `kind` of STORED_AS: "float32" as they are, "lowrank" of `rank`."""
+    if kind == "float32":
         return masks
-    return jax.tree.map(lambda mask: WAYS[way].pack(mask, rank), masks)
+    return jax.tree.map(lambda mask: KINDS[kind].pack(mask, rank), masks)
 
 
-def unpack(packed: trees.Tree, way: str, like: trees.Tree) -> trees.Tree:
+def unpack(packed: trees.Tree, kind: str, like: trees.Tree) -> trees.Tree:
     """The masks, float32, of what `pack` gave; `like` is a tree of their shapes."""
-    if way == "float32":
+    if kind == "float32":
         return packed
-    return jax.tree.map(lambda mask, kept: WAYS[way].unpack(kept, mask.shape[1]), like, packed)
+    return jax.tree.map(lambda mask, kept: KINDS[kind].unpack(kept, mask.shape[1]), like, packed)
