@@ -122,7 +122,7 @@ def top_share(scores: jax.Array, keep: int) -> jax.Array:
     """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores themselves (straight-through).
 
     Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so the lowest that is kept is found bit by
-    bit: a float's bits, those of negative ones inverted, are in the order of the floats.
+    bit: a float's bits, those of negative ones inverted, are in the order of the floats. So is the place where the equal ones end.
     """
     width = 8 * scores.dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")
@@ -130,16 +130,30 @@ def top_share(scores: jax.Array, keep: int) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(scores.reshape(-1), unsigned)
     ranks = jnp.where(bits >= top, ~bits, bits | top)
 
-    def raised(step: jax.Array, lowest: jax.Array) -> jax.Array:
-        higher = lowest | (top >> step.astype(unsigned))
-        return jnp.where(jnp.sum(ranks >= higher, dtype=jnp.int32) >= keep, higher, lowest)
-
-    lowest = jax.lax.fori_loop(0, width, raised, unsigned.type(0))
+    lowest = _highest(unsigned, lambda rank: _count(ranks >= rank) >= keep)
     above, level = ranks > lowest, ranks == lowest
-    room = keep - jnp.sum(above, dtype=jnp.int32)
-    fits = jnp.sum(level, dtype=jnp.int32) == room
-    level = jax.lax.cond(fits, lambda: level, lambda: level & (jnp.cumsum(level, dtype=jnp.int32) <= room))
+    room = keep - _count(above)
+
+    def first() -> jax.Array:
+        places = jnp.arange(scores.size, dtype=jnp.uint32)
+        return level & (places < _highest(places.dtype, lambda place: _count(level & (places < place)) <= room))
+
+    level = jax.lax.cond(_count(level) == room, lambda: level, first)
     return (above | level).astype(scores.dtype).reshape(scores.shape)
+
+
+def _count(where: jax.Array) -> jax.Array:
+    return jnp.sum(where, dtype=jnp.int32)
+
+
+def _highest(kind: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The highest number of an unsigned `kind` that `holds`; 0 does, and with any number all below it."""
+
+    def raised(step: jax.Array, number: jax.Array) -> jax.Array:
+        higher = number | (kind.type(1) << (kind.type(8 * kind.itemsize - 1) - step.astype(kind)))
+        return jnp.where(holds(higher), higher, number)
+
+    return jax.lax.fori_loop(0, 8 * kind.itemsize, raised, kind.type(0))
 
 
 @top_share.defjvp

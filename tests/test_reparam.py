@@ -60,6 +60,15 @@ def test_the_highest_are_those_that_sorting_finds(rng, scores, keep):
     np.testing.assert_array_equal(reparam.top_share(values, keep), expected.reshape(10, 12))
 
 
+def test_a_masks_cost_grows_with_its_size():
+    """As XLA counts operations, by which a run reports what a step costs: a sum of all that are before each entry would be its square."""
+    counted = [
+        jax.jit(reparam.top_share, static_argnums=1).lower(np.ones(size, np.float32), size // 2).cost_analysis()["flops"]
+        for size in (1000, 8000)
+    ]
+    assert counted[1] < 10 * counted[0]
+
+
 def test_scores_get_the_gradient_of_the_mask(backbone, rng):
     """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped weights alike."""
     kind = reparam.BinaryMask((PROJ,), 0.5)
