@@ -20,16 +20,21 @@ from soft_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command of `argv`; the exit status: 1 when anything could not be answered, 143 after a SIGTERM."""
+    """Run the command of `argv`; the exit status: 1 when anything could not be answered, 143 after a SIGTERM, 141 for a closed pipe."""
     parser = argparse.ArgumentParser(prog="python -m soft_jax", description="Use a trained run, or make one of the paper's tables.")
     commands = parser.add_subparsers(required=True)
     _add_predict(commands)
     _add_table(commands)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is told
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # who read the output, such as `head`, has enough; nor may the interpreter's end write what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except OSError as error:
         print(f"error: {error}; finished tasks are as they were, and the same command continues", file=sys.stderr)
     return 1

@@ -3,9 +3,12 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +256,15 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
     assert command_line.main(["table", *arguments, f"--workdir={tmp_path}"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_nobody_reads_is_no_error(unbuffered):
+    command, environment = [sys.executable, "-m", "soft_jax", "table", "methods", "--list"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + 13
 
 
 @pytest.mark.usefixtures("digits")
