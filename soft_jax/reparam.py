@@ -68,10 +68,14 @@ def masked(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
 
 
 class Reparam:
-    """What a kind does unless it says otherwise. `slot` names its arrays in an adapter, `kernels` the parameters that they replace."""
+    """What a kind does unless it says otherwise. `slot` names its arrays in an adapter, `kernels` the parameters that they replace.
+
+    `rank` is that of its matrices; 0: they are of any rank.
+    """
 
     slot: ClassVar[str]
     kernels: tuple[str, ...]
+    rank = 0
 
     @property
     def changed_layers(self) -> tuple[int, ...]:
@@ -99,6 +103,11 @@ class SoftMask(Reparam):
     init_as: str = "uniform"
     stored_as: str = "float32"
     stored_rank: int = 4
+
+    @property
+    def rank(self) -> int:
+        """That of the masks, where the store keeps products."""
+        return self.stored_rank if self.stored_as == "lowrank" else 0
 
     def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
         """A task's masks, float32, shaped as the kernels."""
@@ -317,8 +326,5 @@ KINDS = {
 
 def check(reparam: Reparam, vit: ViTConfig) -> None:
     """Raise UserError where a rank that is used is larger than the layer is wide."""
-    rank = getattr(reparam, "rank", 0)
-    if getattr(reparam, "stored_as", "") == "lowrank":
-        rank = reparam.stored_rank
-    if rank > vit.dim:
-        raise UserError(f"rank: {rank} is above the backbone's width, {vit.dim}")
+    if reparam.rank > vit.dim:
+        raise UserError(f"rank: {reparam.rank} is above the backbone's width, {vit.dim}")

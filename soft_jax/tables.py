@@ -315,6 +315,11 @@ class Line:
     backbone: str
 
     @property
+    def bounded(self) -> bool:
+        """Whether joint training bounds it: not where the task is given, nor joint training itself."""
+        return not self.joint and not self.protocol.startswith("oracle")
+
+    @property
     def seeds(self) -> int:
         """How many seeds it is of."""
         return len(self.each)
@@ -375,9 +380,9 @@ def joint_lines(benchmark: str, overrides: Mapping[str, Any], seeds: int, workdi
 def bound(line: Line, lines: Sequence[Line]) -> float | None:
     """What joint training reached among `lines` in what `line` is: all classes, its backbone, with or without prototypes.
 
-    None where that was not measured, where the task is given, and for joint training itself.
+    None where that was not measured, or does not bound it.
     """
-    if line.joint or line.protocol.startswith("oracle"):
+    if not line.bounded:
         return None
 
     def kind(one: Line) -> tuple[str, bool]:
@@ -433,7 +438,8 @@ def markdown(
     out = [f"# {title}", "", f"Made by `{command}`; a row alone by its number, with `--rows=#`.", "", settings, ""]
     out += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     measured = [*lines, *joint]
-    out += ["| " + " | ".join(_cells(line, bound(line, measured))) + " |" for line in lines]
+    bounds = [bound(line, measured) for line in lines]
+    out += ["| " + " | ".join(_cells(line, best)) + " |" for line, best in zip(lines, bounds, strict=True)]
     for row in rows:
         for figures in row.published.values() if row.settings is None else ():
             out.append(f"| {row.number} | {row.name} | as published, not run |{' – |' * 3} {_published(figures)} |{' – |' * 4}")
@@ -447,12 +453,11 @@ def markdown(
         "statistics of q(x). After training come those statistics and what the method keeps; evaluation is of all protocols and stages.",
         "",
     ]
-    without = [line for line in lines if not line.joint and not line.protocol.startswith("oracle") and bound(line, measured) is None]
+    without = dict.fromkeys(line.number for line, best in zip(lines, bounds, strict=True) if line.bounded and best is None)
     if any(line.joint for line in measured):
         legend = "▲: above joint training on all classes, as measured here on the same backbone (for prototype rows: with prototypes)."
         if without:
-            numbers = ", ".join(str(number) for number in dict.fromkeys(line.number for line in without))
-            legend += f" That is not measured for row(s) {numbers}: nothing marks what is above it there."
+            legend += f" That is not measured for row(s) {', '.join(map(str, without))}: nothing marks what is above it there."
         out += [legend, ""]
     else:
         out += [
