@@ -21,20 +21,21 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported here: a wrong flag is answered at once, not after jax has started.
-    from soft_jax import continual, processes
+    from soft_jax import distributed
+    from soft_jax.experiment import loop
 
     logging.set_verbosity(logging.ERROR)
     try:
         config = config_lib.from_config_dict(flags.FLAGS.config)
         if flags.FLAGS.distributed:
-            processes.join(flags.FLAGS.distributed)
+            distributed.join(flags.FLAGS.distributed)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}-{config.method}-{config.tasks}x-seed{config.seed}"
-        continual.run(config, workdir)
+        loop.run(config, workdir)
     except UserError as error:
         end(f"error: {error}")
     except OSError as error:
         end(f"error: {error}; finished tasks are as they were, and the same command continues")
-    except continual.Preempted as stopped:
+    except loop.Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + 15)
 

@@ -13,8 +13,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from soft_jax import batches, data
-from soft_jax.augment import Augment, augment_file
+from soft_jax.data import batches, sources
+from soft_jax.data.augmentation import Augment, augment_file
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         contents.append(file.getvalue())
     count, spec = len(contents), Augment(224)
-    files = data.Files(contents.__getitem__, str, [""] * count, np.zeros(count, np.int32), np.arange(count))
+    files = sources.Files(contents.__getitem__, str, [""] * count, np.zeros(count, np.int32), np.arange(count))
     start = time.perf_counter()
     for index in range(count):
         augment_file(rng, Image.fromarray(files.image(index)), spec)

@@ -20,11 +20,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from soft_jax import evaluate, inference, methods, prototype, task_id, train, trees, weights
+from soft_jax import pytrees
 from soft_jax.config import Config
-from soft_jax.predictor import Predictor
-from soft_jax.store import Store
-from soft_jax.vit import ViT, ViTConfig
+from soft_jax.evaluation import protocols
+from soft_jax.inference import engine, identity, prototypes
+from soft_jax.inference.predictor import Predictor
+from soft_jax.methods.method import Method, method_from_config
+from soft_jax.models import backbones
+from soft_jax.models.vit import ViT, ViTConfig
+from soft_jax.store.folder import Store
+from soft_jax.training import train_step
 
 BATCH, SHOTS = 24, 7  # of the published protocol
 FEATURES = 2000
@@ -62,47 +67,47 @@ def main() -> None:
     return None
 
 
-def random_backbone(vit: ViTConfig) -> trees.Tree:
+def random_backbone(vit: ViTConfig) -> pytrees.Tree:
     """Frozen parameters as they are drawn, on the devices."""
     return jax.jit(ViT(vit).init)(jax.random.key(0), np.zeros((1, vit.image_size, vit.image_size, 3), np.float32))["params"]
 
 
-def _method(arguments: argparse.Namespace, classes: int) -> tuple[methods.Method, dict]:
+def _method(arguments: argparse.Namespace, classes: int) -> tuple[Method, dict]:
     config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype)
     if arguments.random:
-        vit = dataclasses.replace(weights.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
+        vit = dataclasses.replace(backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
         params = random_backbone(vit)
     else:
-        loaded = weights.load(arguments.backbone, "", 0, arguments.dtype)
+        loaded = backbones.load(arguments.backbone, "", 0, arguments.dtype)
         vit, params = loaded.vit, jax.device_put(loaded.params)
-    return methods.from_config(config, vit, classes), params
+    return method_from_config(config, vit, classes), params
 
 
 class Requests:
     """Predictors of `count` tasks over one model, and what is asked of them."""
 
     def __init__(self, arguments: argparse.Namespace, count: int):
-        self.count, self.batching = count, inference.Batching(train.data_mesh(), arguments.images)
+        self.count, self.batching = count, engine.Batching(train_step.data_mesh(), arguments.images)
         method, params = _method(arguments, classes=10 * count)
-        whole = train.replicated(self.batching.mesh)
+        whole = train_step.replicated(self.batching.mesh)
         params = jax.device_put(params, whole)
         size = method.vit.image_size
         self.images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
         draw = jax.jit(method.init_adapter)
         self.adapters = [draw(jax.random.key(task), params) for task in range(count)]
-        query = inference.queries(method, params, self.images, self.batching, prepared=True)
+        query = engine.queries(method, params, self.images, self.batching, prepared=True)
         # Keys towards single images, so that tasks share the images out.
         keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
-        projection = prototype.projection(0, method.vit.dim, FEATURES)
+        projection = prototypes.projection(0, method.vit.dim, FEATURES)
         drawn = np.random.default_rng(1).normal(0, 1e-2, (FEATURES, method.classes)).astype(np.float32)
-        classifier = prototype.Classifier(projection, drawn, np.ones(method.classes, bool))
-        self.model = inference.Model(
+        classifier = prototypes.Classifier(projection, drawn, np.ones(method.classes, bool))
+        self.model = engine.Model(
             method=method,
             backbone=params,
             shared=jax.device_put(method.init_shared(jax.random.key(1), params), whole),
             keys=jax.device_put(keys, whole),
             prompts=jax.device_put(np.stack([a["prompt"] for a in self.adapters]), whole),
-            weights=inference.TaskWeights(method, params, self.adapters.__getitem__, 2**36),
+            weights=engine.TaskWeights(method, params, self.adapters.__getitem__, 2**36),
             tasks=tuple(range(count)),
             task_of_class=np.arange(method.classes) // 10,
             prototypes=jax.device_put(classifier, whole),
@@ -124,22 +129,22 @@ class Requests:
 
     def batch_prompt(self) -> None:
         """The published batches, each by the majority of its images' nearest keys."""
-        model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
-        tokens, query = inference.encode(model, self.images, self.batching, queried=True, prepared=True)
-        nearest = inference.key_similarity(model, query, self.batching).argmax(axis=1)
-        voted = task_id.majority(nearest, batches.index, self.count)
-        inference.logits(model, tokens, inference.alone(voted), self.batching)
+        model, batches = self.model, protocols.Batches(len(self.images), BATCH)
+        tokens, query = engine.encode(model, self.images, self.batching, queried=True, prepared=True)
+        nearest = engine.key_similarity(model, query, self.batching).argmax(axis=1)
+        voted = identity.majority(nearest, batches.index, self.count)
+        engine.logits(model, tokens, engine.alone(voted), self.batching)
 
     def batch_gradient(self) -> None:
         """The published batches, each by ∂H/∂α on its first images; only those need q(x), for the vote on the E-prompt."""
-        model, batches = self.model, evaluate.Batches(len(self.images), BATCH)
-        tokens, _ = inference.encode(model, self.images, self.batching, queried=False, prepared=True)
+        model, batches = self.model, protocols.Batches(len(self.images), BATCH)
+        tokens, _ = engine.encode(model, self.images, self.batching, queried=False, prepared=True)
         shots = np.flatnonzero(batches.position < SHOTS)
         nearest = np.zeros(len(self.images), int)
-        query = inference.queries(model.method, model.backbone, self.images[shots], self.batching, prepared=True)
-        nearest[shots] = inference.key_similarity(model, query, self.batching).argmax(axis=1)
-        gradients = evaluate.batch_alpha_gradients(model, tokens, nearest, batches, SHOTS, self.batching)
-        inference.logits(model, tokens, inference.alone(gradients.argmin(axis=1)[batches.index]), self.batching)
+        query = engine.queries(model.method, model.backbone, self.images[shots], self.batching, prepared=True)
+        nearest[shots] = engine.key_similarity(model, query, self.batching).argmax(axis=1)
+        gradients = protocols.batch_alpha_gradients(model, tokens, nearest, batches, SHOTS, self.batching)
+        engine.logits(model, tokens, engine.alone(gradients.argmin(axis=1)[batches.index]), self.batching)
 
 
 def compare(rounds: int, **alternatives: Callable[[], None]) -> dict[str, float]:
@@ -218,8 +223,8 @@ def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None
 def _memory_of(arguments: argparse.Namespace) -> None:
     workdir, _, task_id_ = arguments.child.rpartition(":")
     method, params = _method(arguments, classes=1)
-    weights.load = lambda *_: weights.Backbone(arguments.backbone, method.vit, jax.device_get(params), "0" * 64)
-    each = inference.TaskWeights(method, params, dict, 0).bytes_each
+    backbones.load = lambda *_: backbones.Backbone(arguments.backbone, method.vit, jax.device_get(params), "0" * 64)
+    each = engine.TaskWeights(method, params, dict, 0).bytes_each
     predictor = Predictor.load(workdir, task_id=task_id_, cache_bytes=arguments.budget_tasks * each, batch_size=arguments.images)
     size = method.vit.image_size
     images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)

@@ -14,9 +14,13 @@ import numpy as np
 from absl import logging
 from rich.console import Console
 
-from soft_jax import continual, packing, report, train, trees
+from soft_jax import pytrees
 from soft_jax.config import from_identity
-from soft_jax.store import Reader, Store
+from soft_jax.evaluation import report
+from soft_jax.experiment import loop
+from soft_jax.store import packing
+from soft_jax.store.folder import Reader, Store
+from soft_jax.training import train_step
 
 WAYS = {"float32": 0, "int8": 0, "int4": 0, "lowrank 4": 4, "lowrank 16": 16, "lowrank 64": 64}
 
@@ -34,7 +38,7 @@ def main() -> None:
         identity = Reader(workdir).read_identity()
         config = dataclasses.replace(from_identity(identity), data_dir=arguments.data_dir, weights_cache_mb=2**20)
         with closing(Store(workdir)) as store:
-            run = continual.prepare(config, store, Console(quiet=True), threading.Event())
+            run = loop.prepare(config, store, Console(quiet=True), threading.Event())
             for name in WAYS:
                 found[name].append(evaluate(run, name))
     rows = {
@@ -51,22 +55,22 @@ def main() -> None:
     print(json.dumps(rows))
 
 
-def evaluate(run: continual.Run, name: str) -> dict[str, float]:
+def evaluate(run: loop.Run, name: str) -> dict[str, float]:
     """Final average accuracy of each protocol in percent, KiB of a task's masks, and the root mean square error of their entries."""
     way, rank = name.split(maxsplit=1)[0], WAYS[name]
-    learned, error = continual.Learned(run), []
+    learned, error = loop.Learned(run), []
     for task in range(run.config.tasks):
         templates = {"adapter": learned.template, "shared": run.initial_shared(), "statistics": run.statistics_shapes(task)}
-        items, _ = run.store.load_task(task, templates, train.replicated(run.mesh))
+        items, _ = run.store.load_task(task, templates, train_step.replicated(run.mesh))
         masks = items["adapter"]["mask"]
         packed = packing.pack(masks, way, rank)
         unpacked = packing.unpack(packed, way, masks)
-        a, b = (np.concatenate([np.asarray(leaf).reshape(-1) for leaf in trees.flatten(tree).values()]) for tree in (masks, unpacked))
+        a, b = (np.concatenate([np.asarray(leaf).reshape(-1) for leaf in pytrees.flatten(tree).values()]) for tree in (masks, unpacked))
         error.append(np.sqrt(np.mean((a - b) ** 2)))
         learned.add(task, items["adapter"] | {"mask": unpacked}, items["statistics"])
-    table, _ = continual.evaluate_stage(run, learned.model(items["shared"]))
+    table, _ = loop.evaluate_stage(run, learned.model(items["shared"]))
     accuracy = {protocol: float(np.mean([100 * row.correct / row.total for row in rows])) for protocol, rows in table.items()}
-    return accuracy | {"KiB a task": trees.nbytes(packed) / 1024, "error of an entry": float(np.mean(error))}
+    return accuracy | {"KiB a task": pytrees.nbytes(packed) / 1024, "error of an entry": float(np.mean(error))}
 
 
 def _columns(values: list[dict[str, float]]) -> dict[str, list[float]]:

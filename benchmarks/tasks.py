@@ -23,9 +23,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.inference import high_water, random_backbone
-from soft_jax import continual, data, evaluate, report, weights
 from soft_jax.config import Config
-from soft_jax.vit import ViTConfig
+from soft_jax.data import sources
+from soft_jax.evaluation import protocols, report
+from soft_jax.experiment import loop
+from soft_jax.models import backbones
+from soft_jax.models.vit import ViTConfig
 
 VIT = ViTConfig(image_size=16, patch_size=4, dim=64, depth=4, heads=4, mlp_dim=256)
 CLASSES, TRAIN, TEST = 2, 24, 12  # of a task: its classes, and the images of each
@@ -45,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     params = jax.device_get(random_backbone(VIT))
-    weights.load = lambda *_: weights.Backbone("random", VIT, params, "0" * 64)
+    backbones.load = lambda *_: backbones.Backbone("random", VIT, params, "0" * 64)
     if arguments.child:
         return _open_again(arguments)
     rows, resumed = [], []
@@ -53,7 +56,7 @@ def main() -> None:
         workdir = Path(folder) / "run"
         last = [time.monotonic()]
 
-        def after_task(run: continual.Run, manifests: list) -> None:
+        def after_task(run: loop.Run, manifests: list) -> None:
             count, now = len(manifests), time.monotonic()
             seconds = manifests[-1]["seconds"] | {"whole": now - last[0]}
             disk = sum(path.stat().st_size for path in (workdir / "tasks" / f"{count - 1:03d}").rglob("*") if path.is_file())
@@ -63,9 +66,9 @@ def main() -> None:
                 print(json.dumps({"after": rows[-1], "opened again": resumed[-1]}), flush=True)
             last[0] = time.monotonic()
 
-        continual._report, continual.evaluate_stage = after_task, _newest_alone
+        loop._report, loop.evaluate_stage = after_task, _newest_alone
         report.line, report.show = lambda *_: "", lambda *_: None
-        continual.run(_config(arguments.tasks), workdir, Console(quiet=True), _images(arguments.tasks))
+        loop.run(_config(arguments.tasks), workdir, Console(quiet=True), _images(arguments.tasks))
     _draw(rows, resumed, Path(arguments.output) / "tasks.png")
     first, last_rows = rows[5:55], rows[-50:]
     for name in ("whole", "train", "statistics", "evaluate"):
@@ -85,20 +88,20 @@ def _config(tasks: int) -> Config:
     return Config(dataset="digits", tasks=tasks, weights_cache_mb=128, **sizes, **layers)
 
 
-def _images(tasks: int) -> data.Dataset:
+def _images(tasks: int) -> sources.Dataset:
     rng, classes = np.random.default_rng(0), CLASSES * tasks
 
-    def split(count: int) -> data.Split:
+    def split(count: int) -> sources.Split:
         labels = np.repeat(np.arange(classes, dtype=np.int32), count)
-        return data.Split(rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels)
+        return sources.Split(rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels)
 
-    return data.Dataset(split(TRAIN), split(TEST), tuple(map(str, range(classes))))
+    return sources.Dataset(split(TRAIN), split(TEST), tuple(map(str, range(classes))))
 
 
-def _newest_alone(run: continual.Run, model) -> tuple[dict[str, list[evaluate.Row]], float]:
+def _newest_alone(run: loop.Run, model) -> tuple[dict[str, list[protocols.Row]], float]:
     start, task = time.monotonic(), model.tasks[-1]
     split = run.test_set(task)
-    rows = evaluate.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
+    rows = protocols.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
     return {protocol: [row] for protocol, row in rows.items()}, time.monotonic() - start
 
 
@@ -122,10 +125,10 @@ def _open_again(arguments: argparse.Namespace) -> None:
     def opened(*_):
         raise Opened
 
-    continual.train_task, continual._report = opened, lambda *_: None
+    loop.train_task, loop._report = opened, lambda *_: None
     images, start = _images(arguments.tasks), time.monotonic()
     try:
-        continual.run(_config(arguments.tasks), arguments.child, Console(quiet=True), images)
+        loop.run(_config(arguments.tasks), arguments.child, Console(quiet=True), images)
     except Opened:
         print(json.dumps({"seconds": time.monotonic() - start, "memory": high_water()}))
 

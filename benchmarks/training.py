@@ -26,8 +26,11 @@ from absl import logging
 
 from benchmarks import published
 from benchmarks.inference import compare, high_water, random_backbone
-from soft_jax import batches, methods, train, weights
 from soft_jax.config import Config
+from soft_jax.data import batches
+from soft_jax.methods.method import method_from_config
+from soft_jax.models import backbones
+from soft_jax.training import train_step
 
 SIDE = 4096  # of the square matrices whose product is taken for the device's peak
 
@@ -99,13 +102,13 @@ class Steps:
     def __init__(self, arguments: argparse.Namespace, fixed_query: bool):
         settings = {"backbone": arguments.backbone, "dtype": arguments.dtype, "mask_weights": "qkv+proj+mlp", "fixed_query": fixed_query}
         config = Config(batch_size=arguments.batch, **settings)
-        vit = dataclasses.replace(weights.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
-        method = methods.from_config(config, vit, published.CLASSES)
-        self.recipe, self.mesh, self.count = train.recipe_from_config(config, method), train.data_mesh(), arguments.steps
-        self.whole = train.replicated(self.mesh)
+        vit = dataclasses.replace(backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
+        method = method_from_config(config, vit, published.CLASSES)
+        self.recipe, self.mesh, self.count = train_step.recipe_from_config(config, method), train_step.data_mesh(), arguments.steps
+        self.whole = train_step.replicated(self.mesh)
         self.params = jax.device_put(random_backbone(vit), self.whole)
         adapter, shared = method.init_adapter(jax.random.key(1), self.params), method.init_shared(jax.random.key(2), self.params)
-        self.state = train.compile_init(self.recipe, self.mesh)(adapter, shared)
+        self.state = train_step.compile_init(self.recipe, self.mesh)(adapter, shared)
         self.key = jax.device_put(jax.random.key(3), self.whole)
         rng = np.random.default_rng(0)
         # As CIFAR-100: 32 pixels, resized in the step.
@@ -120,18 +123,18 @@ class Steps:
 
     def many(self) -> None:
         """All steps in one call, as training runs them on images that fit the device."""
-        rows = jax.device_put(self.schedule.chunk(self.done, self.count, train.CHUNK), self.whole)
-        steps = train.compile_steps(self.recipe, self.mesh)
+        rows = jax.device_put(self.schedule.chunk(self.done, self.count, train_step.CHUNK), self.whole)
+        steps = train_step.compile_steps(self.recipe, self.mesh)
         self.state, terms = steps(self.state, self.params, self.on_device, rows, self.fixed, self.key, np.int32(self.count))
         self._finish(terms)
 
     def one_by_one(self) -> None:
         """A call a step, its images sent along, as training runs them on images from files."""
-        step = train.compile_step(self.recipe, self.mesh)
+        step = train_step.compile_step(self.recipe, self.mesh)
         for index in range(self.count):
             rows, weights_ = self.schedule.batch(self.done + index)
             batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_}
-            batch = jax.device_put(batch, train.by_row(self.mesh))
+            batch = jax.device_put(batch, train_step.by_row(self.mesh))
             self.state, terms = step(self.state, self.params, batch | self.fixed, self.key)
         self._finish(terms)
 
@@ -144,7 +147,7 @@ class Steps:
         """Of a step, as XLA counts them in the program as it is written; crops and Adam are in it."""
         rows, weights_ = self.schedule.batch(0)
         batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_} | self.fixed
-        lowered = train.compile_step(self.recipe, self.mesh).lower(self.state, self.params, batch, self.key)
+        lowered = train_step.compile_step(self.recipe, self.mesh).lower(self.state, self.params, batch, self.key)
         return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
 
 

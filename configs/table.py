@@ -11,9 +11,9 @@ field of soft_jax.config.Config:
 
 import dataclasses
 
-from soft_jax import tables
 from soft_jax.config import as_config_dict, parse_argument
 from soft_jax.errors import UserError
+from soft_jax.paper import tables
 
 
 def get_config(argument=None):

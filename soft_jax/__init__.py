@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from soft_jax.predictor import Predictor
+    from soft_jax.inference.predictor import Predictor
 
 __all__ = ["Predictor"]
 __version__ = "0.1.0"
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # On demand: it brings in all the rest, which a user of one module may do without.
     if name == "Predictor":
-        from soft_jax.predictor import Predictor
+        from soft_jax.inference.predictor import Predictor
 
         return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

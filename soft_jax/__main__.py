@@ -14,9 +14,10 @@ from soft_jax.cache import COMPILED
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 
-from soft_jax import images, tables
 from soft_jax.config import parse_argument
+from soft_jax.data import images
 from soft_jax.errors import UserError
+from soft_jax.paper import tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,7 @@ def _table(arguments: argparse.Namespace) -> int:
     # Imported here: a wrong argument is answered sooner.
     from absl import logging
 
-    from soft_jax.continual import Preempted
+    from soft_jax.experiment.loop import Preempted
 
     logging.set_verbosity(logging.ERROR)
     if arguments.output:  # now, not after hours
@@ -121,7 +122,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise UserError(f"--tasks: {arguments.tasks!r} is not a list of numbers such as 0,2,5") from None
     files = images.find(arguments.images)
     # Imported here: a wrong argument is answered sooner.
-    from soft_jax.predictor import Predictor
+    from soft_jax.inference.predictor import Predictor
 
     task_id = "oracle" if arguments.task is not None else arguments.task_id
     predictor = Predictor.load(arguments.workdir, tasks, task_id, backbone_path=arguments.backbone_path)

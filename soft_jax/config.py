@@ -7,11 +7,12 @@ from typing import Any
 
 import ml_collections
 
-from soft_jax import packing, prompts, rehearsal, reparam, retention
 from soft_jax.errors import UserError
+from soft_jax.methods import prompts, regularization, rehearsal, reparametrization
+from soft_jax.store import packing
 
 HOSTS = ("dualprompt", "l2p")
-WAYS = retention.KINDS | rehearsal.KINDS  # of keeping something from older tasks
+WAYS = regularization.KINDS | rehearsal.KINDS  # of keeping something from older tasks
 FINE_TUNED = ("ft", *(name for name, way in WAYS.items() if way.fine_tunes))  # methods that train the whole network
 ALONE = ("head", *FINE_TUNED)  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
@@ -81,7 +82,7 @@ class Config:
                 raise UserError(f"{field.name}: {value!r} is not {_type_name(field.type)}")
         self._check_method()
         self._one_of("prefix_layout", prompts.LAYOUTS)
-        self._one_of("mask_init", reparam.MASK_INITS)
+        self._one_of("mask_init", reparametrization.MASK_INITS)
         self._one_of("dtype", DTYPES)
         self._one_of("mask_storage", packing.STORED_AS)
         self._check_mask_weights()
@@ -132,15 +133,15 @@ class Config:
     def _check_mask_weights(self) -> None:
         weights = self.mask_weights.split("+")
         for weight in weights:
-            if weight not in reparam.WEIGHTS:
-                raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparam.WEIGHTS)} with '+'")
+            if weight not in reparametrization.WEIGHTS:
+                raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparametrization.WEIGHTS)} with '+'")
         if len(set(weights)) < len(weights) or {"qv", "qkv"} <= set(weights):
             raise UserError(f"mask_weights: {self.mask_weights!r} names weights twice")
         if "qv" in weights and "lora" not in self.method.split("+"):
             raise UserError("mask_weights: 'qv' is for lora, which treats q, k and v apart; take 'qkv'")
 
     def _check_method(self) -> None:
-        parts, joined = self.method.split("+"), (HOSTS, tuple(name for name in WAYS if name not in ALONE), tuple(reparam.KINDS))
+        parts, joined = self.method.split("+"), (HOSTS, tuple(name for name in WAYS if name not in ALONE), tuple(reparametrization.KINDS))
         known = {*ALONE, *(part for group in joined for part in group)}
         if unknown := [part for part in parts if part not in known]:
             raise UserError(f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}")

@@ -16,8 +16,11 @@ import hypothesis
 import numpy as np
 import pytest
 
-from soft_jax import data, methods, reparam, weights
-from soft_jax.vit import ViT, ViTConfig
+from soft_jax.data import sources
+from soft_jax.methods import reparametrization
+from soft_jax.methods.method import Method
+from soft_jax.models import backbones
+from soft_jax.models.vit import ViT, ViTConfig
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -28,11 +31,11 @@ TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=
 LAYERS = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
 
 
-def soft_masks(init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)) -> reparam.SoftMask:
-    return reparam.SoftMask(reparam.kernel_paths(weights, layers), init_as)
+def soft_masks(init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)) -> reparametrization.SoftMask:
+    return reparametrization.SoftMask(reparametrization.kernel_paths(weights, layers), init_as)
 
 
-def tiny_method(**changes) -> methods.Method:
+def tiny_method(**changes) -> Method:
     settings = {
         "vit": TINY,
         "classes": 6,
@@ -42,7 +45,7 @@ def tiny_method(**changes) -> methods.Method:
         "g_layers": (0,),
         "g_length": 2,
     }
-    return methods.Method(**settings | changes)
+    return Method(**settings | changes)
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +64,10 @@ def backbone():
 @contextmanager
 def tiny_world(backbone, patch):
     """Runs and predictors get the tiny backbone and the first 80 training and test digits, which are given, until `patch` is undone."""
-    digits = data.load("digits")
-    few = data.Dataset(*(data.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
-    patch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, backbone, "0" * 64))
-    patch.setattr(data, "load", lambda *_: few)
+    digits = sources.load("digits")
+    few = sources.Dataset(*(sources.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
+    patch.setattr(backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, backbone, "0" * 64))
+    patch.setattr(sources, "load", lambda *_: few)
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
         yield few
 

@@ -12,10 +12,11 @@ import sys
 
 def strike(moment: str) -> None:
     """Arm the moment; everything else of the run is as a user's."""
-    from soft_jax import continual, evaluate
+    from soft_jax.evaluation import protocols
+    from soft_jax.experiment import loop
 
     kind, *where = moment.split(":")
-    check, evaluate_task, calls = continual._check_step, evaluate.evaluate_task, [0]
+    check, evaluate_task, calls = loop._check_step, protocols.evaluate_task, [0]
 
     def at_step(run, task, step, values):
         if [task, step] == [int(x) for x in where]:
@@ -38,9 +39,9 @@ def strike(moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kind.endswith("-step"):
-        continual._check_step = at_step
+        loop._check_step = at_step
     elif kind == "kill-evaluate":
-        evaluate.evaluate_task = at_evaluate
+        protocols.evaluate_task = at_evaluate
     elif kind == "kill-save":
         sys.addaudithook(at_rename)
 

@@ -11,19 +11,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from soft_jax import evaluate, inference, methods, metrics, reparam, train, trees, weights
-from soft_jax.vit import ViTConfig
+from soft_jax import pytrees
+from soft_jax.evaluation import metrics, protocols
+from soft_jax.inference import engine
+from soft_jax.methods import reparametrization
+from soft_jax.methods.method import Adapter, Method, Shared, begin
+from soft_jax.models import backbones
+from soft_jax.models.vit import ViTConfig
+from soft_jax.training import train_step
 
 
-def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> methods.Method:
+def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> Method:
     """The method that a trace ran; the masked weights are those it has masks for."""
     c = meta["config"]
     vit = ViTConfig(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"], int(c["dim"] * c["mlp_ratio"]), "float64")
     masked = [key.split("/")[1] for key in trace if key.startswith("init/blocks.")]
-    return methods.Method(
+    return Method(
         vit=vit,
         classes=c["classes"],
-        reparam=reparam.SoftMask(tuple(_mask_path(name) for name in masked)) if masked else None,
+        reparam=reparametrization.SoftMask(tuple(_mask_path(name) for name in masked)) if masked else None,
         e_layers=tuple(c["e_layers"]),
         e_length=c["e_length"],
         g_layers=tuple(c["g_layers"]),
@@ -37,23 +43,23 @@ def _mask_path(name: str) -> str:
     return f"blocks_{layer}/{part}/{dense}/kernel"
 
 
-def adapter_of(arrays: Mapping[str, np.ndarray], task: int) -> methods.Adapter:
+def adapter_of(arrays: Mapping[str, np.ndarray], task: int) -> Adapter:
     """Task `task`'s adapter from a trace's arrays (names without their `init/` or `after_task{t}/`)."""
     adapter = {"key": arrays["e_prompt.prompt_key"][task], "prompt": arrays["e_prompt.prompt"][:, :, task]}
     masks = {_mask_path(name): arrays[name][task].T for name in arrays if name.endswith("ones_weight")}
-    return adapter | ({"mask": trees.unflatten(masks)} if masks else {})
+    return adapter | ({"mask": pytrees.unflatten(masks)} if masks else {})
 
 
-def shared_of(arrays: Mapping[str, np.ndarray]) -> methods.Shared:
+def shared_of(arrays: Mapping[str, np.ndarray]) -> Shared:
     """The shared part from a trace's arrays."""
     return {"g_prompt": arrays["g_prompt"], "head": {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]}}
 
 
-def model_of(method, backbone, shared, adapters, tasks, task_of_class, budget=2**30, **others) -> inference.Model:
+def model_of(method, backbone, shared, adapters, tasks, task_of_class, budget=2**30, **others) -> engine.Model:
     """A model of adapters that are all in memory."""
     keys, prompts = (jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt"))
-    weights_ = inference.TaskWeights(method, backbone, adapters.__getitem__, budget)
-    return inference.Model(method, backbone, shared, keys, prompts, weights_, tasks, task_of_class, **others)
+    weights_ = engine.TaskWeights(method, backbone, adapters.__getitem__, budget)
+    return engine.Model(method, backbone, shared, keys, prompts, weights_, tasks, task_of_class, **others)
 
 
 def replay(path: str | Path) -> dict[str, float]:
@@ -62,11 +68,11 @@ def replay(path: str | Path) -> dict[str, float]:
         trace = {key: file[key] for key in file.files}
     meta = json.loads(str(trace["meta"]))
     c, method = meta["config"], method_of(trace, meta)
-    params, left_out = weights.convert(_under(trace, "backbone/"), method.vit)
+    params, left_out = backbones.convert(_under(trace, "backbone/"), method.vit)
     assert not left_out, left_out
-    recipe = train.Recipe(method, learning_rate=c["lr"] * c["batch"] / 256)
-    mesh = train.data_mesh(jax.devices()[:1])
-    step = train.compile_step(recipe, mesh)
+    recipe = train_step.Recipe(method, learning_rate=c["lr"] * c["batch"] / 256)
+    mesh = train_step.data_mesh(jax.devices()[:1])
+    step = train_step.compile_step(recipe, mesh)
 
     init = _under(trace, "init/")
     adapters = [adapter_of(init, task) for task in range(c["tasks"])]
@@ -93,21 +99,21 @@ def replay(path: str | Path) -> dict[str, float]:
             "memory": {},
         }
 
-    settings = evaluate.Settings(mesh, c["eval_batch"], (c["shots"],), eval_batch_size=c["eval_batch"] * c["eval_batches"])
-    vote_gradient = evaluate.vote_gradient(c["shots"])
-    protocols = {
-        evaluate.VOTE_PROMPT: "prompt_id",
+    settings = protocols.Settings(mesh, c["eval_batch"], (c["shots"],), eval_batch_size=c["eval_batch"] * c["eval_batches"])
+    vote_gradient = protocols.vote_gradient(c["shots"])
+    published = {
+        protocols.VOTE_PROMPT: "prompt_id",
         vote_gradient: "gradient_id",
-        evaluate.ORACLE: "task_incremental",
+        protocols.ORACLE: "task_incremental",
     }
-    accuracy = {name: np.zeros((c["tasks"], c["tasks"])) for name in protocols.values()}
+    accuracy = {name: np.zeros((c["tasks"], c["tasks"])) for name in published.values()}
     count = 0
     for task in range(c["tasks"]):
-        adapters[task] = methods.begin(adapters[task], adapters[task - 1] if task else None)
-        state = train.init_state(recipe, adapters[task], shared)
+        adapters[task] = begin(adapters[task], adapters[task - 1] if task else None)
+        state = train_step.init_state(recipe, adapters[task], shared)
         if task == 0:
             batch = batch_of(0, 0)
-            first, terms = train.gradients(state.trainable, params, batch | {"images": batch["images"] / 255}, recipe)
+            first, terms = train_step.gradients(state.trainable, params, batch | {"images": batch["images"] / 255}, recipe)
             compare("first_query", terms["query"], trace["first_query"])
             compare("first_logits", terms["logits"], trace["first_logits"])
             theirs = _under(trace, "first_grad/")
@@ -126,13 +132,13 @@ def replay(path: str | Path) -> dict[str, float]:
         for seen in range(task + 1):
             images = trace["eval_images"][seen].reshape(-1, *trace["eval_images"].shape[-3:])
             labels = trace["eval_labels"][seen].reshape(-1)
-            query = inference.queries(method, params, images, settings.batching)
-            answers = evaluate.answer(model, images, query, seen, settings)
-            for protocol, row in evaluate.evaluate_task(model, images, labels, query, seen, settings).items():
-                if name := protocols.get(protocol):
+            query = engine.queries(method, params, images, settings.batching)
+            answers = protocols.answer(model, images, query, seen, settings)
+            for protocol, row in protocols.evaluate_task(model, images, labels, query, seen, settings).items():
+                if name := published.get(protocol):
                     accuracy[name][seen, task] = 100 * row.correct / row.total
             batches = slice(0, None, c["eval_batch"])
-            for protocol in (evaluate.VOTE_PROMPT, vote_gradient):
+            for protocol in (protocols.VOTE_PROMPT, vote_gradient):
                 if protocol not in answers.task_ids:
                     continue
                 name = protocols[protocol]

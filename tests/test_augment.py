@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_jax import data
-from soft_jax.augment import DRAWS, Augment, augment, augment_file, crop_and_resize, draw_crop, prepare_test
+from soft_jax.data import sources
+from soft_jax.data.augmentation import DRAWS, Augment, augment, augment_file, crop_and_resize, draw_crop, prepare_test
 
 
 @pytest.fixture(scope="module")
 def images():
     """Real digits, and noise, which is the hardest to resample."""
     noise = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-    return np.concatenate([data.load("digits").train.images[:6], noise])
+    return np.concatenate([sources.load("digits").train.images[:6], noise])
 
 
 @pytest.mark.parametrize("size", [16, 32, 45])

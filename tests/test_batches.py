@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_jax import batches, data
-from soft_jax.augment import Augment
+from soft_jax.data import batches, sources
+from soft_jax.data.augmentation import Augment
 from soft_jax.errors import UserError
 
 
@@ -49,7 +49,7 @@ def files(rng):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=95)
         contents.append(file.getvalue())
-    return data.Files(contents.__getitem__, lambda i: f"file {i}", [""] * 11, np.arange(11, dtype=np.int32) % 4, np.arange(11))
+    return sources.Files(contents.__getitem__, lambda i: f"file {i}", [""] * 11, np.arange(11, dtype=np.int32) % 4, np.arange(11))
 
 
 SPEC = Augment(16)
@@ -99,6 +99,6 @@ def test_processes_share_a_batch_out(files, processes):
 
 def test_a_file_that_can_not_be_read_is_named(files):
     damaged = files.take(np.array([3, 4, 5]))
-    broken = data.Files(lambda i: b"GIF89a" if i == 4 else files.read(i), files.names, files.digests, damaged.labels, damaged.order)
+    broken = sources.Files(lambda i: b"GIF89a" if i == 4 else files.read(i), files.names, files.digests, damaged.labels, damaged.order)
     with pytest.raises(UserError, match=r"dataset: file 4 can't be read .*; restore it"):
         everything(batches.from_files(schedule(count=3), broken, SPEC, 0))

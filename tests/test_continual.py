@@ -11,11 +11,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from soft_jax import continual, data, inference, methods, train, trees
+from soft_jax import pytrees
 from soft_jax.config import Config
+from soft_jax.data import sources
+from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
-from soft_jax.scenario import Scenario
-from soft_jax.store import Store
+from soft_jax.experiment import loop
+from soft_jax.inference import engine
+from soft_jax.methods.method import begin
+from soft_jax.store.folder import Store
+from soft_jax.training import train_step
 from tests.conftest import LAYERS, tiny_method
 
 
@@ -23,17 +28,17 @@ from tests.conftest import LAYERS, tiny_method
 def run(rng):
     """A run over 4 classes in 2 tasks, without backbone or method: 11 training and 6 test images a task."""
     labels = np.arange(22, dtype=np.int32) % 4
-    split = data.Split(rng.integers(0, 256, (22, 4, 4, 3), dtype=np.uint8), labels)
-    test = data.Split(split.images[:12], labels[:12])
-    return continual.Run(
+    split = sources.Split(rng.integers(0, 256, (22, 4, 4, 3), dtype=np.uint8), labels)
+    test = sources.Split(split.images[:12], labels[:12])
+    return loop.Run(
         config=Config(tasks=2, batch_size=4, epochs=3, dataset="digits"),
         scenario=Scenario(4, 2),
-        dataset=data.Dataset(split, test, tuple("abcd")),
+        dataset=sources.Dataset(split, test, tuple("abcd")),
         backbone=None,
         params=None,
         method=None,
         recipe=None,
-        mesh=train.data_mesh(),
+        mesh=train_step.data_mesh(),
         store=None,
         console=Console(quiet=True),
         stop=threading.Event(),
@@ -42,7 +47,7 @@ def run(rng):
 
 def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
     calls, run = [], dataclasses.replace(run, method=tiny_method())
-    monkeypatch.setattr(inference, "queries", lambda method, params, images, *_: calls.append(len(images)) or images.sum((1, 2)))
+    monkeypatch.setattr(engine, "queries", lambda method, params, images, *_: calls.append(len(images)) or images.sum((1, 2)))
     for _ in range(3):
         assert run.query(0).shape == (6, 3)
         run.query(1)
@@ -56,23 +61,23 @@ def small(digits, tmp_path):
 
     def prepare(devices=4, **changes):
         with closing(Store(tmp_path / f"on{devices}")) as store:
-            mesh = train.data_mesh(jax.devices()[:devices])
-            return continual.prepare(dataclasses.replace(config, **changes), store, Console(quiet=True), threading.Event(), mesh)
+            mesh = train_step.data_mesh(jax.devices()[:devices])
+            return loop.prepare(dataclasses.replace(config, **changes), store, Console(quiet=True), threading.Event(), mesh)
 
     return prepare
 
 
 def run_two_tasks(run):
-    """Both tasks as `continual.run` trains them: adapters and model after each task, and the rows of the last stage."""
-    learned, shared, adapters, models = continual.Learned(run), run.initial_shared(), [], []
+    """Both tasks as `loop.run` trains them: adapters and model after each task, and the rows of the last stage."""
+    learned, shared, adapters, models = loop.Learned(run), run.initial_shared(), [], []
     for task in range(2):
-        adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
-        state, _ = continual.train_task(run, task, adapter, shared, run.initial_memory(shared))
+        adapter = begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
+        state, _ = loop.train_task(run, task, adapter, shared, run.initial_memory(shared))
         adapters.append(state.trainable["adapter"])
         shared = state.trainable["shared"]
-        learned.add(task, adapters[-1], continual.task_statistics(run, task))
+        learned.add(task, adapters[-1], loop.task_statistics(run, task))
         models.append(learned.model(shared))
-    return adapters, models, continual.evaluate_stage(run, models[-1])[0]
+    return adapters, models, loop.evaluate_stage(run, models[-1])[0]
 
 
 def test_the_same_run_on_one_and_on_four_devices(small):
@@ -87,15 +92,15 @@ def test_the_same_run_on_one_and_on_four_devices(small):
 
 def test_an_old_task_keeps_its_key_and_prompt_while_a_new_one_trains(small):
     run = small()
-    learned = continual.Learned(run)
-    learned.add(0, run.initial_adapter(0), continual.task_statistics(run, 0))
+    learned = loop.Learned(run)
+    learned.add(0, run.initial_adapter(0), loop.task_statistics(run, 0))
     model = learned.model(run.initial_shared())
     first = jax.device_get((model.keys[0], model.prompts[0]))
-    state, _ = continual.train_task(run, 1, methods.begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared(), {})
-    learned.add(1, state.trainable["adapter"], continual.task_statistics(run, 1))
+    state, _ = loop.train_task(run, 1, begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared(), {})
+    learned.add(1, state.trainable["adapter"], loop.task_statistics(run, 1))
     later = learned.model(state.trainable["shared"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((later.keys[0], later.prompts[0])), first)
-    drawn, trained = (trees.flatten(jax.device_get(a)) for a in (run.initial_adapter(1), state.trainable["adapter"]))
+    drawn, trained = (pytrees.flatten(jax.device_get(a)) for a in (run.initial_adapter(1), state.trainable["adapter"]))
     assert all((trained[path] != drawn[path]).any() for path in drawn)
 
 
@@ -108,9 +113,9 @@ def test_only_the_g_prompt_drifts(small, held):
     images = run.test_set(0).images
     logits = []
     for model in (first, second):
-        tokens, _ = inference.encode(model, images, batching, queried=False)
-        pairs = inference.alone(np.zeros(len(images), int))
-        logits.append(inference.logits(model, tokens, pairs, batching)[:, run.scenario.class_mask(0)])
+        tokens, _ = engine.encode(model, images, batching, queried=False)
+        pairs = engine.alone(np.zeros(len(images), int))
+        logits.append(engine.logits(model, tokens, pairs, batching)[:, run.scenario.class_mask(0)])
     assert (logits[0] == logits[1]).all() == held
     assert (np.asarray(first.shared["g_prompt"]) == np.asarray(second.shared["g_prompt"])).all() == held
 
@@ -118,22 +123,22 @@ def test_only_the_g_prompt_drifts(small, held):
 def test_a_new_prompt_starts_as_the_old_one_and_its_key_does_not(small):
     run = small()
     first, second = run.initial_adapter(0), run.initial_adapter(1)
-    begun = methods.begin(second, first)
+    begun = begin(second, first)
     np.testing.assert_array_equal(begun["prompt"], first["prompt"])
     np.testing.assert_array_equal(begun["key"], second["key"])
-    assert methods.begin(first, None) is first
+    assert begin(first, None) is first
 
 
 def test_too_little_memory_says_what_to_do(digits, tmp_path, monkeypatch):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd a table of them.")
 
-    monkeypatch.setattr(continual, "train_task", full)
+    monkeypatch.setattr(loop, "train_task", full)
     config = Config(dataset="digits", tasks=2, method="head")
     with pytest.raises(
         UserError, match=r"^batch_size: .* too little memory \(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\.\)\. Take"
     ):
-        continual.run(config, tmp_path, Console(quiet=True))
+        loop.run(config, tmp_path, Console(quiet=True))
 
 
 def test_sigterm_saves_at_once(small):
@@ -142,17 +147,17 @@ def test_sigterm_saves_at_once(small):
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     seen = []
     stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set() or seen.append(step))
-    with pytest.raises(continual.Preempted, match="Stopped after step") as stopped:
-        continual.train_task(stopping, 0, adapter, shared, {})
+    with pytest.raises(loop.Preempted, match="Stopped after step") as stopped:
+        loop.train_task(stopping, 0, adapter, shared, {})
     done = int(str(stopped.value).split()[3])
     assert 0 < done < run.schedule(0).steps
     assert [path.name for path in run.store.training.iterdir()] == [f"000-{done:06d}"]
     run.stop.clear()
     continued = dataclasses.replace(run, log=lambda group, step, values: seen.append(step))
-    state, _ = continual.train_task(continued, 0, adapter, shared, {})
+    state, _ = loop.train_task(continued, 0, adapter, shared, {})
     assert seen == list(range(int(state.step)))
     whole = dataclasses.replace(run, store=small(1).store)
-    expected, _ = continual.train_task(whole, 0, adapter, shared, {})
+    expected, _ = loop.train_task(whole, 0, adapter, shared, {})
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
@@ -160,48 +165,48 @@ def test_sigterm_is_answered_while_training_images_are_looked_at(small, monkeypa
     """Before the next of the parts that they are looked at in, which change nothing."""
     run = small()
     whole = run.train_query(0)
-    monkeypatch.setattr(continual, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(loop, "READ_AT_ONCE", 8)
     rows = run.members(0)
     np.testing.assert_allclose(run.features(rows, run.params), whole, atol=1e-5)
-    calls, ask = [], inference.queries
-    monkeypatch.setattr(inference, "queries", lambda *a, **k: run.stop.set() or calls.append(a) or ask(*a, **k))
-    with pytest.raises(continual.Preempted, match="Stopped while looking at training images; the same command continues"):
-        continual.task_statistics(dataclasses.replace(run, train_queries={}), 0)
+    calls, ask = [], engine.queries
+    monkeypatch.setattr(engine, "queries", lambda *a, **k: run.stop.set() or calls.append(a) or ask(*a, **k))
+    with pytest.raises(loop.Preempted, match="Stopped while looking at training images; the same command continues"):
+        loop.task_statistics(dataclasses.replace(run, train_queries={}), 0)
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("call", [1, 3, 64])
 def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
-    monkeypatch.setattr(continual, "_next_call", lambda *_: call)
+    monkeypatch.setattr(loop, "_next_call", lambda *_: call)
     run = small(epochs=2, checkpoint_every=4)
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     seen = []
     logging = dataclasses.replace(run, log=lambda group, step, values: seen.append((step, values)))
-    state, _ = continual.train_task(logging, 0, adapter, shared, {})
-    step_by_step = train.compile_init(run.recipe, run.mesh)(adapter, shared)
+    state, _ = loop.train_task(logging, 0, adapter, shared, {})
+    step_by_step = train_step.compile_init(run.recipe, run.mesh)(adapter, shared)
     plan, split = run.schedule(0), run.dataset.train.take(run.members(0))
     fixed = {"class_mask": run.scenario.class_mask(0), "hold_g_prompt": False, "memory": {}}
     for step in range(plan.steps):
         rows, weights = plan.batch(step)
         batch = {"images": split.images[rows], "labels": split.labels[rows], "weights": weights}
-        key = train.stream(run.config.seed, "augment", 0)
-        step_by_step, terms = train.compile_step(run.recipe, run.mesh)(step_by_step, run.params, batch | fixed, key)
+        key = train_step.stream(run.config.seed, "augment", 0)
+        step_by_step, terms = train_step.compile_step(run.recipe, run.mesh)(step_by_step, run.params, batch | fixed, key)
         assert seen[step] == (step, {name: float(value) for name, value in terms.items()})
     assert len(seen) == plan.steps
     jax.tree.map(np.testing.assert_array_equal, state, step_by_step)
 
 
 def test_calls_grow_to_what_takes_a_second():
-    assert continual._next_call(1, 1, 30.0) == 1
-    assert continual._next_call(1, 1, 0.01) == 4
-    assert continual._next_call(16, 16, 0.5) == 32
-    assert continual._next_call(16, 16, 4.0) == 4
+    assert loop._next_call(1, 1, 30.0) == 1
+    assert loop._next_call(1, 1, 0.01) == 4
+    assert loop._next_call(16, 16, 0.5) == 32
+    assert loop._next_call(16, 16, 4.0) == 4
 
 
 @pytest.fixture
 def from_files(small, monkeypatch):
     """`small`, its training and test images as files of many shapes."""
-    held = data.load()
+    held = sources.load()
 
     def as_files(split):
         contents = []
@@ -209,9 +214,9 @@ def from_files(small, monkeypatch):
             file = io.BytesIO()
             Image.fromarray(np.pad(image, ((0, index % 5), (0, 0), (0, 0)))).save(file, "PNG")
             contents.append(file.getvalue())
-        return data.Files(contents.__getitem__, str, list(map(str, contents)), split.labels, np.arange(len(contents)))
+        return sources.Files(contents.__getitem__, str, list(map(str, contents)), split.labels, np.arange(len(contents)))
 
-    monkeypatch.setattr(data, "load", lambda *_: data.Dataset(as_files(held.train), as_files(held.test), held.class_names))
+    monkeypatch.setattr(sources, "load", lambda *_: sources.Dataset(as_files(held.train), as_files(held.test), held.class_names))
     return small
 
 
@@ -220,17 +225,17 @@ def test_a_run_on_files_goes_on_where_it_was(from_files):
     run = from_files()
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set())
-    with pytest.raises(continual.Preempted, match="Stopped after step [1-5] of task 1"):
-        continual.train_task(stopping, 0, adapter, shared, {})
+    with pytest.raises(loop.Preempted, match="Stopped after step [1-5] of task 1"):
+        loop.train_task(stopping, 0, adapter, shared, {})
     run.stop.clear()
-    state, seconds = continual.train_task(run, 0, adapter, shared, {})
+    state, seconds = loop.train_task(run, 0, adapter, shared, {})
     assert int(state.step) == run.schedule(0).steps
     assert 0 < seconds["input_wait"] < seconds["train"]
     whole = dataclasses.replace(run, store=from_files(2).store)
-    expected, _ = continual.train_task(whole, 0, adapter, shared, {})
+    expected, _ = loop.train_task(whole, 0, adapter, shared, {})
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     one = from_files(1)
-    alone, _ = continual.train_task(one, 0, one.initial_adapter(0), one.initial_shared(), {})
+    alone, _ = loop.train_task(one, 0, one.initial_adapter(0), one.initial_shared(), {})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.trainable, jax.device_get(alone.trainable))
 
 
@@ -243,8 +248,8 @@ def test_exemplars_come_from_files_too(from_files):
         memory = run.initial_memory(shared)
         for task in range(2):
             recalled, shared = run.method.recall(memory, shared)
-            state, _ = continual.train_task(run, task, {}, shared, recalled)
-            memory, shared = continual.task_memory(run, task, memory, state.trainable)
+            state, _ = loop.train_task(run, task, {}, shared, recalled)
+            memory, shared = loop.task_memory(run, task, memory, state.trainable)
         assert (np.asarray(memory["rows"]) >= 0).all()
         trained.append(jax.device_get(shared))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *trained)
@@ -269,14 +274,14 @@ def test_files_are_evaluated_as_images_in_memory(small, from_files):
 def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
     """It is asked for once a task, for training and statistics together, and the key moves towards it alone."""
     make = request.getfixturevalue("small" if stored == "memory" else "from_files")
-    calls, ask = [], inference.queries
-    monkeypatch.setattr(inference, "queries", lambda *args, **kwargs: calls.append(1) or ask(*args, **kwargs))
+    calls, ask = [], engine.queries
+    monkeypatch.setattr(engine, "queries", lambda *args, **kwargs: calls.append(1) or ask(*args, **kwargs))
     run = make(fixed_query=True)
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     logged = []
     logging = dataclasses.replace(run, log=lambda group, step, values: logged.append(values["key_similarity"]))
-    continual.train_task(logging, 0, adapter, shared, {})
-    continual.task_statistics(run, 0)
+    loop.train_task(logging, 0, adapter, shared, {})
+    loop.task_statistics(run, 0)
     assert len(calls) == 1
     rows, weights_ = run.schedule(0).batch(0)
     query, key = run.train_query(0)[rows[weights_ > 0]], np.asarray(adapter["key"])
@@ -286,8 +291,8 @@ def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
 
 def test_another_dataset_is_another_run(small, monkeypatch):
     small()
-    few = data.load()
-    monkeypatch.setattr(data, "load", lambda *_: dataclasses.replace(few, train=few.test))
+    few = sources.load()
+    monkeypatch.setattr(sources, "load", lambda *_: dataclasses.replace(few, train=few.test))
     with pytest.raises(UserError, match="dataset_sha256: .* there, .* now"):
         small()
 
@@ -295,7 +300,7 @@ def test_another_dataset_is_another_run(small, monkeypatch):
 def test_a_run_that_ended_lets_go_of_its_workdir(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="backbone_path: no file"):
-            continual.run(Config(backbone_path="/nowhere"), tmp_path, Console(quiet=True))
+            loop.run(Config(backbone_path="/nowhere"), tmp_path, Console(quiet=True))
 
 
 def test_steps_are_counted_where_only_compiled_programs_can_be(small, monkeypatch):

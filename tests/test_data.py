@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from soft_jax import data, images
+from soft_jax.data import images, sources
 from soft_jax.errors import UserError
 
 
@@ -79,7 +79,7 @@ def prepared(tmp_path_factory):
 
 
 def test_tfds_set(prepared):
-    dataset = data.load("tiny_colors", str(prepared))
+    dataset = sources.load("tiny_colors", str(prepared))
     assert dataset.class_names == ("a", "b", "c", "d")
     assert dataset.train.images.shape == (12, 8, 8, 3)
     assert dataset.train.images.dtype == np.uint8
@@ -102,18 +102,18 @@ def test_cifar100_from_its_archive(tmp_path, monkeypatch):
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: archive)
-    dataset = data.load("cifar100", str(tmp_path / "data"))
+    dataset = sources.load("cifar100", str(tmp_path / "data"))
     assert dataset.class_names[7] == "fine7"
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         theirs = records[name][:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         there = {(label, image.tobytes()) for label, image in zip(split.labels.tolist(), split.images, strict=True)}
         assert there == {(label, image.tobytes()) for label, image in zip(records[name][:, 1].tolist(), theirs, strict=True)}
-    again = data.load("cifar100", str(tmp_path / "data"))  # prepared now
+    again = sources.load("cifar100", str(tmp_path / "data"))  # prepared now
     np.testing.assert_array_equal(again.test.images, dataset.test.images)
 
 
 def test_digits():
-    dataset = data.load("digits")
+    dataset = sources.load("digits")
     assert dataset.train.images.shape[1:] == (32, 32, 3)
     assert len(dataset.train.labels) + len(dataset.test.labels) == 1797
     assert np.bincount(dataset.test.labels).min() >= 34
@@ -125,10 +125,10 @@ def test_digits():
 def test_images_of_many_shapes_stay_files(tmp_path):
     """ImageNet-R: labels counted from 0, every fifth image of a class for the test."""
     ImagenetR(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    dataset = data.load("imagenet_r", str(tmp_path))
+    dataset = sources.load("imagenet_r", str(tmp_path))
     names = tfds.builder("imagenet_r", data_dir=tmp_path).info.features["label"].names
     assert dataset.class_names == (names[7], names[930])
-    assert isinstance(dataset.train, data.Files)
+    assert isinstance(dataset.train, sources.Files)
     assert [np.bincount(split.labels).tolist() for split in (dataset.train, dataset.test)] == [[9, 9], [3, 3]]
     seen = []
     for split in (dataset.train, dataset.test):
@@ -145,12 +145,12 @@ def test_images_of_many_shapes_stay_files(tmp_path):
     assert dataset.test.prepared(np.arange(0), 16).shape == (0, 16, 16, 3)
     few = dataset.first(2, 1)
     assert np.bincount(few.train.labels).tolist() == [2, 2]
-    assert len({dataset.fingerprint, few.fingerprint, data.load("imagenet_r", str(tmp_path)).fingerprint}) == 2
+    assert len({dataset.fingerprint, few.fingerprint, sources.load("imagenet_r", str(tmp_path)).fingerprint}) == 2
 
 
 def test_only_what_is_learned_from_is_decoded(tmp_path):
     TinyBirds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    split = data.load("tiny_birds", str(tmp_path)).train
+    split = sources.load("tiny_birds", str(tmp_path)).train
     assert [split.image(index).mean() // 20 % 4 for index in range(12)] == split.labels.tolist()
 
 
@@ -165,23 +165,23 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    dataset = data.load("folder", str(folder))
+    dataset = sources.load("folder", str(folder))
     assert dataset.class_names == ("cat", "dog")
     assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]  # of one shape: in memory
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     (folder / "train/cat/odd.jpg").write_bytes(encoded(np.zeros((9, 8), np.uint8), "JPEG"))  # another shape, and grey
-    odd = data.load("folder", str(folder))
-    assert isinstance(odd.train, data.Files)
-    assert isinstance(odd.test, data.Split)
+    odd = sources.load("folder", str(folder))
+    assert isinstance(odd.train, sources.Files)
+    assert isinstance(odd.test, sources.Split)
     assert odd.train.image(3).shape == (9, 8, 3)
     assert odd.fingerprint != dataset.fingerprint
 
 
 def test_large_sets_stay_files(folder, monkeypatch):
-    monkeypatch.setattr(data, "HELD_BYTES", 6 * 8 * 8 * 3 - 1)
-    dataset = data.load("folder", str(folder))
-    assert isinstance(dataset.train, data.Files)
-    assert isinstance(dataset.test, data.Split)
+    monkeypatch.setattr(sources, "HELD_BYTES", 6 * 8 * 8 * 3 - 1)
+    dataset = sources.load("folder", str(folder))
+    assert isinstance(dataset.train, sources.Files)
+    assert isinstance(dataset.test, sources.Split)
 
 
 def test_a_picture_is_learned_as_it_is_predicted(folder):
@@ -191,24 +191,24 @@ def test_a_picture_is_learned_as_it_is_predicted(folder):
     exif[0x0112] = 6
     turned.save(folder / "train/cat/turned.png", exif=exif)
     Image.new("RGBA", (8, 9), (0, 0, 0, 0)).save(folder / "train/dog/clear.png")
-    split = data.load("folder", str(folder)).train
+    split = sources.load("folder", str(folder)).train
     there = {images.prepare(path, 0, 8).tobytes() for path in (folder / "train").rglob("*.png")}
     assert {images.prepare(split.image(index), 0, 8).tobytes() for index in range(len(split.labels))} == there
     whole = encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8), "JPEG")
     (folder / "train/dog/cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"dataset: .*train/dog/cut.jpg can't be read .*; restore it"):
-        data.load("folder", str(folder))
+        sources.load("folder", str(folder))
 
 
 def test_folders_that_can_not_be_read(folder):
     with pytest.raises(UserError, match=r"dataset: 'folder' reads DIR/train/CLASS/\*"):
-        data.load("folder", "")
+        sources.load("folder", "")
     (folder / "test/dog/0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"dataset: .*test/dog/0.png can't be read .*; restore it"):
-        data.load("folder", str(folder))
+        sources.load("folder", str(folder))
     shutil.rmtree(folder / "test/dog")
     with pytest.raises(UserError, match=r"differ in their classes: 'dog' is in one of them only"):
-        data.load("folder", str(folder))
+        sources.load("folder", str(folder))
 
 
 def test_tiny_imagenet(tmp_path):
@@ -224,9 +224,9 @@ def test_tiny_imagenet(tmp_path):
         (root / f"val/images/val_{i}.JPEG").write_bytes(encoded(np.full((64, 64, 3), 9 * i, np.uint8), "JPEG"))
     (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\nval_2.JPEG\tn02\t0\t0\t9\t9\n")
     with pytest.raises(UserError, match=r"no Tiny-ImageNet at .*wnids.txt"):
-        data.load("tiny_imagenet", str(tmp_path))
+        sources.load("tiny_imagenet", str(tmp_path))
     (root / "wnids.txt").write_text("\n".join(names))
-    dataset = data.load("tiny_imagenet", str(tmp_path))
+    dataset = sources.load("tiny_imagenet", str(tmp_path))
     assert dataset.class_names == ("n01", "n02")
     assert dataset.train.labels.tolist() == [0, 0, 1, 1]
     assert [round(image.mean()) for image in dataset.train.images] == [50, 51, 0, 1]
@@ -236,9 +236,9 @@ def test_tiny_imagenet(tmp_path):
 
 def test_unknown_set():
     with pytest.raises(UserError, match="dataset: TFDS does not know 'nonesuch'"):
-        data.load("nonesuch")
+        sources.load("nonesuch")
     with pytest.raises(UserError, match="dataset: TFDS does not know 'my set'"):
-        data.load("my set")
+        sources.load("my set")
 
 
 def test_set_that_can_not_be_had(tmp_path, monkeypatch):
@@ -247,7 +247,7 @@ def test_set_that_can_not_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TinyColors, "download_and_prepare", refuse)
     with pytest.raises(UserError, match=r"no prepared tiny_colors at .*ConnectionError: no route to host.*--config.data_dir=DIR"):
-        data.load("tiny_colors", str(tmp_path))
+        sources.load("tiny_colors", str(tmp_path))
 
 
 def test_records_that_are_damaged(prepared, tmp_path):
@@ -255,4 +255,4 @@ def test_records_that_are_damaged(prepared, tmp_path):
     for record in (tmp_path / "copy").rglob("*test*array_record*"):
         record.unlink()
     with pytest.raises(UserError, match=r"dataset: tiny_colors at .* can't be read"):
-        data.load("tiny_colors", str(tmp_path / "copy"))
+        sources.load("tiny_colors", str(tmp_path / "copy"))

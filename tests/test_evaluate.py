@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings, strategies
 from hypothesis.strategies import DataObject
 
-from soft_jax import evaluate, inference, prompts, prototype, task_id, train
-from soft_jax.vit import ViT
+from soft_jax.evaluation import protocols
+from soft_jax.inference import engine, identity, prototypes
+from soft_jax.methods import prompts
+from soft_jax.models.vit import ViT
+from soft_jax.training import train_step
 from tests.conftest import tiny_method
 from tests.replay import model_of
 
@@ -32,7 +35,7 @@ def make_model(backbone, method, adapters, seen=3, **others):
 
 
 def run_settings(batch_size=8, eval_batch_size=16, shots=(5, 0), devices=4):
-    return evaluate.Settings(train.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size)
+    return protocols.Settings(train_step.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size)
 
 
 def keys_that_split(query):
@@ -50,14 +53,14 @@ def world(backbone):
     """A model of three tasks, its adapters, images, and their q(x)."""
     rng, method = np.random.default_rng(5), tiny_method()
     images = rng.integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
-    query = inference.queries(method, backbone, images, run_settings().batching)
+    query = engine.queries(method, backbone, images, run_settings().batching)
     adapters = [a | {"key": key} for a, key in zip(make_adapters(backbone, method), keys_that_split(query), strict=True)]
-    projection = prototype.projection(0, 24, 40)
-    sums = prototype.Sums(6, projection)
+    projection = prototypes.projection(0, 24, 40)
+    sums = prototypes.Sums(6, projection)
     for task in range(3):
         labels = 2 * task + np.arange(COUNT) % 2
         part = slice(task, None, 3)
-        sums.add((2 * task, 2 * task + 1), prototype.statistics(query[part], labels[part], (2 * task, 2 * task + 1), projection))
+        sums.add((2 * task, 2 * task + 1), prototypes.statistics(query[part], labels[part], (2 * task, 2 * task + 1), projection))
     return make_model(backbone, method, adapters, prototypes=sums.solve()), adapters, images, query
 
 
@@ -75,43 +78,43 @@ def gradient_by_hand(model, adapters, image, nearest):
     def entropy(alpha):
         mask = jax.tree.map(lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *[a["mask"] for a in adapters])
         logits = model.method.logits(model.backbone, adapters[nearest] | {"mask": mask}, model.shared, tokens)
-        return task_id.entropy_of_top(logits, 2).sum()
+        return identity.entropy_of_top(logits, 2).sum()
 
     return np.asarray(jax.grad(entropy)(jax.numpy.full(3, 1 / 3)))
 
 
 def test_every_protocol_against_a_plain_loop(world):
     model, adapters, images, query = world
-    answers = evaluate.answer(model, images, query, 1, run_settings())
+    answers = protocols.answer(model, images, query, 1, run_settings())
     keys = np.stack([a["key"] for a in adapters])
     nearest = np.asarray(prompts.similarity(query, keys)).argmax(axis=1)
     assert len(set(nearest.tolist())) == 3
-    np.testing.assert_array_equal(answers.task_ids[evaluate.PER_SAMPLE], nearest)
-    np.testing.assert_array_equal(answers.task_ids[evaluate.ORACLE], np.ones(COUNT))
+    np.testing.assert_array_equal(answers.task_ids[protocols.PER_SAMPLE], nearest)
+    np.testing.assert_array_equal(answers.task_ids[protocols.ORACLE], np.ones(COUNT))
     assert answers.alpha_gradients[5].shape == (5, 3)
     for shots, protocol in ((5, "batch_vote/gradient_id_5"), (0, "batch_vote/gradient_id_all")):
         voted = answers.alpha_gradients[shots].argmin(axis=1)
         np.testing.assert_array_equal(answers.task_ids[protocol], voted[np.arange(COUNT) // 8])
-    assert set(answers.logits) == set(evaluate.protocols(model.method, (5, 0)))
+    assert set(answers.logits) == set(protocols.protocols(model.method, (5, 0)))
     for i in (0, 36):
         for protocol, logits in answers.logits.items():
             assert logits.shape == (COUNT, 6)
             expected = by_hand(model, adapters[answers.task_ids[protocol][i]], images[i])
             np.testing.assert_allclose(logits[i], expected, atol=2e-4, err_msg=protocol)
-        assert answers.task_ids[evaluate.PER_SAMPLE_GRADIENT][i] == gradient_by_hand(model, adapters, images[i], nearest[i]).argmin()
-    assert len(set(answers.task_ids[evaluate.PER_SAMPLE_GRADIENT].tolist())) > 1
+        assert answers.task_ids[protocols.PER_SAMPLE_GRADIENT][i] == gradient_by_hand(model, adapters, images[i], nearest[i]).argmin()
+    assert len(set(answers.task_ids[protocols.PER_SAMPLE_GRADIENT].tolist())) > 1
 
 
 def test_prototypes_name_the_task_and_weigh_the_logits(world):
     model, _, images, query = world
-    answers = evaluate.answer(model, images, query, 1, run_settings())
-    posterior = np.asarray(prototype.log_posterior(query, model.prototypes))
+    answers = protocols.answer(model, images, query, 1, run_settings())
+    posterior = np.asarray(prototypes.log_posterior(query, model.prototypes))
     by_task = np.exp(posterior).reshape(COUNT, 3, 2).sum(axis=2)
-    tasks = answers.task_ids[evaluate.PROTOTYPE]
+    tasks = answers.task_ids[protocols.PROTOTYPE]
     np.testing.assert_array_equal(tasks, by_task.argmax(axis=1))
     assert len(set(tasks.tolist())) == 3
-    scores = answers.scores[evaluate.PROTOTYPE]
-    expected = (posterior + answers.logits[evaluate.PROTOTYPE]).reshape(COUNT, 3, 2)[np.arange(COUNT), tasks]
+    scores = answers.scores[protocols.PROTOTYPE]
+    expected = (posterior + answers.logits[protocols.PROTOTYPE]).reshape(COUNT, 3, 2)[np.arange(COUNT), tasks]
     np.testing.assert_allclose(scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, rtol=1e-5, atol=1e-5)
     assert np.isinf(scores).sum() == 4 * COUNT
 
@@ -120,28 +123,28 @@ def test_images_are_counted_exactly(world):
     """37 images in batches of 8: the last one holds 5; under oracle only the task's classes can win."""
     model, _, images, query = world
     labels = np.full(COUNT, 2)
-    answers = evaluate.answer(model, images, query, 1, run_settings())
-    rows = evaluate.evaluate_task(model, images, labels, query, 1, run_settings())
-    assert set(rows) == set(evaluate.protocols(model.method, (5, 0)))
+    answers = protocols.answer(model, images, query, 1, run_settings())
+    rows = protocols.evaluate_task(model, images, labels, query, 1, run_settings())
+    assert set(rows) == set(protocols.protocols(model.method, (5, 0)))
     for protocol, row in rows.items():
         assert row.total == COUNT == sum(row.identified)
         assert row.identified == tuple(np.bincount(answers.task_ids[protocol], minlength=3))
         assert row.task_correct == row.identified[1]
-    logits = answers.logits[evaluate.ORACLE]
-    assert rows[evaluate.ORACLE].correct == (logits[:, 2] > logits[:, 3]).sum()
-    assert rows[evaluate.ORACLE].task_correct == COUNT
-    assert rows[evaluate.PER_SAMPLE].correct == (answers.logits[evaluate.PER_SAMPLE].argmax(axis=1) == 2).sum()
+    logits = answers.logits[protocols.ORACLE]
+    assert rows[protocols.ORACLE].correct == (logits[:, 2] > logits[:, 3]).sum()
+    assert rows[protocols.ORACLE].task_correct == COUNT
+    assert rows[protocols.PER_SAMPLE].correct == (answers.logits[protocols.PER_SAMPLE].argmax(axis=1) == 2).sum()
 
 
 def test_unseen_tasks_and_classes_only_under_batch_vote(world):
     model, _, images, query = world
     early = dataclasses.replace(model, tasks=(0,), prototypes=None)
-    answers = evaluate.answer(early, images, query, 0, run_settings())
-    assert (answers.task_ids[evaluate.PER_SAMPLE] == 0).all()
-    assert answers.task_ids[evaluate.VOTE_PROMPT].max() > 0
-    logits = answers.logits[evaluate.PER_SAMPLE]
-    rows = evaluate.evaluate_task(early, images, np.zeros(COUNT, int), query, 0, run_settings())
-    assert rows[evaluate.PER_SAMPLE].correct == (logits[:, 0] > logits[:, 1]).sum()
+    answers = protocols.answer(early, images, query, 0, run_settings())
+    assert (answers.task_ids[protocols.PER_SAMPLE] == 0).all()
+    assert answers.task_ids[protocols.VOTE_PROMPT].max() > 0
+    logits = answers.logits[protocols.PER_SAMPLE]
+    rows = protocols.evaluate_task(early, images, np.zeros(COUNT, int), query, 0, run_settings())
+    assert rows[protocols.PER_SAMPLE].correct == (logits[:, 0] > logits[:, 1]).sum()
 
 
 @given(data=strategies.data())
@@ -149,21 +152,21 @@ def test_unseen_tasks_and_classes_only_under_batch_vote(world):
 def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
     """Any choice of the images, in any order, under any batch size: the same task and class for each."""
     model, _, images, query = world
-    whole = evaluate.answer(model, images, query, 0, run_settings())
+    whole = protocols.answer(model, images, query, 0, run_settings())
     chosen = np.array(data.draw(strategies.lists(strategies.integers(0, COUNT - 1), min_size=1, max_size=COUNT)))
     batching = run_settings(
         batch_size=data.draw(strategies.sampled_from([3, 8])), eval_batch_size=data.draw(strategies.sampled_from([16, 64]))
     )
-    alone = inference.queries(model.method, model.backbone, images[chosen], batching.batching)
-    part = evaluate.answer(model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching)
-    for protocol in (evaluate.PER_SAMPLE, evaluate.PER_SAMPLE_GRADIENT, evaluate.PROTOTYPE):
+    alone = engine.queries(model.method, model.backbone, images[chosen], batching.batching)
+    part = protocols.answer(model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching)
+    for protocol in (protocols.PER_SAMPLE, protocols.PER_SAMPLE_GRADIENT, protocols.PROTOTYPE):
         np.testing.assert_array_equal(part.task_ids[protocol], whole.task_ids[protocol][chosen])
         np.testing.assert_array_equal(part.scores[protocol].argmax(axis=1), whole.scores[protocol][chosen].argmax(axis=1))
 
 
 def test_one_and_four_devices_agree(world):
     model, _, images, query = world
-    one, four = (evaluate.answer(model, images, query, 2, run_settings(devices=n)) for n in (1, 4))
+    one, four = (protocols.answer(model, images, query, 2, run_settings(devices=n)) for n in (1, 4))
     for protocol in one.logits:
         np.testing.assert_array_equal(one.task_ids[protocol], four.task_ids[protocol])
         np.testing.assert_allclose(one.logits[protocol], four.logits[protocol], atol=1e-4)
@@ -173,21 +176,21 @@ def test_interleaved_prefixes_follow_the_published_batches(world):
     """An image's prefix depends on its place in its batch, but under per_sample it is alone."""
     model, adapters, images, query = world
     model = dataclasses.replace(model, method=dataclasses.replace(model.method, prefix_layout="interleaved"))
-    answers = evaluate.answer(model, images, query, 0, run_settings())
+    answers = protocols.answer(model, images, query, 0, run_settings())
     separate = np.array([[0, 1]])
     # The last batch holds images 32 to 36: 34 stands in its middle.
     for i, sources in ((0, [[0, 0]]), (3, [[0, 0]]), (4, [[1, 1]]), (32, [[0, 0]]), (34, [[0, 1]]), (36, [[1, 1]])):
         expected = by_hand(model, adapters[0], images[i], np.array(sources))
-        np.testing.assert_allclose(answers.logits[evaluate.ORACLE][i], expected, atol=2e-4)
-        expected = by_hand(model, adapters[answers.task_ids[evaluate.PER_SAMPLE][i]], images[i], separate)
-        np.testing.assert_allclose(answers.logits[evaluate.PER_SAMPLE][i], expected, atol=2e-4)
+        np.testing.assert_allclose(answers.logits[protocols.ORACLE][i], expected, atol=2e-4)
+        expected = by_hand(model, adapters[answers.task_ids[protocols.PER_SAMPLE][i]], images[i], separate)
+        np.testing.assert_allclose(answers.logits[protocols.PER_SAMPLE][i], expected, atol=2e-4)
 
 
 def test_a_test_batch_larger_than_a_chunk(world):
     model, _, images, query = world
     settings_ = run_settings(batch_size=30, eval_batch_size=4)
     assert settings_.batching.chunk == 16
-    large, whole = (evaluate.answer(model, images, query, 0, s) for s in (settings_, run_settings(batch_size=30)))
+    large, whole = (protocols.answer(model, images, query, 0, s) for s in (settings_, run_settings(batch_size=30)))
     for protocol in whole.logits:
         np.testing.assert_array_equal(large.task_ids[protocol], whole.task_ids[protocol])
 
@@ -197,7 +200,7 @@ def test_chunks_are_joined(world):
     model, _, images, query = world
     many = run_settings(eval_batch_size=4)
     assert many.chunk == 16
-    pieces, whole = evaluate.answer(model, images, query, 0, many), evaluate.answer(model, images, query, 0, run_settings())
+    pieces, whole = protocols.answer(model, images, query, 0, many), protocols.answer(model, images, query, 0, run_settings())
     for shots in (5, 0):
         np.testing.assert_allclose(pieces.alpha_gradients[shots], whole.alpha_gradients[shots], atol=1e-4)
     for protocol in whole.logits:
@@ -206,19 +209,19 @@ def test_chunks_are_joined(world):
 
 def test_dualprompt_has_no_gradient_id(backbone, rng):
     method = tiny_method(reparam=None)
-    assert not any("gradient_id" in protocol for protocol in evaluate.protocols(method, (7,)))
+    assert not any("gradient_id" in protocol for protocol in protocols.protocols(method, (7,)))
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
-    query = inference.queries(method, backbone, images, run_settings().batching)
+    query = engine.queries(method, backbone, images, run_settings().batching)
     adapters = make_adapters(backbone, method)
     model = make_model(backbone, method, adapters)
-    answers = evaluate.answer(model, images, query, 0, run_settings())
+    answers = protocols.answer(model, images, query, 0, run_settings())
     assert answers.alpha_gradients == {}
-    assert set(answers.scores) == set(evaluate.protocols(method, (5, 0), prototypes=False))
+    assert set(answers.scores) == set(protocols.protocols(method, (5, 0), prototypes=False))
     # Images of all tasks run together, each with its own prompt.
     tasks = np.array([2, 0, 1, 1, 0])
     batching = run_settings().batching
-    tokens, _ = inference.encode(model, images, batching, queried=False)
-    logits = inference.logits(model, tokens, inference.alone(tasks), batching)
+    tokens, _ = engine.encode(model, images, batching, queried=False)
+    logits = engine.logits(model, tokens, engine.alone(tasks), batching)
     for i, task in enumerate(tasks):
         np.testing.assert_allclose(logits[i], by_hand(model, adapters[task], images[i]), atol=2e-4)
 
@@ -228,14 +231,14 @@ def test_bfloat16_names_the_same_tasks(world):
     model, _, images, query = world
     low = dataclasses.replace(model, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")))
     with jax.numpy_dtype_promotion("standard"):
-        rounded = inference.queries(low.method, low.backbone, images, run_settings().batching)
-        answers = evaluate.answer(low, images, query.astype(rounded.dtype), 1, run_settings())
+        rounded = engine.queries(low.method, low.backbone, images, run_settings().batching)
+        answers = protocols.answer(low, images, query.astype(rounded.dtype), 1, run_settings())
     assert rounded.dtype == jax.numpy.bfloat16
-    expected = evaluate.answer(model, images, query, 1, run_settings()).task_ids[evaluate.PER_SAMPLE]
-    assert (answers.task_ids[evaluate.PER_SAMPLE] == expected).mean() > 0.9
-    similarity = task_id.key_similarity(query.astype(rounded.dtype), model.keys)
+    expected = protocols.answer(model, images, query, 1, run_settings()).task_ids[protocols.PER_SAMPLE]
+    assert (answers.task_ids[protocols.PER_SAMPLE] == expected).mean() > 0.9
+    similarity = identity.key_similarity(query.astype(rounded.dtype), model.keys)
     assert similarity.dtype == np.float32
-    assert answers.logits[evaluate.ORACLE].dtype == np.float32
+    assert answers.logits[protocols.ORACLE].dtype == np.float32
 
 
 def test_queries_are_those_of_the_plain_backbone(world):

@@ -3,14 +3,16 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from soft_jax import inference, train, trees
+from soft_jax import pytrees
+from soft_jax.inference import engine
+from soft_jax.training import train_step
 from tests.conftest import tiny_method
 from tests.replay import model_of
 
 
 @given(count=strategies.integers(1, 3000), largest=strategies.integers(1, 600), devices=strategies.sampled_from([1, 2, 4]))
 def test_pieces_cover_every_row_once(count, largest, devices):
-    batching = inference.Batching(train.data_mesh(jax.devices()[:devices]), largest)
+    batching = engine.Batching(train_step.data_mesh(jax.devices()[:devices]), largest)
     assert len(batching.sizes) <= 6
     assert all(size % devices == 0 for size in batching.sizes)
     pieces = list(batching.pieces(count))
@@ -28,11 +30,11 @@ def weights_of(backbone):
     """A cache over four tasks with a budget in tasks, and the loads it made."""
     method = tiny_method()
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(4)]
-    each = 4 * trees.count(adapters[0]["mask"])
+    each = 4 * pytrees.count(adapters[0]["mask"])
 
     def make(budget):
         loads = []
-        cache = inference.TaskWeights(method, backbone, lambda task: loads.append(task) or adapters[task], int(budget * each))
+        cache = engine.TaskWeights(method, backbone, lambda task: loads.append(task) or adapters[task], int(budget * each))
         assert cache.bytes_each == each
         return cache, loads, adapters
 
@@ -51,7 +53,7 @@ def test_weights_are_made_once_while_they_fit(weights_of, backbone):
     cache, loads, adapters = weights_of(2)
     for task in (0, 1, 0, 1):
         effective = cache[task]
-        theta = trees.select(backbone, trees.flatten(effective))
+        theta = pytrees.select(backbone, pytrees.flatten(effective))
         jax.tree.map(lambda w, k, m: np.testing.assert_array_equal(w, k * m), effective, theta, adapters[task]["mask"])
     assert loads == [0, 1]
     cache[2]  # in the place of 0, which was used before 1
@@ -68,15 +70,15 @@ def test_a_budget_changes_no_answer(backbone, rng):
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(5)]
     shared = method.init_shared(jax.random.key(9), backbone)
     images = rng.integers(0, 256, (23, 16, 16, 3)).astype(np.uint8)
-    batching = inference.Batching(train.data_mesh(), 16)
+    batching = engine.Batching(train_step.data_mesh(), 16)
     tasks = rng.integers(0, 5, 23)
     answers = []
     for budget in (2**30, 0):
         model = model_of(method, backbone, shared, adapters, (0, 1, 3, 4), np.arange(5), budget)
-        tokens, query = inference.encode(model, images, batching, queried=True)
-        logits = inference.logits(model, tokens, inference.alone(tasks), batching)
+        tokens, query = engine.encode(model, images, batching, queried=True)
+        logits = engine.logits(model, tokens, engine.alone(tasks), batching)
         rows = np.arange(23)[:, None]
-        answers.append((query, logits, inference.alpha_gradients(model, tokens, rows, np.ones((23, 1)), tasks, batching)))
+        answers.append((query, logits, engine.alpha_gradients(model, tokens, rows, np.ones((23, 1)), tasks, batching)))
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
     np.testing.assert_allclose(answers[0][2], answers[1][2], atol=1e-6)

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_jax import data, store, train
+from soft_jax.data import sources
+from soft_jax.store import folder
+from soft_jax.training import train_step
 
 ROOT = Path(__file__).parent.parent
 # Two tasks of five digits, six steps each: the smallest run that has a past and a future.
@@ -135,7 +137,7 @@ def test_a_run_and_its_results(finished):
 def test_its_images_are_predicted(finished, launch, tmp_path):
     """From files, by the command line, as evaluation counted them."""
     workdir, _ = finished
-    test = data.load("digits").test
+    test = sources.load("digits").test
     for index in range(0, 60, 6):
         Image.fromarray(test.images[index]).save(tmp_path / f"{index:02d}.png")
     output = launch("predict", str(workdir), str(tmp_path), "--json", "--task-id=prototype", program=("-m", "soft_jax"))
@@ -197,7 +199,7 @@ def test_two_processes_are_one_run(finished, launch_two, tmp_path):
 
 
 def test_what_is_wrong_in_one_process_ends_both(launch_two, tmp_path):
-    with store.Store(tmp_path)._locked:
+    with folder.Store(tmp_path)._locked:
         first, second = launch_two(*SMALL, f"--workdir={tmp_path}", expect=1)
     assert "another process is running in" in first
     assert "error: another process of this run can't go on; its output says why" in second
@@ -209,9 +211,9 @@ def test_eight_devices_are_two(finished, launch, tmp_path):
     assert re.search(r"8\s+cpu\s+device", output)
     (kept,) = (tmp_path / "training").iterdir()
     like = {"key": jax.ShapeDtypeStruct((192,), np.float32), "prompt": jax.ShapeDtypeStruct((3, 2, 5, 3, 64), np.float32)}
-    whole = train.replicated(train.data_mesh(jax.devices()[:1]))
-    ours = store.load(kept, {"state": {"trainable": {"adapter": like}}}, whole, part=True)[0]["state"]["trainable"]["adapter"]
-    theirs = store.Reader(finished[0]).load_task(0, {"adapter": like}, whole, part=True)[0]["adapter"]
+    whole = train_step.replicated(train_step.data_mesh(jax.devices()[:1]))
+    ours = folder.load(kept, {"state": {"trainable": {"adapter": like}}}, whole, part=True)[0]["state"]["trainable"]["adapter"]
+    theirs = folder.Reader(finished[0]).load_task(0, {"adapter": like}, whole, part=True)[0]["adapter"]
     for name in like:
         np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4)
 

@@ -3,15 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import methods, prompts, reparam, trees, weights
+from soft_jax import pytrees
 from soft_jax.config import Config
 from soft_jax.errors import UserError
-from soft_jax.vit import ViT
+from soft_jax.methods import prompts, reparametrization
+from soft_jax.methods.method import method_from_config
+from soft_jax.models import backbones
+from soft_jax.models.vit import ViT
 from tests.conftest import TINY, soft_masks, tiny_method
 
 
 def shapes(tree):
-    return {path: leaf.shape for path, leaf in trees.flatten(tree).items()}
+    return {path: leaf.shape for path, leaf in pytrees.flatten(tree).items()}
 
 
 def test_literal_trees(backbone):
@@ -55,7 +58,7 @@ def test_mask_multiplies_kernels_and_nothing_else(backbone):
     method = tiny_method()
     adapter = method.init_adapter(jax.random.key(0), backbone)
     params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1), backbone))
-    before, after, masks = trees.flatten(backbone), trees.flatten(params), trees.flatten(adapter["mask"])
+    before, after, masks = pytrees.flatten(backbone), pytrees.flatten(params), pytrees.flatten(adapter["mask"])
     for path, leaf in after.items():
         np.testing.assert_array_equal(leaf, before[path] * masks[path] if path in masks else before[path])
 
@@ -63,15 +66,15 @@ def test_mask_multiplies_kernels_and_nothing_else(backbone):
 def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone, rng):
     """One SGD step on m moves θ ⊙ m by −lr · θ² ⊙ the gradient of the effective weight."""
     path = "blocks_2/attn/proj/kernel"
-    theta = trees.flatten(backbone)[path]
+    theta = pytrees.flatten(backbone)[path]
     images = rng.random((2, 16, 16, 3), np.float32)
 
     def loss(effective):
-        params = trees.merge(backbone, trees.unflatten({path: effective}))
+        params = pytrees.merge(backbone, pytrees.unflatten({path: effective}))
         return jnp.sum(ViT(TINY).apply({"params": params}, images)[:, 0])
 
     mask = jnp.full(theta.shape, 0.995)
-    by_mask = jax.grad(lambda m: loss(trees.flatten(reparam.masked(backbone, trees.unflatten({path: m})))[path]))(mask)
+    by_mask = jax.grad(lambda m: loss(pytrees.flatten(reparametrization.masked(backbone, pytrees.unflatten({path: m})))[path]))(mask)
     moved = theta * (mask - 0.1 * by_mask) - theta * mask
     np.testing.assert_allclose(moved, -0.1 * theta**2 * jax.grad(loss)(theta * mask), atol=1e-6)
 
@@ -98,25 +101,25 @@ def test_interleaved_sources_are_a_reshape(batch):
 
 
 def test_layers_that_the_vit_does_not_have():
-    vit = weights.BACKBONES["vit_ti8_32"].vit
+    vit = backbones.BACKBONES["vit_ti8_32"].vit
     for field in ("mask_layers", "e_prompt_layers", "g_prompt_layers"):
         with pytest.raises(UserError, match=f"{field}: layer 13 is not one of vit_b16's layers 1 to 12"):
-            methods.from_config(Config(**{field: (13,)}), vit, 10)
+            method_from_config(Config(**{field: (13,)}), vit, 10)
 
 
 def test_settings_reach_the_method():
-    vit = weights.BACKBONES["vit_ti8_32"].vit
-    method = methods.from_config(Config(mask_layers=(12,), mask_weights="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
+    vit = backbones.BACKBONES["vit_ti8_32"].vit
+    method = method_from_config(Config(mask_layers=(12,), mask_weights="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
     assert method.kernels == ("blocks_11/attn/qkv/kernel", "blocks_11/mlp/fc1/kernel", "blocks_11/mlp/fc2/kernel")
     assert method.e_layers == (2, 3)
     assert method.g_layers == (0, 1)
-    assert methods.from_config(Config(method="dualprompt"), vit, 10).kernels == ()
+    assert method_from_config(Config(method="dualprompt"), vit, 10).kernels == ()
 
 
 def test_a_rank_that_the_vit_does_not_have():
-    vit = weights.BACKBONES["vit_ti8_32"].vit
+    vit = backbones.BACKBONES["vit_ti8_32"].vit
     with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
-        methods.from_config(Config(method="lora", rank=193), vit, 10)
+        method_from_config(Config(method="lora", rank=193), vit, 10)
     with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
-        methods.from_config(Config(mask_storage="lowrank", rank=193), vit, 10)
-    methods.from_config(Config(mask_storage="int8", rank=193), vit, 10)  # which has none
+        method_from_config(Config(mask_storage="lowrank", rank=193), vit, 10)
+    method_from_config(Config(mask_storage="int8", rank=193), vit, 10)  # which has none

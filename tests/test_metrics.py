@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
-from soft_jax.metrics import summarize
-from soft_jax.scenario import Scenario
+from soft_jax.evaluation.metrics import summarize
 
 
 def test_summary_by_hand():

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import continual, packing, report, trees
+from soft_jax import pytrees
 from soft_jax.config import Config
-from soft_jax.predictor import Predictor
+from soft_jax.evaluation import report
+from soft_jax.experiment import loop
+from soft_jax.inference.predictor import Predictor
+from soft_jax.store import packing
 from tests.conftest import LAYERS
 
 
@@ -34,7 +37,7 @@ def test_ones_are_ones_and_bytes_are_what_they_should_be(way):
     packed = packing.pack(like, way, 4)
     np.testing.assert_array_equal(packing.unpack(packed, way, like)["a"], 1)
     expected = {"float32": 4 * 24 * 71, "int8": 24 * 71 + 4 * 24, "int4": 24 * 36 + 4 * 24, "lowrank": 4 * 4 * (24 + 71)}
-    assert trees.nbytes(packed) == expected[way]
+    assert pytrees.nbytes(packed) == expected[way]
 
 
 def test_a_low_rank_mask_is_kept_whole():
@@ -52,13 +55,13 @@ def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypat
     config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **LAYERS)
     config = dataclasses.replace(config, **settings)
     seen = []
-    add = continual.Learned.add
-    monkeypatch.setattr(continual.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
-    monkeypatch.setattr(continual, "DRAWN_AFTER", 0.0)
+    add = loop.Learned.add
+    monkeypatch.setattr(loop.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
+    monkeypatch.setattr(loop, "DRAWN_AFTER", 0.0)
     drawn = []
     monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or [])
     for _ in range(2):  # the second reads both tasks from the store
-        manifests = continual.run(config, tmp_path, Console(quiet=True))
+        manifests = loop.run(config, tmp_path, Console(quiet=True))
     assert drawn == [1, 2, 2]  # long tasks have pictures before the last is done
     for first, again in zip(seen[:2], seen[2:], strict=True):
         jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -68,5 +71,5 @@ def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypat
     rows = manifests[-1]["metrics"]["oracle/task_given"]
     assert [int(right[labels // 5 == task].sum()) for task in range(2)] == [row["correct"] for row in rows]
     stored = json.loads((tmp_path / "tasks/000/manifest/metadata").read_text())
-    assert stored["parameters"]["adapter"] == trees.count(seen[0])
-    assert stored["bytes"]["adapter"] < trees.nbytes(seen[0]) / 2
+    assert stored["parameters"]["adapter"] == pytrees.count(seen[0])
+    assert stored["bytes"]["adapter"] < pytrees.nbytes(seen[0]) / 2

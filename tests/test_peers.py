@@ -14,8 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import methods, prompts, reparam, task_id, train, trees, weights
-from soft_jax.vit import Mlp, ViTConfig
+from soft_jax import pytrees
+from soft_jax.inference import identity
+from soft_jax.methods import prompts, reparametrization
+from soft_jax.methods.method import Method
+from soft_jax.models import backbones
+from soft_jax.models.vit import Mlp, ViTConfig
+from soft_jax.training import train_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -41,14 +46,14 @@ def their_backbone():
         checkpoint = {key.removeprefix("checkpoint/"): file[key].astype(float) for key in file.files if key.startswith("checkpoint/")}
     depth = sum(key.endswith("Dense_0/bias") for key in checkpoint)
     vit = ViTConfig(16, 4, 24, depth, 3, 48, dtype="float64")
-    return vit, weights.convert(checkpoint, vit)[0]
+    return vit, backbones.convert(checkpoint, vit)[0]
 
 
 def test_a_step_of_googles_l2p():
     with np.load(DATA / "l2p.npz") as file:
         theirs = {key: file[key] for key in file.files}
     vit, backbone = their_backbone()
-    method = methods.Method(vit, classes=6, pool_size=6, pool_length=2, top_k=3)
+    method = Method(vit, classes=6, pool_size=6, pool_length=2, top_k=3)
     shared = {
         "head": {"kernel": theirs["head_kernel"], "bias": theirs["head_bias"]},
         "pool": {"key": theirs["pool_key"], "prompt": theirs["pool_prompt"]},
@@ -60,8 +65,8 @@ def test_a_step_of_googles_l2p():
         "weights": np.ones(len(theirs["labels"])),
         "class_mask": np.arange(6) < 2,
     }
-    recipe = train.Recipe(method, learning_rate=0.01)
-    grads, terms = jax.grad(train.loss_fn, has_aux=True)({"adapter": {}, "shared": shared}, backbone, batch, recipe)
+    recipe = train_step.Recipe(method, learning_rate=0.01)
+    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": {}, "shared": shared}, backbone, batch, recipe)
     np.testing.assert_allclose(terms["query"], theirs["query"], **FLAX)
     for name in ("loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **FLAX)
@@ -75,14 +80,14 @@ def test_a_step_of_pilots_dualprompt():
         theirs = {key: file[key] for key in file.files}
     vit, backbone = their_backbone()
     layout = {"e_layers": (1, 2), "e_length": 2, "g_layers": (0,), "g_length": 3, "prefix_layout": "interleaved"}
-    method = methods.Method(vit, classes=6, **layout)
+    method = Method(vit, classes=6, **layout)
     adapters = [{"key": jnp.asarray(key), "prompt": jnp.asarray(theirs["e_prompt"][:, :, task])} for task, key in enumerate(theirs["key"])]
     head = {"kernel": jnp.asarray(theirs["head_kernel"]), "bias": jnp.asarray(theirs["head_bias"])}
     shared = {"head": head, "g_prompt": jnp.asarray(theirs["g_prompt"])}
     task_of_class, count = np.array([0, 0, 1, 1, 2, 2]), len(theirs["labels"])
     batch = {"images": theirs["images"], "labels": theirs["labels"], "weights": np.ones(count), "class_mask": task_of_class == 1}
-    recipe = train.Recipe(method, learning_rate=0.001, pull=0.1)
-    grads, terms = jax.grad(train.loss_fn, has_aux=True)({"adapter": adapters[1], "shared": shared}, backbone, batch, recipe)
+    recipe = train_step.Recipe(method, learning_rate=0.001, pull=0.1)
+    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": adapters[1], "shared": shared}, backbone, batch, recipe)
     for name in ("query", "loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **CLOSE)
     for ours, name, expected in (
@@ -95,7 +100,7 @@ def test_a_step_of_pilots_dualprompt():
         np.testing.assert_allclose(ours, expected, err_msg=name, **CLOSE)
         assert np.abs(expected).max() > 1e-3
     voted = np.asarray(prompts.similarity(theirs["query"], theirs["key"])).argmax(axis=1)
-    (winner,) = set(task_id.majority(voted, np.zeros(count, int), 3).tolist())
+    (winner,) = set(identity.majority(voted, np.zeros(count, int), 3).tolist())
     assert {winner} == set(theirs["voted"].flatten().tolist()) != {1}
     sources = prompts.prefix_sources("interleaved", jnp.arange(count), jnp.asarray(count))
     logits = method.logits(backbone, adapters[winner], shared, method.trunk(backbone, shared, theirs["images"]), sources)
@@ -106,8 +111,8 @@ def test_the_published_lora(layers):
     """Its matrices are [rank, in] and [out, rank], those of q and of v one below the other."""
     theirs = {key.removeprefix("lora/"): value for key, value in layers.items() if key.startswith("lora/")}
     path = "blocks_0/attn/qkv/kernel"
-    kind = reparam.LoRA((path,), rank=3, parts=(0, 2))
-    backbone = trees.unflatten({path: jnp.asarray(theirs["weight"].T)})
+    kind = reparametrization.LoRA((path,), rank=3, parts=(0, 2))
+    backbone = pytrees.unflatten({path: jnp.asarray(theirs["weight"].T)})
 
     def split(a, b):
         return a.reshape(2, 3, 24).transpose(0, 2, 1), b.reshape(2, 24, 3).transpose(0, 2, 1)
@@ -115,8 +120,8 @@ def test_the_published_lora(layers):
     a, b = split(theirs["a"], theirs["b"])
 
     def output(a, b):
-        own = trees.unflatten({f"{path}/a": a, f"{path}/b": b})
-        return theirs["x"] @ trees.flatten(kind.weights(backbone, own))[path] + theirs["bias"][None]
+        own = pytrees.unflatten({f"{path}/a": a, f"{path}/b": b})
+        return theirs["x"] @ pytrees.flatten(kind.weights(backbone, own))[path] + theirs["bias"][None]
 
     np.testing.assert_allclose(output(a, b), theirs["y"], **CLOSE)
     grads = jax.grad(lambda a, b: jnp.sum(output(a, b) * theirs["c"]), (0, 1))(jnp.asarray(a), jnp.asarray(b))
@@ -136,7 +141,7 @@ def test_the_published_adapters(layers):
 @pytest.mark.parametrize("percent", [80, 83, 90])
 def test_the_published_binary_mask(layers, percent):
     scores, c = jnp.asarray(layers["wsn/scores"]), layers["wsn/c"]
-    keep = reparam.kept(percent / 100, scores.size)
-    np.testing.assert_array_equal(reparam.top_share(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"])
-    grads = jax.grad(lambda s: jnp.sum(reparam.top_share(jnp.abs(s), keep) * c))(scores)
+    keep = reparametrization.kept(percent / 100, scores.size)
+    np.testing.assert_array_equal(reparametrization.top_share(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"])
+    grads = jax.grad(lambda s: jnp.sum(reparametrization.top_share(jnp.abs(s), keep) * c))(scores)
     np.testing.assert_array_equal(grads, layers["wsn/grad"])

@@ -11,17 +11,21 @@ from PIL import Image
 from rich.console import Console
 
 import soft_jax
-from soft_jax import __main__, continual, evaluate, images, weights
+from soft_jax import __main__
 from soft_jax.config import Config
+from soft_jax.data import augmentation, images
 from soft_jax.errors import UserError
-from soft_jax.predictor import Predictor
+from soft_jax.evaluation import protocols
+from soft_jax.experiment import loop
+from soft_jax.inference.predictor import Predictor
+from soft_jax.models import backbones
 from tests.conftest import LAYERS, TINY, tiny_world
 
 PROTOCOLS = {
-    "prompt": evaluate.PER_SAMPLE,
-    "gradient": evaluate.PER_SAMPLE_GRADIENT,
-    "prototype": evaluate.PROTOTYPE,
-    "oracle": evaluate.ORACLE,
+    "prompt": protocols.PER_SAMPLE,
+    "gradient": protocols.PER_SAMPLE_GRADIENT,
+    "prototype": protocols.PROTOTYPE,
+    "oracle": protocols.ORACLE,
 }
 
 
@@ -37,7 +41,7 @@ def _tiny_world(backbone):
 def workdir(_tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = Config(dataset="digits", tasks=5, batch_size=8, epochs=1, eval_batch_size=16, prototype_features=60, **LAYERS)
-    continual.run(config, folder, Console(quiet=True))
+    loop.run(config, folder, Console(quiet=True))
     return folder
 
 
@@ -192,7 +196,7 @@ def test_a_users_image_is_prepared_as_a_test_image(rng, shape, size):
     """By Pillow here, by `augment.prepare_test` there."""
     image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
     ours = images.prepare(image, 0, size).astype(int)
-    theirs = np.asarray(soft_jax.augment.prepare_test(image[None], size)[0]).astype(int)
+    theirs = np.asarray(augmentation.prepare_test(image[None], size)[0]).astype(int)
     assert ours.shape == theirs.shape == (size, size, 3)
     assert np.abs(ours - theirs).max() <= 1
 
@@ -266,7 +270,7 @@ def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatc
     shutil.rmtree(copy / "tasks")
     with pytest.raises(UserError, match="has no finished task yet"):
         Predictor.load(copy)
-    monkeypatch.setattr(weights, "load", lambda *_: weights.Backbone("tiny", TINY, {}, "1" * 64))
+    monkeypatch.setattr(backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, {}, "1" * 64))
     with pytest.raises(UserError, match="backbone: the file found has SHA-256 1111.*give the run's own as backbone_path"):
         Predictor.load(workdir)
 
@@ -319,11 +323,11 @@ def test_dualprompt(tmp_path, test_set):
     config = Config(
         method="dualprompt", dataset="digits", tasks=2, batch_size=8, epochs=1, eval_batch_size=16, prototype_features=60, **LAYERS
     )
-    continual.run(config, tmp_path, Console(quiet=True))
+    loop.run(config, tmp_path, Console(quiet=True))
     with pytest.raises(UserError, match="'gradient' needs weights of each task's own; dualprompt has none"):
         Predictor.load(tmp_path, task_id="gradient")
     predictor = Predictor.load(tmp_path, batch_size=16)
-    rows = json.loads((tmp_path / "tasks/001/manifest/metadata").read_text())["metrics"][evaluate.PER_SAMPLE]
+    rows = json.loads((tmp_path / "tasks/001/manifest/metadata").read_text())["metrics"][protocols.PER_SAMPLE]
     classes, tasks, _ = predictor.predict(test_set.images)
     assert (classes == test_set.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test_set.labels // 5).sum() == sum(row["task_correct"] for row in rows)

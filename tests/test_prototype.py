@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import prototype
+from soft_jax.inference import prototypes
 
 DIM, FEATURES = 12, 30
 
 
 @pytest.fixture
 def projection():
-    return prototype.projection(7, DIM, FEATURES)
+    return prototypes.projection(7, DIM, FEATURES)
 
 
 def queries(rng, count=90):
@@ -29,7 +29,7 @@ def features(query, projection):
 
 
 def solved(parts, projection, classes=6):
-    sums = prototype.Sums(classes, projection)
+    sums = prototypes.Sums(classes, projection)
     for members, statistics in parts:
         sums.add(members, statistics)
     return sums.solve()
@@ -43,44 +43,44 @@ def test_the_projections_stream_is_fixed(projection):
 
 def test_tasks_added_up_are_the_regression_over_all_images(rng, projection, monkeypatch):
     """W = (Σ φφᵀ + λI)⁻¹ Σ φyᵀ, from all images at once, with numpy; images beyond one block of rows are padded."""
-    monkeypatch.setattr(prototype, "ROWS", 16)
+    monkeypatch.setattr(prototypes, "ROWS", 16)
     query, labels = queries(rng)
     parts = []
     for classes in ((0, 1), (2, 3), (4, 5)):
         own = np.isin(labels, classes)
-        parts.append((classes, prototype.statistics(query[own], labels[own], classes, projection)))
+        parts.append((classes, prototypes.statistics(query[own], labels[own], classes, projection)))
     phi, targets = features(query, projection), np.eye(6)[labels]
     gram = phi.T @ phi
-    expected = np.linalg.solve(gram + prototype.RIDGE * gram.trace() / FEATURES * np.eye(FEATURES), phi.T @ targets)
+    expected = np.linalg.solve(gram + prototypes.RIDGE * gram.trace() / FEATURES * np.eye(FEATURES), phi.T @ targets)
     model = solved(parts, projection)
     fresh, truth = queries(np.random.default_rng(8))
-    scores = prototype.SHARPNESS * features(fresh, projection) @ expected
+    scores = prototypes.SHARPNESS * features(fresh, projection) @ expected
     log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(prototype.log_posterior(fresh, model), log_p, atol=2e-2)
-    assert (np.asarray(prototype.log_posterior(fresh, model)).argmax(axis=1) == truth).mean() > 0.9
+    np.testing.assert_allclose(prototypes.log_posterior(fresh, model), log_p, atol=2e-2)
+    assert (np.asarray(prototypes.log_posterior(fresh, model)).argmax(axis=1) == truth).mean() > 0.9
     reverse = solved(parts[::-1], projection)
-    np.testing.assert_allclose(prototype.log_posterior(fresh, reverse), prototype.log_posterior(fresh, model), atol=1e-4)
+    np.testing.assert_allclose(prototypes.log_posterior(fresh, reverse), prototypes.log_posterior(fresh, model), atol=1e-4)
 
 
 def test_classes_of_no_task_never_win(rng, projection):
     query, labels = queries(rng)
     own = labels < 2
-    model = solved([((0, 1), prototype.statistics(query[own], labels[own], (0, 1), projection))], projection)
-    log_p = np.asarray(prototype.log_posterior(query, model))
+    model = solved([((0, 1), prototypes.statistics(query[own], labels[own], (0, 1), projection))], projection)
+    log_p = np.asarray(prototypes.log_posterior(query, model))
     assert np.isneginf(log_p[:, 2:]).all()
     np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1, atol=1e-5)
-    by_task = prototype.task_posterior(log_p, np.arange(6) // 2)
+    by_task = prototypes.task_posterior(log_p, np.arange(6) // 2)
     np.testing.assert_allclose(by_task, [[1, 0, 0]] * len(query), atol=1e-5)
 
 
 def test_a_later_task_changes_no_older_statistics(rng, projection):
     query, labels = queries(rng)
     own = labels < 2
-    statistics = prototype.statistics(query[own], labels[own], (0, 1), projection)
+    statistics = prototypes.statistics(query[own], labels[own], (0, 1), projection)
     before = jax.device_get(statistics)
-    sums = prototype.Sums(6, projection)
+    sums = prototypes.Sums(6, projection)
     sums.add((0, 1), statistics)
-    sums.add((2, 3), prototype.statistics(query[~own], labels[~own] % 2 + 2, (2, 3), projection))
+    sums.add((2, 3), prototypes.statistics(query[~own], labels[~own] % 2 + 2, (2, 3), projection))
     sums.solve()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(statistics), before)
 
@@ -88,8 +88,8 @@ def test_a_later_task_changes_no_older_statistics(rng, projection):
 def test_statistics_have_their_documented_shapes(rng, projection):
     query, labels = queries(rng)
     own = labels < 2
-    statistics = prototype.statistics(query[own], labels[own], (0, 1), projection)
-    shapes = prototype.shapes(FEATURES, 2)
+    statistics = prototypes.statistics(query[own], labels[own], (0, 1), projection)
+    shapes = prototypes.shapes(FEATURES, 2)
     assert jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), statistics, shapes) == {"gram": True, "sums": True}
     gram = features(query[own], projection).T @ features(query[own], projection)
     np.testing.assert_allclose(statistics["gram"], gram[np.triu_indices(FEATURES)], atol=1e-3)
@@ -100,4 +100,4 @@ def test_queries_in_bfloat16(rng, projection):
     """A backbone in bfloat16 gives them so; the sums are float32 all the same."""
     query, labels = queries(rng)
     low = np.asarray(jnp.asarray(query, jnp.bfloat16))
-    assert prototype.statistics(low, labels, range(6), projection)["gram"].dtype == np.float32
+    assert prototypes.statistics(low, labels, range(6), projection)["gram"].dtype == np.float32

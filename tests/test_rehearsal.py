@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax import batches, continual, rehearsal, retention
 from soft_jax.config import Config
+from soft_jax.data import batches
 from soft_jax.errors import UserError
-from soft_jax.store import Store
+from soft_jax.experiment import loop
+from soft_jax.methods import regularization, rehearsal
+from soft_jax.store.folder import Store
 from tests.conftest import tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -159,7 +161,7 @@ def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
 
 
 def test_bics_distillation_weighs_as_many_old_classes_as_there_are(backbone, rng):
-    way, plain = rehearsal.BiC(exemplars=12), retention.LwF()
+    way, plain = rehearsal.BiC(exemplars=12), regularization.LwF()
     method, shared = whole(way, backbone)
     seen = np.arange(6) < 4
     memory, _ = way.recall(way.init(method, shared) | {"seen": jnp.asarray(seen)}, shared)
@@ -197,14 +199,14 @@ def test_images_that_are_not_considered_would_change_nothing(way, backbone, rng)
 def test_too_few_exemplars_are_refused(method, exemplars, least, digits, tmp_path):
     config = Config(dataset="digits", tasks=2, method=method, exemplars=exemplars)
     with pytest.raises(UserError, match=f"exemplars: {exemplars} is below {least}, {least // 10} for each of 10 classes"):
-        continual.run(config, tmp_path, Console(quiet=True))
+        loop.run(config, tmp_path, Console(quiet=True))
 
 
 @pytest.mark.parametrize("method", ["derpp", "icarl", "bic"])
 def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digits, tmp_path):
     config = Config(dataset="digits", tasks=2, method=method, exemplars=30, epochs=1, batch_size=16, learning_rate=0.003)
     with closing(Store(tmp_path)) as store:
-        run = continual.prepare(config, store, Console(quiet=True), threading.Event())
+        run = loop.prepare(config, store, Console(quiet=True), threading.Event())
         shared = run.initial_shared()
         memory = run.initial_memory(shared)
         labels, held, once = digits.train.labels, [], []
@@ -216,7 +218,7 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             held += sorted(set(run.scenario.members(labels, task)) - set(own))
             once += [*own, *again]
             recalled, shared = run.method.recall(memory, shared)
-            feed, rows = continual._Feed(run, task, 0, recalled), np.concatenate([own, again])
+            feed, rows = loop._Feed(run, task, 0, recalled), np.concatenate([own, again])
             pool, plan = feed._pool, feed.schedule
             np.testing.assert_array_equal(feed._fixed["class_mask"], np.arange(10) < 5 * (task + 1))
             drawn = np.concatenate([batch[counted > 0] for batch, counted in map(plan.batch, range(plan.steps))])
@@ -229,8 +231,8 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             if method == "derpp":
                 np.testing.assert_array_equal(pool["replayed"][: len(rows)], [0] * len(own) + [1] * len(again))
                 np.testing.assert_array_equal(pool["then"][len(own) : len(rows)], memory["logits"][: len(again)])
-            state, _ = continual.train_task(run, task, {}, shared, recalled)
-            memory, shared = continual.task_memory(run, task, memory, state.trainable)
+            state, _ = loop.train_task(run, task, {}, shared, recalled)
+            memory, shared = loop.task_memory(run, task, memory, state.trainable)
         kept = rehearsal.rows_of(memory)
         assert np.bincount(labels[kept], minlength=10).tolist() == [2 if method == "bic" else 3] * 10
         assert len(set(kept.tolist())) == len(kept)
@@ -238,5 +240,5 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
         assert len(held) == (10 if method == "bic" else 0)
         if method == "bic":
             assert set(rehearsal.all_rows_of(memory)) == set(held) | set(kept)
-        manifest_bytes = continual._exemplar_bytes(run, memory)
+        manifest_bytes = loop._exemplar_bytes(run, memory)
         assert manifest_bytes == len(rehearsal.all_rows_of(memory)) * digits.train.images[0].nbytes

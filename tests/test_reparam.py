@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from soft_jax import reparam, trees
-from soft_jax.vit import Mlp, ViT
-from soft_jax.weights import BACKBONES
+from soft_jax import pytrees
+from soft_jax.methods import reparametrization
+from soft_jax.models.backbones import BACKBONES
+from soft_jax.models.vit import Mlp, ViT
 from tests.conftest import TINY, soft_masks
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-PATHS = reparam.kernel_paths(("qkv", "proj"), (2, 3))
+PATHS = reparametrization.kernel_paths(("qkv", "proj"), (2, 3))
 QKV, PROJ = "blocks_2/attn/qkv/kernel", "blocks_2/attn/proj/kernel"
 
 
@@ -28,7 +29,7 @@ QKV, PROJ = "blocks_2/attn/qkv/kernel", "blocks_2/attn/proj/kernel"
     ],
 )
 def test_masks_are_drawn_as_the_ablation_says(backbone, init_as, low, high, deviation):
-    mask = trees.flatten(soft_masks(init_as).init(jax.random.key(0), backbone))[QKV]
+    mask = pytrees.flatten(soft_masks(init_as).init(jax.random.key(0), backbone))[QKV]
     assert low <= mask.min() <= mask.max() <= high
     assert mask.std() == pytest.approx(deviation, rel=0.05, abs=1e-7)
     assert mask.dtype == jnp.float32
@@ -36,14 +37,14 @@ def test_masks_are_drawn_as_the_ablation_says(backbone, init_as, low, high, devi
 
 @pytest.mark.parametrize("keep", [0.8, 0.83, 0.9, 1.0])
 def test_a_binary_mask_keeps_exactly_its_share(backbone, keep):
-    kind = reparam.BinaryMask(PATHS, keep)
+    kind = reparametrization.BinaryMask(PATHS, keep)
     own = kind.init(jax.random.key(0), backbone)
     # Ties at the threshold are common in float32; here they are the rule.
     own = {"scores": jax.tree.map(lambda s: jnp.round(s, 1), own["scores"])}
-    for path, mask in trees.flatten(kind.masks(own)).items():
+    for path, mask in pytrees.flatten(kind.masks(own)).items():
         assert set(np.unique(mask)) <= {0.0, 1.0}
         assert mask.sum() == round(keep * mask.size), path
-        scores = np.abs(trees.flatten(own["scores"])[path])
+        scores = np.abs(pytrees.flatten(own["scores"])[path])
         assert scores[mask == 1].min() >= scores[mask == 0].max(initial=0)
 
 
@@ -57,13 +58,13 @@ def test_the_highest_are_those_that_sorting_finds(rng, scores, keep):
     values = values.astype(np.float32)
     expected = np.zeros(120, np.float32)
     expected[np.argsort(-values.reshape(-1), kind="stable")[:keep]] = 1
-    np.testing.assert_array_equal(reparam.top_share(values, keep), expected.reshape(10, 12))
+    np.testing.assert_array_equal(reparametrization.top_share(values, keep), expected.reshape(10, 12))
 
 
 def test_a_masks_cost_grows_with_its_size():
     """As XLA counts operations, by which a run reports what a step costs: a sum of all that are before each entry would be its square."""
     counted = [
-        jax.jit(reparam.top_share, static_argnums=1).lower(np.ones(size, np.float32), size // 2).cost_analysis()["flops"]
+        jax.jit(reparametrization.top_share, static_argnums=1).lower(np.ones(size, np.float32), size // 2).cost_analysis()["flops"]
         for size in (1000, 8000)
     ]
     assert counted[1] < 10 * counted[0]
@@ -71,18 +72,18 @@ def test_a_masks_cost_grows_with_its_size():
 
 def test_scores_get_the_gradient_of_the_mask(backbone, rng):
     """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped weights alike."""
-    kind = reparam.BinaryMask((PROJ,), 0.5)
+    kind = reparametrization.BinaryMask((PROJ,), 0.5)
     own = kind.init(jax.random.key(0), backbone)
-    theta, c = trees.flatten(backbone)[PROJ], rng.normal(size=(24, 24)).astype(np.float32)
-    grads = jax.grad(lambda own: jnp.sum(c * trees.flatten(kind.weights(backbone, own))[PROJ]))(own)
-    signs = np.sign(trees.flatten(own["scores"])[PROJ])
-    np.testing.assert_allclose(trees.flatten(grads["scores"])[PROJ], c * theta * signs, rtol=1e-6)
+    theta, c = pytrees.flatten(backbone)[PROJ], rng.normal(size=(24, 24)).astype(np.float32)
+    grads = jax.grad(lambda own: jnp.sum(c * pytrees.flatten(kind.weights(backbone, own))[PROJ]))(own)
+    signs = np.sign(pytrees.flatten(own["scores"])[PROJ])
+    np.testing.assert_allclose(pytrees.flatten(grads["scores"])[PROJ], c * theta * signs, rtol=1e-6)
 
 
 def test_softnet_keeps_the_rest_as_small_fixed_values(backbone):
-    hard, soft = reparam.BinaryMask(PATHS, 0.7), reparam.BinaryMask(PATHS, 0.7, soft=True)
+    hard, soft = reparametrization.BinaryMask(PATHS, 0.7), reparametrization.BinaryMask(PATHS, 0.7, soft=True)
     own = soft.init(jax.random.key(0), backbone)
-    binary, masks, minor = (trees.flatten(t) for t in (hard.masks(own), soft.masks(own), own["minor"]))
+    binary, masks, minor = (pytrees.flatten(t) for t in (hard.masks(own), soft.masks(own), own["minor"]))
     for path, mask in masks.items():
         np.testing.assert_array_equal(mask[binary[path] == 1], 1)
         np.testing.assert_array_equal(mask[binary[path] == 0], minor[path][binary[path] == 0])
@@ -95,7 +96,7 @@ def test_softnet_keeps_the_rest_as_small_fixed_values(backbone):
 @pytest.mark.parametrize(("keep", "soft"), [(0.7, False), (0.7, True), (1.0, True)])
 def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
     """The masks of what is read again are those that were stored, to the bit; so are they when it is stored once more."""
-    kind = reparam.BinaryMask(PATHS, keep, soft)
+    kind = reparametrization.BinaryMask(PATHS, keep, soft)
     own = kind.init(jax.random.key(0), backbone)
     packed = kind.pack(own)
     back = kind.unpack(packed, backbone)
@@ -103,17 +104,17 @@ def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
     jax.tree.map(np.testing.assert_array_equal, kind.masks(back), kind.masks(own))
     jax.tree.map(np.testing.assert_array_equal, kind.pack(back), packed)
     sizes = [leaf.size for leaf in jax.tree.leaves(own["scores"])]
-    assert trees.nbytes(packed) == sum(size // 8 + (4 * (size - round(keep * size)) if soft else 0) for size in sizes)
+    assert pytrees.nbytes(packed) == sum(size // 8 + (4 * (size - round(keep * size)) if soft else 0) for size in sizes)
 
 
 @pytest.mark.parametrize("parts", [(0, 1, 2), (0, 2)])
 def test_lora_equals_the_merged_weight(backbone, rng, parts):
     """x W + 8 (x A) B, for q, k and v apart."""
-    kind = reparam.LoRA(PATHS, rank=3, parts=parts)
+    kind = reparametrization.LoRA(PATHS, rank=3, parts=parts)
     own = kind.init(jax.random.key(0), backbone)
-    jax.tree.map(np.testing.assert_array_equal, kind.weights(backbone, own), trees.select(backbone, PATHS))  # as drawn: the backbone
+    jax.tree.map(np.testing.assert_array_equal, kind.weights(backbone, own), pytrees.select(backbone, PATHS))  # as drawn: the backbone
     own = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), own)
-    flat, merged, theta = (trees.flatten(t) for t in (own, kind.weights(backbone, own), backbone))
+    flat, merged, theta = (pytrees.flatten(t) for t in (own, kind.weights(backbone, own), backbone))
     x = rng.normal(size=(5, 24)).astype(np.float32)
     np.testing.assert_allclose(
         x @ merged[PROJ], x @ theta[PROJ] + 8 * (x @ flat[f"{PROJ}/a"][0]) @ flat[f"{PROJ}/b"][0], rtol=1e-3, atol=1e-3
@@ -130,27 +131,27 @@ def test_lora_equals_the_merged_weight(backbone, rng, parts):
 def test_parameter_counts_are_the_papers():
     """Table 7, ViT-B, in millions: r = 4, 24 and 500 of LoRA in three layers, r = 1, 4 and 75 of the adapter in all twelve."""
     vit = jax.eval_shape(ViT(BACKBONES["vit_b16"].vit).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
-    three = reparam.kernel_paths(("qv", "proj"), (9, 10, 11))
+    three = reparametrization.kernel_paths(("qv", "proj"), (9, 10, 11))
 
     def millions(kind):
-        return trees.count(jax.eval_shape(kind.init, jax.random.key(0), vit)) / 1e6
+        return pytrees.count(jax.eval_shape(kind.init, jax.random.key(0), vit)) / 1e6
 
-    assert [round(millions(reparam.LoRA(three, r, (0, 2))), 2) for r in (4, 24)] == [0.06, 0.33]  # 331,776; printed as 0.32
-    assert millions(reparam.LoRA(three, 500, (0, 2))) == pytest.approx(6.91, abs=0.005)
-    assert [round(millions(reparam.Bottleneck(tuple(range(12)), r)), 2) for r in (1, 75)] == [0.09, 6.91]
-    assert millions(reparam.Bottleneck(tuple(range(12)), 4)) == pytest.approx(0.36, abs=0.01)
+    assert [round(millions(reparametrization.LoRA(three, r, (0, 2))), 2) for r in (4, 24)] == [0.06, 0.33]  # 331,776; printed as 0.32
+    assert millions(reparametrization.LoRA(three, 500, (0, 2))) == pytest.approx(6.91, abs=0.005)
+    assert [round(millions(reparametrization.Bottleneck(tuple(range(12)), r)), 2) for r in (1, 75)] == [0.09, 6.91]
+    assert millions(reparametrization.Bottleneck(tuple(range(12)), 4)) == pytest.approx(0.36, abs=0.01)
     assert millions(soft_masks(weights=("qkv",), layers=(11,))) == pytest.approx(1.77, abs=0.005)
 
 
 def test_a_bottleneck_is_the_published_residual(backbone, rng):
     """As drawn, the backbone to the bit; else x + up(GELU(down x)) behind fc1 and behind fc2, and nowhere else."""
-    kind = reparam.Bottleneck((1, 3), rank=2)
+    kind = reparametrization.Bottleneck((1, 3), rank=2)
     images = rng.random((2, 16, 16, 3), np.float32)
     vit, own = ViT(TINY), kind.init(jax.random.key(0), backbone)
     plain = vit.apply({"params": backbone}, images)
-    np.testing.assert_array_equal(vit.apply({"params": trees.merge(backbone, kind.weights(backbone, own))}, images), plain)
+    np.testing.assert_array_equal(vit.apply({"params": pytrees.merge(backbone, kind.weights(backbone, own))}, images), plain)
     own = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), own)
-    params = trees.merge(backbone, kind.weights(backbone, own))
+    params = pytrees.merge(backbone, kind.weights(backbone, own))
     x = rng.normal(size=(1, 5, 24)).astype(np.float32)
     mlp = {"params": params["blocks_1"]["mlp"]}
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from soft_jax import report
+from soft_jax.evaluation import report
 
 
 def test_densities_are_those_of_the_mask_entries(rng):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import prompts, retention, trees
-from soft_jax.vit import ViT
+from soft_jax import pytrees
+from soft_jax.methods import prompts, regularization
+from soft_jax.models.vit import ViT
 from tests.conftest import TINY, tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -31,7 +32,7 @@ def pictures(rng, count=12):
 def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng, pooled):
     """Two tasks one after the other: U is a projection, holds the share of energy it must, and no projected key gradient meets it."""
     host = {"pool_size": 4, "top_k": 2, "pool_length": 2, "reparam": None, "e_layers": (), "e_length": 0, "g_layers": ()} if pooled else {}
-    method = tiny_method(retention=retention.PGP(), **host)
+    method = tiny_method(retention=regularization.PGP(), **host)
     trainable = trainable_of(method, backbone)
     memory = method.retention.init(method, trainable["shared"])
     held, before = 0, np.asarray(memory["projector"], float)
@@ -40,7 +41,7 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
         memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
         for layer, projector in enumerate(np.asarray(memory["projector"], float)):
             np.testing.assert_allclose(projector @ projector, projector, atol=1e-5)
-            gram = np.asarray(retention._grams(method, trainable, backbone, images)[layer], float)
+            gram = np.asarray(regularization._grams(method, trainable, backbone, images)[layer], float)
             assert np.trace(projector @ gram) >= 0.499 * np.trace(gram)
             # As few directions as reach half of the energy, beside those that are held already: by the singular values.
             rest = np.eye(24) - before[layer]
@@ -65,15 +66,15 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
                 assert np.abs(rows @ memory["projector"][first + layer]).max() < 1e-4
         np.testing.assert_array_equal(projected["shared"]["g_prompt"][:, 1], grads["shared"]["g_prompt"][:, 1])  # values are free
         changed = {"shared/g_prompt", "adapter/prompt"}
-    before, after = trees.flatten(grads), trees.flatten(projected)
+    before, after = pytrees.flatten(grads), pytrees.flatten(projected)
     assert {path for path in before if (np.asarray(before[path]) != np.asarray(after[path])).any()} == changed
 
 
 def test_prompt_layers_are_asked_by_their_own_queries(backbone, rng):
     """The features that PGP takes are x Wq of each prompted layer; without prompts in the way, those of the plain network."""
-    method = tiny_method(retention=retention.PGP(), reparam=None, e_layers=(2,), g_layers=())
+    method = tiny_method(retention=regularization.PGP(), reparam=None, e_layers=(2,), g_layers=())
     images, _ = pictures(rng, 3)
-    gram = retention._grams(method, trainable_of(method, backbone), backbone, images)[0]
+    gram = regularization._grams(method, trainable_of(method, backbone), backbone, images)[0]
     vit = ViT(TINY)
     tokens = vit.apply({"params": backbone}, vit.apply({"params": backbone}, images, method="embed"), None, 0, 2, method="run_blocks")
     block = backbone["blocks_2"]
@@ -127,7 +128,7 @@ def whole(backbone):
 
 
 def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
-    method, trainable = whole(retention.EWC(strength=3.0))
+    method, trainable = whole(regularization.EWC(strength=3.0))
     memory = method.retention.init(method, trainable["shared"])
     recalled, start = method.recall(memory, trainable["shared"])
     assert start is trainable["shared"]
@@ -154,7 +155,7 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
 
 
 def test_lwf_holds_the_old_answers(whole, backbone, rng):
-    method, trainable = whole(retention.LwF(strength=2.0))
+    method, trainable = whole(regularization.LwF(strength=2.0))
     images, labels = pictures(rng, 4)
     batch = {"images": images, "weights": np.array([1, 1, 1, 0], np.float32)}
 

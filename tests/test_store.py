@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import store, train
 from soft_jax.errors import UserError
+from soft_jax.store import folder
+from soft_jax.training import train_step
 
 IDENTITY = {"method": "softtf", "tasks": 2, "layers": (1, 2)}
 TREES = {
@@ -19,12 +20,12 @@ TREES = {
 
 @pytest.fixture
 def sharding():
-    return train.replicated(train.data_mesh())
+    return train_step.replicated(train_step.data_mesh())
 
 
 @pytest.fixture
 def opened(tmp_path):
-    with closing(store.Store(tmp_path / "run")) as opened:
+    with closing(folder.Store(tmp_path / "run")) as opened:
         opened.claim(IDENTITY)
         yield opened
 
@@ -116,12 +117,12 @@ def test_a_part_of_a_task(opened, sharding):
 
 def test_reading_beside_a_running_process(opened):
     keep(opened)
-    reader = store.Reader(opened.root)
+    reader = folder.Reader(opened.root)
     assert reader.read_identity() == opened.identity
     assert reader.present() == [0]
     with pytest.raises(UserError, match=r"holds no run \(config.json can't be read: No such file"):
-        store.Reader(opened.root / "tasks").read_identity()
-    assert store.Reader(opened.root / "none").present() == []
+        folder.Reader(opened.root / "tasks").read_identity()
+    assert folder.Reader(opened.root / "none").present() == []
 
 
 def test_a_full_disk_loses_nothing(opened, sharding):
@@ -144,7 +145,7 @@ def test_what_a_killed_save_left_is_removed(opened):
     partial = opened.tasks / "000.orbax-checkpoint-tmp"
     partial.mkdir()
     opened.close()
-    with closing(store.Store(opened.root)) as again:
+    with closing(folder.Store(opened.root)) as again:
         assert not partial.exists()
         assert again.finished() == 0
 
@@ -186,7 +187,7 @@ def test_a_task_from_elsewhere_is_refused(opened, sharding):
 def test_a_workdir_that_can_not_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"workdir: .*file/run can't be written .*--workdir"):
-        store.Store(tmp_path / "file" / "run")
+        folder.Store(tmp_path / "file" / "run")
 
 
 def test_training_state(opened, sharding):
@@ -212,9 +213,9 @@ def test_a_damaged_training_state_is_moved_not_deleted(opened, sharding):
 
 def test_one_process_at_a_time(opened):
     with pytest.raises(UserError, match="workdir: another process is running in"):
-        store.Store(opened.root)
+        folder.Store(opened.root)
     opened.close()
-    store.Store(opened.root).close()
+    folder.Store(opened.root).close()
 
 
 def test_config_is_readable(opened):

@@ -18,9 +18,14 @@ from rich.console import Console
 import soft_jax
 from soft_jax import __main__ as command_line
 from soft_jax import config as config_lib
-from soft_jax import continual, evaluate, methods, report, store, tables, weights
 from soft_jax.config import Config
 from soft_jax.errors import UserError
+from soft_jax.evaluation import protocols, report
+from soft_jax.experiment import loop
+from soft_jax.methods.method import method_from_config
+from soft_jax.models import backbones
+from soft_jax.paper import tables
+from soft_jax.store import folder
 from tests.conftest import LAYERS
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -87,8 +92,8 @@ def test_every_published_row_can_be_made():
                     continue
                 config = tables.config_of(row, benchmark, {}, seed=1)
                 assert config.seed == tables.BENCHMARKS[benchmark]["seed"] + 1
-                method = methods.from_config(config, weights.BACKBONES[config.backbone].vit, 100)
-                assert set(row.published) <= {*evaluate.protocols(method, config.shots), "per_sample"}
+                method = method_from_config(config, backbones.BACKBONES[config.backbone].vit, 100)
+                assert set(row.published) <= {*protocols.protocols(method, config.shots), "per_sample"}
                 seen += 1
     assert seen > 60
     for row in report.published_rows():
@@ -133,7 +138,9 @@ def test_one_run_serves_rows_that_differ_in_the_protocol_only():
 def test_which_weights_are_masked_is_swept():
     rows = tables.rows_of("weights", "c100_10")
     assert [row.name for row in rows][:3] == [f"DualPrompt-Soft-TF-L[12] {name}" for name in ("only ATTN", "w/o FF", "w/ FF")]
-    method = {row.name: methods.from_config(tables.config_of(row, "c100_10", {}, 0), weights.BACKBONES["vit_b16"].vit, 100) for row in rows}
+    method = {
+        row.name: method_from_config(tables.config_of(row, "c100_10", {}, 0), backbones.BACKBONES["vit_b16"].vit, 100) for row in rows
+    }
     parts = {name.split("] ")[1]: sorted({kernel.split("/", 1)[1] for kernel in m.kernels}) for name, m in method.items()}
     assert parts["only ATTN"] == ["attn/qkv/kernel"]
     assert parts["w/o FF"] == ["attn/proj/kernel", "attn/qkv/kernel"]
@@ -200,7 +207,7 @@ def test_one_run_serves_all_shots_of_all_tables():
     found = {table: next(row for row in tables.rows_of(table, "c100_10") if row.name.startswith(same)) for table in "679"}
     assert {table: row.shots for table, row in found.items()} == {"6": (7, 3, 0), "7": (7,), "9": (3, 5, 7)}
     assert len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()}) == 1
-    runs = [manifests(evaluate.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))]
+    runs = [manifests(protocols.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))]
     # Prototypes alone need the statistics, a byte here.
     stored = [(line.protocol, line.cost["own_bytes"]) for line in tables.lines_of(found["7"], runs)]
     assert stored == [("per_sample/prototype", 4), ("batch_vote/gradient_id_7", 3)]
@@ -291,8 +298,8 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     assert len(finals) == 2
     assert lines[0][3].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2**0.5:.2f}")
     # Nothing is missing now. Another table finds that bound; a row of it that can't be run doesn't keep the others from it.
-    run = continual.run
-    monkeypatch.setattr(continual, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None)
+    run = loop.run
+    monkeypatch.setattr(loop, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None)
     rows = {"wide": {"method": "dualprompt+lora", "rank": 99}, "head": {"method": "head"}}
     monkeypatch.setitem(tables.OWN, "two", ("Two", rows))
     two = ["table", "two", *(argument for argument in arguments[2:] if not argument.startswith("--rows"))]
@@ -385,8 +392,8 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method
     config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, prefix_layout="interleaved", checkpoint_every=2, **LAYERS)
     if "softtf" in method:
         config = dataclasses.replace(config, mask_storage="int8")
-    once = continual.run(config, tmp_path, Console(quiet=True))
-    arrays = store.load_manifest(tmp_path / "tasks/001")["sha256"]
+    once = loop.run(config, tmp_path, Console(quiet=True))
+    arrays = folder.load_manifest(tmp_path / "tasks/001")["sha256"]
     shutil.rmtree(tmp_path / "tasks/001")
     first = {path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()}
 
@@ -399,16 +406,16 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method
 
     config, output = dataclasses.replace(config, weights_cache_mb=0), io.StringIO()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(continual, "_check_step", kill)
-        continual.run(config, tmp_path, Console(quiet=True))
-    again = continual.run(config, tmp_path, Console(file=output))
+        patch.setattr(loop, "_check_step", kill)
+        loop.run(config, tmp_path, Console(quiet=True))
+    again = loop.run(config, tmp_path, Console(file=output))
     assert "Task 2 continues after step 2" in output.getvalue()
     assert again[1]["metrics"] == once[1]["metrics"]
-    assert store.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
+    assert folder.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
     assert {path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()} == first
     test = digits.test
     classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
-    protocol = evaluate.PER_SAMPLE if "+" in method or method == "softnet" else evaluate.NO_TASK_ID
+    protocol = protocols.PER_SAMPLE if "+" in method or method == "softnet" else protocols.NO_TASK_ID
     rows = once[1]["metrics"][protocol]
     assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import prompts, task_id
-from soft_jax.vit import ViT
+from soft_jax.inference import identity
+from soft_jax.methods import prompts
+from soft_jax.models.vit import ViT
 from tests.conftest import TINY, soft_masks, tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -23,12 +24,12 @@ def init_tiny():
 def test_vote_ties_go_where_pytorchs_do():
     """Tied batches, and what torch.unique and torch.topk (2.13, CPU) made of them: [pool, ids, voted]."""
     for pool, ids, voted in json.loads((DATA / "votes.json").read_text()):
-        assert task_id.vote(np.array(ids), pool) == voted, (pool, ids)
+        assert identity.vote(np.array(ids), pool) == voted, (pool, ids)
 
 
 def test_majority():
     ids, batches = np.array([2, 2, 1, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(task_id.majority(ids, batches, 3), [2, 2, 2, 0, 0, 1, 1])
+    np.testing.assert_array_equal(identity.majority(ids, batches, 3), [2, 2, 2, 0, 0, 1, 1])
 
 
 @pytest.mark.parametrize("top", [1, 3, 6])
@@ -36,15 +37,15 @@ def test_entropy_of_top(rng, top):
     logits = rng.normal(size=(4, 6)).astype(np.float32)
     best = np.sort(logits, axis=1)[:, ::-1][:, :top]
     p = np.exp(best) / np.exp(best).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(task_id.entropy_of_top(logits, top), -(p * np.log(p)).sum(axis=1), atol=1e-6)
-    assert np.isfinite(jax.grad(lambda x: task_id.entropy_of_top(x, jnp.asarray(top)).sum())(logits)).all()
+    np.testing.assert_allclose(identity.entropy_of_top(logits, top), -(p * np.log(p)).sum(axis=1), atol=1e-6)
+    assert np.isfinite(jax.grad(lambda x: identity.entropy_of_top(x, jnp.asarray(top)).sum())(logits)).all()
 
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch):
     """In float64, for single images and for batches, the last one partial, against jax.grad through Σ α_t m_t."""
-    monkeypatch.setattr(task_id, "BLOCK_BYTES", 3 * 8 * 72 * 8)  # a few rows of a kernel at a time
+    monkeypatch.setattr(identity, "BLOCK_BYTES", 3 * 8 * 72 * 8)  # a few rows of a kernel at a time
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
         rng = np.random.default_rng(0)
         vit = dataclasses.replace(TINY, dtype="float64")
@@ -63,14 +64,14 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
             kept = tokens[g, : int(weights[g].sum())]
             sources = prompts.prefix_sources(layout, jnp.arange(len(kept)), len(kept))
             logits = method.logits(backbone, adapters[g] | {"mask": mask}, shared, kept, sources)
-            return task_id.entropy_of_top(logits, 2).mean()
+            return identity.entropy_of_top(logits, 2).mean()
 
         expected = np.stack([jax.grad(entropy)(jnp.full(3, 1 / 3), g) for g in range(groups)])
         effective = [method.weights(backbone, adapter) for adapter in adapters]
-        mean = task_id.mean_weights(iter(effective), 3)
+        mean = identity.mean_weights(iter(effective), 3)
         prompt = jnp.stack([a["prompt"] for a in adapters])
-        gradient = task_id.entropy_gradients(method, backbone, mean, prompt, shared, tokens, weights, 3)
-        ours = task_id.alpha_gradients(gradient, tuple(effective))
+        gradient = identity.entropy_gradients(method, backbone, mean, prompt, shared, tokens, weights, 3)
+        ours = identity.alpha_gradients(gradient, tuple(effective))
         assert ours.dtype == np.float64
         np.testing.assert_allclose(ours, expected, atol=1e-12 * np.abs(expected).max())
     assert np.ptp(expected, axis=1).min() > 1e-3  # tasks differ, so the comparison says something

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax import train, trees
-from soft_jax.augment import Augment
+from soft_jax import pytrees
+from soft_jax.data.augmentation import Augment
+from soft_jax.training import train_step
 from tests.conftest import tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -22,7 +23,7 @@ def _optax_promotes():
 
 @pytest.fixture
 def recipe():
-    return train.Recipe(tiny_method(), learning_rate=0.01, augment=Augment(16))
+    return train_step.Recipe(tiny_method(), learning_rate=0.01, augment=Augment(16))
 
 
 def batch(rng, task=0, real=8, padded=8, hold=False):
@@ -36,22 +37,22 @@ def batch(rng, task=0, real=8, padded=8, hold=False):
 
 def start(recipe, backbone, seed=0):
     method = recipe.method
-    adapter = method.init_adapter(train.stream(seed, "adapter", 0), backbone)
-    return train.init_state(recipe, adapter, method.init_shared(train.stream(seed, "shared", 0), backbone))
+    adapter = method.init_adapter(train_step.stream(seed, "adapter", 0), backbone)
+    return train_step.init_state(recipe, adapter, method.init_shared(train_step.stream(seed, "shared", 0), backbone))
 
 
 def gradients(trainable, backbone, one, recipe):
     one = one | {"images": one["images"] / np.float32(255)}
-    return jax.jit(train.gradients, static_argnums=3)(trainable, backbone, one, recipe)
+    return jax.jit(train_step.gradients, static_argnums=3)(trainable, backbone, one, recipe)
 
 
 def run(recipe, backbone, batches, devices):
-    mesh = train.data_mesh(jax.devices()[:devices])
-    step = train.compile_step(recipe, mesh)
-    state = jax.device_put(start(recipe, backbone), train.replicated(mesh))
+    mesh = train_step.data_mesh(jax.devices()[:devices])
+    step = train_step.compile_step(recipe, mesh)
+    state = jax.device_put(start(recipe, backbone), train_step.replicated(mesh))
     losses = []
     for one in batches:
-        state, terms = step(state, backbone, one, train.stream(0, "augment", 0))
+        state, terms = step(state, backbone, one, train_step.stream(0, "augment", 0))
         losses.append(float(terms["loss"]))
     return jax.device_get(state), losses
 
@@ -66,29 +67,29 @@ def test_one_and_four_devices_agree(recipe, backbone, rng):
 
 
 def test_one_compilation_serves_every_task_and_the_last_batch(recipe, backbone, rng):
-    mesh = train.data_mesh()
-    step = train.compile_step(recipe, mesh)
-    state = jax.device_put(start(recipe, backbone, seed=3), train.replicated(mesh))
+    mesh = train_step.data_mesh()
+    step = train_step.compile_step(recipe, mesh)
+    state = jax.device_put(start(recipe, backbone, seed=3), train_step.replicated(mesh))
     before = step._cache_size()
     for task, real in ((0, 8), (1, 8), (2, 5)):
         data = batch(rng, task, real, hold=task > 0)
-        data = {k: jax.device_put(v, train.replicated(mesh) if k in FIXED else train.by_row(mesh)) for k, v in data.items()}
-        state, _ = step(state, backbone, data, train.stream(0, "augment", task))
+        data = {k: jax.device_put(v, train_step.replicated(mesh) if k in FIXED else train_step.by_row(mesh)) for k, v in data.items()}
+        state, _ = step(state, backbone, data, train_step.stream(0, "augment", task))
     assert step._cache_size() - before <= 1
-    assert train.compile_step(recipe, mesh) is step
+    assert train_step.compile_step(recipe, mesh) is step
 
 
 def test_state_is_donated(recipe, backbone, rng):
-    mesh = train.data_mesh()
-    state = jax.device_put(start(recipe, backbone), train.replicated(mesh))
-    after, _ = train.compile_step(recipe, mesh)(state, backbone, batch(rng), jax.random.key(0))
+    mesh = train_step.data_mesh()
+    state = jax.device_put(start(recipe, backbone), train_step.replicated(mesh))
+    after, _ = train_step.compile_step(recipe, mesh)(state, backbone, batch(rng), jax.random.key(0))
     assert state.trainable["adapter"]["key"].is_deleted()
     assert not after.trainable["adapter"]["key"].is_deleted()
 
 
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_padding_changes_nothing(backbone, rng, layout):
-    recipe = train.Recipe(tiny_method(prefix_layout=layout), learning_rate=0.01)
+    recipe = train_step.Recipe(tiny_method(prefix_layout=layout), learning_rate=0.01)
     padded = batch(rng, task=1, real=5)  # the padding's label, 0, is of another task
     exact = {k: v if k in FIXED else v[:5] for k, v in padded.items()}
     state = start(recipe, backbone)
@@ -101,9 +102,9 @@ def test_padding_changes_nothing(backbone, rng, layout):
 
 def test_only_adapter_and_shared_part_are_trained(recipe, backbone):
     state = start(recipe, backbone)
-    trained = trees.count(state.trainable)
+    trained = pytrees.count(state.trainable)
     assert trained == 24 + 2 * 2 * 3 * 24 + 2 * (24 * 72 + 24 * 24) + 1 * 2 * 2 * 24 + 24 * 6 + 6
-    assert trees.count(state.opt_state) == 2 * trained + 1  # two moments and a count
+    assert pytrees.count(state.opt_state) == 2 * trained + 1  # two moments and a count
 
 
 def test_other_tasks_classes_get_no_gradient(recipe, backbone, rng):
@@ -116,7 +117,7 @@ def test_other_tasks_classes_get_no_gradient(recipe, backbone, rng):
 
 
 def test_gradients_are_clipped_to_the_global_norm(backbone, rng):
-    recipe = train.Recipe(tiny_method(), learning_rate=0.01, clip_norm=0.1)
+    recipe = train_step.Recipe(tiny_method(), learning_rate=0.01, clip_norm=0.1)
     one = batch(rng)
     grads, terms = gradients(start(recipe, backbone).trainable, backbone, one, recipe)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
@@ -125,7 +126,7 @@ def test_gradients_are_clipped_to_the_global_norm(backbone, rng):
 
 
 def test_streams_differ_by_seed_name_and_task():
-    keys = [train.stream(*args) for args in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
+    keys = [train_step.stream(*args) for args in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
 
 

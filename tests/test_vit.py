@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from soft_jax.vit import ViT
+from soft_jax.models.vit import ViT
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from soft_jax import trees, weights
+from soft_jax import pytrees
 from soft_jax.errors import UserError
-from soft_jax.vit import ViT, ViTConfig
+from soft_jax.models import backbones
+from soft_jax.models.vit import ViT, ViTConfig
 from tests.conftest import TINY
 
 DATA = Path(__file__).parent / "data"
@@ -34,7 +35,7 @@ def test_google_features(google):
     """Google's own model computed these from this checkpoint, in float32 with the one-pass variance: hence the tolerance."""
     arrays = google_arrays(google)
     vit = google_config(arrays)
-    params, left_out = weights.convert(arrays, vit)
+    params, left_out = backbones.convert(arrays, vit)
     assert left_out == ("head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel")
     np.testing.assert_allclose(ViT(vit).apply({"params": params}, google["images"]), google["features"], atol=5e-5)
 
@@ -49,35 +50,35 @@ def test_google_released_numbering(google):
         for ours, theirs in names.items():
             key = key.replace(ours, theirs)
         released[key] = value
-    jax.tree.map(np.testing.assert_array_equal, weights.convert(arrays, vit)[0], weights.convert(released, vit)[0])
+    jax.tree.map(np.testing.assert_array_equal, backbones.convert(arrays, vit)[0], backbones.convert(released, vit)[0])
 
 
 def test_every_array_is_used_or_named(google):
     arrays = google_arrays(google)
-    params, left_out = weights.convert(arrays | {"surprise": np.zeros(3)}, google_config(arrays))
+    params, left_out = backbones.convert(arrays | {"surprise": np.zeros(3)}, google_config(arrays))
     assert "surprise" in left_out
     used = sum(v.size for k, v in arrays.items() if k not in left_out)
-    assert trees.count(params) == used
+    assert pytrees.count(params) == used
 
 
 def test_bundled_backbone():
-    backbone = weights.load("vit_ti8_32")
+    backbone = backbones.load("vit_ti8_32")
     assert backbone.fingerprint == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
-    assert backbone.fingerprint == hashlib.sha256(weights.locate("vit_ti8_32").read_bytes()).hexdigest()
-    assert trees.count(backbone.params) == 5_379_264
+    assert backbone.fingerprint == hashlib.sha256(backbones.locate("vit_ti8_32").read_bytes()).hexdigest()
+    assert pytrees.count(backbone.params) == 5_379_264
     assert backbone.left_out == ()
     assert {leaf.dtype for leaf in jax.tree.leaves(backbone.params)} == {np.dtype("float32")}
 
 
 def test_positions_for_another_image_size():
-    larger = weights.load("vit_ti8_32", image_size=64)
+    larger = backbones.load("vit_ti8_32", image_size=64)
     assert larger.params["pos_embed"].shape == (1, 65, 192)
     assert ViT(larger.vit).apply({"params": larger.params}, np.zeros((1, 64, 64, 3), np.float32)).shape == (1, 192)
-    native = weights.load("vit_ti8_32").params["pos_embed"]
+    native = backbones.load("vit_ti8_32").params["pos_embed"]
     np.testing.assert_array_equal(larger.params["pos_embed"][:, 0], native[:, 0])
     # A plane stays a plane away from the borders, whatever the size.
     ramp = np.concatenate([np.zeros((1, 1, 1)), np.arange(8.0).repeat(8).reshape(1, 64, 1)], axis=1).astype(np.float32)
-    resized = weights.interpolate_positions(ramp, 16)[0, 1:, 0].reshape(16, 16)
+    resized = backbones.interpolate_positions(ramp, 16)[0, 1:, 0].reshape(16, 16)
     np.testing.assert_allclose(np.diff(resized[4:12], axis=0), 0.5, atol=1e-5)
 
 
@@ -85,65 +86,65 @@ def test_file_that_does_not_fit(tmp_path, google):
     file = tmp_path / "other.npz"
     np.savez(file, **google_arrays(google))
     with pytest.raises(UserError, match=r"other.npz does not fit 'vit_ti8_32'"):
-        weights.load("vit_ti8_32", str(file))
-    timm = dict(np.load(weights.locate("vit_ti8_32")))
+        backbones.load("vit_ti8_32", str(file))
+    timm = dict(np.load(backbones.locate("vit_ti8_32")))
     np.savez(file, **{k: v for k, v in timm.items() if k != "blocks.3.mlp.fc1.bias"})
     with pytest.raises(UserError, match=r"array 'blocks.3.mlp.fc1.bias' is missing"):
-        weights.load("vit_ti8_32", str(file))
+        backbones.load("vit_ti8_32", str(file))
     np.savez(file, **timm | {"norm.weight": np.zeros(7, np.float16)})
     with pytest.raises(UserError, match=r"norm/scale is \(7,\), expected \(192,\)"):
-        weights.load("vit_ti8_32", str(file))
+        backbones.load("vit_ti8_32", str(file))
     np.savez(file, **timm | {"blocks.12.norm1.weight": np.zeros(192, np.float16)})
     with pytest.raises(UserError, match="13 layers, expected 12"):
-        weights.load("vit_ti8_32", str(file))
+        backbones.load("vit_ti8_32", str(file))
 
 
 def test_safetensors_hold_the_same(tmp_path):
     """As timm's models on the Hub come; and damage has a name there too."""
     file = tmp_path / "model.safetensors"
-    arrays = {name: np.ascontiguousarray(array) for name, array in np.load(weights.locate("vit_ti8_32")).items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in np.load(backbones.locate("vit_ti8_32")).items()}
     safetensors.numpy.save_file(arrays, file)
-    jax.tree.map(np.testing.assert_array_equal, weights.load("vit_ti8_32", str(file)).params, weights.load("vit_ti8_32").params)
+    jax.tree.map(np.testing.assert_array_equal, backbones.load("vit_ti8_32", str(file)).params, backbones.load("vit_ti8_32").params)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"model.safetensors is not a readable .safetensors file"):
-        weights.load("vit_ti8_32", str(file))
+        backbones.load("vit_ti8_32", str(file))
 
 
 def test_cached_files_do_not_take_each_others_place():
-    files = [source.file for source in weights.BACKBONES.values()]
+    files = [source.file for source in backbones.BACKBONES.values()]
     assert len(set(files)) == len(files)
 
 
 def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(UserError, match="backbone: 'vit_x' is unknown; known are vit_b16"):
-        weights.load("vit_x")
+        backbones.load("vit_x")
     with pytest.raises(UserError, match=r"backbone_path: no file at .*nowhere.npz"):
-        weights.load("vit_b16", str(tmp_path / "nowhere.npz"))
+        backbones.load("vit_b16", str(tmp_path / "nowhere.npz"))
     short = tmp_path / "short.npz"
-    short.write_bytes(weights.locate("vit_ti8_32").read_bytes()[:100_000])
+    short.write_bytes(backbones.locate("vit_ti8_32").read_bytes()[:100_000])
     with pytest.raises(UserError, match=r"short.npz is not a readable .npz file"):
-        weights.load("vit_ti8_32", str(short))
+        backbones.load("vit_ti8_32", str(short))
     np.save(tmp_path / "array.npy", np.zeros(3))
     with pytest.raises(UserError, match=r"array.npy is not a readable .npz file"):
-        weights.load("vit_ti8_32", str(tmp_path / "array.npy"))
+        backbones.load("vit_ti8_32", str(tmp_path / "array.npy"))
     with pytest.raises(UserError, match="image_size: image_size 30 is not a multiple"):
-        weights.load("vit_ti8_32", image_size=30)
+        backbones.load("vit_ti8_32", image_size=30)
 
 
 def test_download(tmp_path, monkeypatch):
     """From a URL into the cache; a failed download leaves nothing behind and says where to put a copy."""
     origin = tmp_path / "origin" / "ViT-B_16.npz"
     origin.parent.mkdir()
-    origin.write_bytes(weights.locate("vit_ti8_32").read_bytes())
-    source = dataclasses.replace(weights.BACKBONES["vit_ti8_32"], file=origin.name, url=origin.as_uri())
-    monkeypatch.setitem(weights.BACKBONES, "vit_far", source)
-    monkeypatch.setattr(weights, "CACHE", tmp_path / "cache")
-    assert trees.count(weights.load("vit_far").params) == 5_379_264
+    origin.write_bytes(backbones.locate("vit_ti8_32").read_bytes())
+    source = dataclasses.replace(backbones.BACKBONES["vit_ti8_32"], file=origin.name, url=origin.as_uri())
+    monkeypatch.setitem(backbones.BACKBONES, "vit_far", source)
+    monkeypatch.setattr(backbones, "CACHE", tmp_path / "cache")
+    assert pytrees.count(backbones.load("vit_far").params) == 5_379_264
     origin.unlink()
-    assert weights.load("vit_far").name == "vit_far"  # from the cache
-    monkeypatch.setattr(weights, "CACHE", tmp_path / "empty")
+    assert backbones.load("vit_far").name == "vit_far"  # from the cache
+    monkeypatch.setattr(backbones, "CACHE", tmp_path / "empty")
     with pytest.raises(UserError, match=r"could not be downloaded from file://.*backbone_path=FILE"):
-        weights.load("vit_far")
+        backbones.load("vit_far")
     assert list((tmp_path / "empty").iterdir()) == []
 
 

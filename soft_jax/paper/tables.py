@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from soft_jax import report
 from soft_jax.config import FREE, Config
 from soft_jax.errors import UserError
-from soft_jax.store import Reader
+from soft_jax.evaluation import report
+from soft_jax.store.folder import Reader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -271,12 +271,13 @@ def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list
 
     One data set is held at a time, and seeds of one method share its compiled programs. Raises Preempted after a SIGTERM.
     """
-    from soft_jax import continual, data  # they start jax, which a finished table does without
+    from soft_jax.data import sources
+    from soft_jax.experiment import loop  # they start jax, which a finished table does without
 
     @functools.lru_cache(maxsize=1)
-    def load(name: str, folder: str) -> data.Dataset | UserError:
+    def load(name: str, folder: str) -> sources.Dataset | UserError:
         try:
-            return data.load(name, folder)
+            return sources.load(name, folder)
         except UserError as error:  # what can't be had is not tried for again
             return error
 
@@ -289,7 +290,7 @@ def run(configs: Sequence[Config], workdir: Path, console: Console) -> list[list
                 console.rule(f"{number} of {len(configs)}: {config.method}, {config.tasks} tasks, seed {config.seed}")
                 if isinstance(dataset := load(config.dataset, config.data_dir), UserError):
                     raise dataset
-                manifests = continual.run(config, folder, console, dataset)
+                manifests = loop.run(config, folder, console, dataset)
             done.append(manifests)
         except UserError as error:  # hours of other rows may be before and behind it
             console.print(f"error: {error}")

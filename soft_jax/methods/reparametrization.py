@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import packing, trees
+from soft_jax import pytrees
 from soft_jax.errors import UserError
-from soft_jax.vit import ViTConfig
+from soft_jax.models.vit import ViTConfig
+from soft_jax.store import packing
 
 WEIGHTS = {"qkv": ("attn/qkv",), "qv": ("attn/qkv",), "proj": ("attn/proj",), "mlp": ("mlp/fc1", "mlp/fc2")}
 
@@ -54,16 +55,16 @@ MASK_INITS: dict[str, Draw] = {
 }
 
 
-def _draw(key: jax.Array, backbone: trees.Tree, paths: tuple[str, ...], draw: Draw) -> trees.Tree:
+def _draw(key: jax.Array, backbone: pytrees.Tree, paths: tuple[str, ...], draw: Draw) -> pytrees.Tree:
     """An array for each kernel of `paths`. Raises KeyError naming the paths that the backbone does not have."""
-    kernels = trees.flatten(trees.select(backbone, paths))
+    kernels = pytrees.flatten(pytrees.select(backbone, paths))
     keys = jax.random.split(key, len(kernels))
-    return trees.unflatten({path: draw(k, kernel.shape) for k, (path, kernel) in zip(keys, kernels.items(), strict=True)})
+    return pytrees.unflatten({path: draw(k, kernel.shape) for k, (path, kernel) in zip(keys, kernels.items(), strict=True)})
 
 
-def masked(backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
+def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
     """The masked kernels alone, θ ⊙ m (Soft-TF, section 3)."""
-    kernels = trees.select(backbone, trees.flatten(masks))
+    kernels = pytrees.select(backbone, pytrees.flatten(masks))
     return jax.tree.map(jnp.multiply, kernels, masks)
 
 
@@ -82,11 +83,11 @@ class Reparam:
         """The layers, from 0, that differ from the backbone's."""
         return tuple(sorted({layer_of(path) for path in self.kernels}))
 
-    def pack(self, own: trees.Tree) -> trees.Tree:
+    def pack(self, own: pytrees.Tree) -> pytrees.Tree:
         """A trained task's arrays as the store keeps them: as they are."""
         return own
 
-    def unpack(self, packed: trees.Tree, backbone: trees.Tree) -> trees.Tree:
+    def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
         """Arrays that stand for the same weights, from what `pack` gave."""
         return packed
 
@@ -109,21 +110,21 @@ class SoftMask(Reparam):
         """That of the masks, where the store keeps products."""
         return self.stored_rank if self.stored_as == "lowrank" else 0
 
-    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+    def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
         """A task's masks, float32, shaped as the kernels."""
         return _draw(key, backbone, self.kernels, MASK_INITS[self.init_as])
 
-    def weights(self, backbone: trees.Tree, masks: trees.Tree) -> trees.Tree:
+    def weights(self, backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
         """θ ⊙ m."""
         return masked(backbone, masks)
 
-    def pack(self, masks: trees.Tree) -> trees.Tree:
+    def pack(self, masks: pytrees.Tree) -> pytrees.Tree:
         """The masks as `stored_as` says."""
         return packing.pack(masks, self.stored_as, self.stored_rank)
 
-    def unpack(self, packed: trees.Tree, backbone: trees.Tree) -> trees.Tree:
+    def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
         """The masks that are stored."""
-        return packing.unpack(packed, self.stored_as, trees.select(backbone, self.kernels))
+        return packing.unpack(packed, self.stored_as, pytrees.select(backbone, self.kernels))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -188,7 +189,7 @@ class BinaryMask(Reparam):
     keep: float = 0.9
     soft: bool = False
 
-    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+    def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
         """A task's scores, and for SoftNet its minor weights, float32, shaped as the kernels."""
         score_key, minor_key = jax.random.split(key)
         own = {"scores": _draw(score_key, backbone, self.kernels, _kaiming)}
@@ -197,21 +198,21 @@ class BinaryMask(Reparam):
             own["minor"] = jax.tree.map(jax.nn.sigmoid, minor)
         return own
 
-    def _binary(self, own: trees.Tree) -> trees.Tree:
+    def _binary(self, own: pytrees.Tree) -> pytrees.Tree:
         return jax.tree.map(lambda scores: top_share(jnp.abs(scores), kept(self.keep, scores.size)), own["scores"])
 
-    def masks(self, own: trees.Tree) -> trees.Tree:
+    def masks(self, own: pytrees.Tree) -> pytrees.Tree:
         """The masks that the scores stand for."""
         masks = self._binary(own)
         if not self.soft:
             return masks
         return jax.tree.map(lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor), masks, own["minor"])
 
-    def weights(self, backbone: trees.Tree, own: trees.Tree) -> trees.Tree:
+    def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
         """θ ⊙ m."""
         return masked(backbone, self.masks(own))
 
-    def pack(self, own: trees.Tree) -> trees.Tree:
+    def pack(self, own: pytrees.Tree) -> pytrees.Tree:
         """Which weights are kept, a bit each, and the small values of the others, float32 `[size - kept]`."""
         binary = self._binary(own)
         packed = {"bits": jax.tree.map(packing.pack_bits, binary)}
@@ -219,9 +220,9 @@ class BinaryMask(Reparam):
             packed["minor"] = jax.tree.map(lambda mask, minor: minor.reshape(-1)[self._dropped(mask)], binary, own["minor"])
         return packed
 
-    def unpack(self, packed: trees.Tree, backbone: trees.Tree) -> trees.Tree:
+    def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
         """Scores of 1 and 0, and the small values where they are used: the same masks, to the bit."""
-        kernels = trees.select(backbone, self.kernels)
+        kernels = pytrees.select(backbone, self.kernels)
         own = {"scores": jax.tree.map(lambda kernel, bits: packing.unpack_bits(bits, kernel.shape), kernels, packed["bits"])}
         if self.soft:
             own["minor"] = jax.tree.map(
@@ -253,25 +254,25 @@ class LoRA(Reparam):
         """The column blocks of a kernel that get a product of their own, and how many blocks it has."""
         return (self.parts, 3) if path.endswith("attn/qkv/kernel") else ((0,), 1)
 
-    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+    def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
         """For each kernel `{"a": [blocks, in, rank], "b": [blocks, rank, out / all blocks]}`, float32."""
         own = {}
-        kernels = trees.flatten(trees.select(backbone, self.kernels))
+        kernels = pytrees.flatten(pytrees.select(backbone, self.kernels))
         for k, (path, kernel) in zip(jax.random.split(key, len(kernels)), kernels.items(), strict=True):
             blocks, of = self._columns(path)
             own[f"{path}/a"] = _kaiming(k, (len(blocks), kernel.shape[0], self.rank))
             own[f"{path}/b"] = jnp.zeros((len(blocks), self.rank, kernel.shape[1] // of), jnp.float32)
-        return trees.unflatten(own)
+        return pytrees.unflatten(own)
 
-    def weights(self, backbone: trees.Tree, own: trees.Tree) -> trees.Tree:
+    def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
         """W + 8 A B: the merged weights, so that inference costs what the backbone's does."""
-        own, merged = trees.flatten(own), {}
-        for path, kernel in trees.flatten(trees.select(backbone, self.kernels)).items():
+        own, merged = pytrees.flatten(own), {}
+        for path, kernel in pytrees.flatten(pytrees.select(backbone, self.kernels)).items():
             blocks, of = self._columns(path)
             products = jnp.einsum("gir,gro->gio", own[f"{path}/a"], own[f"{path}/b"], precision="highest")
             placed = jnp.zeros((of, kernel.shape[0], kernel.shape[1] // of), products.dtype).at[np.array(blocks)].set(products)
             merged[path] = kernel + self.SCALE * jnp.moveaxis(placed, 0, 1).reshape(kernel.shape)
-        return trees.unflatten(merged)
+        return pytrees.unflatten(merged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +293,7 @@ class Bottleneck(Reparam):
         """Those that it stands in."""
         return self.layers
 
-    def init(self, key: jax.Array, backbone: trees.Tree) -> trees.Tree:
+    def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
         """`blocks_L/mlp/{adapter1,adapter2}/{down [width, rank], up [rank, width]}`, float32."""
         own = {}
         for layer, k in zip(self.layers, jax.random.split(key, len(self.layers)), strict=True):
@@ -301,9 +302,9 @@ class Bottleneck(Reparam):
                 width = mlp[dense]["kernel"].shape[1]
                 own[f"blocks_{layer}/mlp/{name}/down"] = _kaiming(one, (width, self.rank))
                 own[f"blocks_{layer}/mlp/{name}/up"] = jnp.zeros((self.rank, width), jnp.float32)
-        return trees.unflatten(own)
+        return pytrees.unflatten(own)
 
-    def weights(self, backbone: trees.Tree, own: trees.Tree) -> trees.Tree:
+    def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
         """The bottlenecks as they are."""
         return own
 

@@ -21,11 +21,18 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from soft_jax import batches, data, evaluate, inference, methods, processes, prototype, rehearsal, report, retention, train, trees, weights
+from soft_jax import distributed, pytrees
 from soft_jax.config import FREE, Config
+from soft_jax.data import batches, sources
+from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
-from soft_jax.scenario import Scenario
-from soft_jax.store import Store
+from soft_jax.evaluation import protocols, report
+from soft_jax.inference import engine, prototypes
+from soft_jax.methods import regularization, rehearsal
+from soft_jax.methods.method import Adapter, Method, Shared, begin, method_from_config
+from soft_jax.models import backbones
+from soft_jax.store.folder import Store
+from soft_jax.training import train_step
 
 CALL_SECONDS = 1.0  # of training that one call to the devices should take: so soon a SIGTERM is answered
 READ_AT_ONCE = 1024  # training images that q(x) is taken of before a SIGTERM is looked for; from files, they are held at once
@@ -43,11 +50,11 @@ class Run:
 
     config: Config
     scenario: Scenario
-    dataset: data.Dataset
-    backbone: weights.Backbone
-    params: trees.Tree  # the frozen backbone, on the devices
-    method: methods.Method
-    recipe: train.Recipe
+    dataset: sources.Dataset
+    backbone: backbones.Backbone
+    params: pytrees.Tree  # the frozen backbone, on the devices
+    method: Method
+    recipe: train_step.Recipe
     mesh: Mesh
     store: Store
     console: Console
@@ -56,22 +63,22 @@ class Run:
     # By task, computed once: q(x) depends on nothing trained, and files are decoded for the test but once.
     queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     train_queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    tested: dict[int, data.Split] = dataclasses.field(default_factory=dict)
+    tested: dict[int, sources.Split] = dataclasses.field(default_factory=dict)
 
     @property
-    def settings(self) -> evaluate.Settings:
+    def settings(self) -> protocols.Settings:
         """How evaluation batches its images."""
         c = self.config
-        return evaluate.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size, isinstance(self.dataset.test, data.Files))
+        return protocols.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size, isinstance(self.dataset.test, sources.Files))
 
-    def test_set(self, task: int) -> data.Split:
+    def test_set(self, task: int) -> sources.Split:
         """Task `task`'s test images; those from files are prepared, and then held in the host's memory."""
         test = self.dataset.test
         members = self.scenario.members(test.labels, task)
-        if isinstance(test, data.Split):
+        if isinstance(test, sources.Split):
             return test.take(members)
         if task not in self.tested:
-            self.tested[task] = data.Split(test.prepared(members, self.method.vit.image_size), test.labels[members])
+            self.tested[task] = sources.Split(test.prepared(members, self.method.vit.image_size), test.labels[members])
         return self.tested[task]
 
     def members(self, task: int) -> np.ndarray:
@@ -86,13 +93,13 @@ class Run:
     def image_shape(self) -> tuple[int, ...]:
         """The shape of a training image as the step gets it: as it is in memory, or of the model's size where files are cropped before."""
         split, size = self.dataset.train, self.method.vit.image_size
-        return split.images.shape[1:] if isinstance(split, data.Split) else (size, size, 3)
+        return split.images.shape[1:] if isinstance(split, sources.Split) else (size, size, 3)
 
     def seen(self, task: int) -> np.ndarray:
         """The classes of the tasks up to `task`, bool `[classes]`."""
         return self.scenario.task_of_class <= task
 
-    def taught(self, task: int, memory: trees.Tree | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def taught(self, task: int, memory: pytrees.Tree | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What task `task` is trained on, as rows of the training set: images of its own, and older tasks' that `memory`, if any, names."""
         labels, way = self.dataset.train.labels, self.method.rehearsal
         own = self.members(task)
@@ -103,7 +110,7 @@ class Run:
         again = rehearsal.rows_of(memory) if memory else own[:0]
         return np.setdiff1d(own, held_out), again
 
-    def schedule(self, task: int, memory: trees.Tree | None = None) -> batches.Schedule:
+    def schedule(self, task: int, memory: pytrees.Tree | None = None) -> batches.Schedule:
         """Which images of `taught`, own ones first, make each step's batch."""
         c, way = self.config, self.method.rehearsal
         own, again = map(len, self.taught(task, memory))
@@ -118,7 +125,7 @@ class Run:
         if task not in self.queries:
             settings = self.settings
             images = self.test_set(task).images
-            self.queries[task] = inference.queries(self.method, self.params, images, settings.batching, settings.prepared)
+            self.queries[task] = engine.queries(self.method, self.params, images, settings.batching, settings.prepared)
         return self.queries[task]
 
     @functools.cached_property
@@ -127,7 +134,7 @@ class Run:
         method, key = self.method, jax.random.key(0)
         adapter, shared = (jax.eval_shape(draw, key, self.params) for draw in (method.init_adapter, method.init_shared))
         memory = jax.eval_shape(lambda shared: method.recall(method.init_memory(shared), shared)[0], shared)
-        state = jax.eval_shape(functools.partial(train.init_state, self.recipe), adapter, shared)
+        state = jax.eval_shape(functools.partial(train_step.init_state, self.recipe), adapter, shared)
         rows, like = self.schedule(0).padded, jax.ShapeDtypeStruct
         batch = {
             "images": like((rows, *self.image_shape), jnp.uint8),
@@ -137,7 +144,7 @@ class Run:
         batch |= {"class_mask": like((self.scenario.classes,), bool), "hold_g_prompt": like((), bool)}
         batch |= {"query": like((rows, self.method.vit.dim), self.method.vit.dtype)} if self.recipe.fixed_query else {}
         batch |= {"memory": memory} | {name: like((rows, *column.shape), column.dtype) for name, column in method.columns.items()}
-        step = train.compile_step(self.recipe, self.mesh)
+        step = train_step.compile_step(self.recipe, self.mesh)
         lowered = step.lower(state, self.params, batch, key)
         # GPUs and TPUs count only what is compiled; on a CPU the program as it is written will do.
         counted = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
@@ -150,61 +157,63 @@ class Run:
             self.train_queries[task] = self.features(self.members(task), self.params)
         return self.train_queries[task]
 
-    def features(self, rows: np.ndarray, params: trees.Tree) -> np.ndarray:
+    def features(self, rows: np.ndarray, params: pytrees.Tree) -> np.ndarray:
         """q(x) `[N, dim]` of the training images `rows`, int `[N]`, prepared as test images are; q is the ViT with `params`.
 
         Raises Preempted after a SIGTERM: the training state before or behind it is kept.
         """
         # A size of its own: training depends on it, to the bit, and `eval_batch_size` may change in a run.
-        batching, split, out = inference.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows), []
-        in_memory = isinstance(split, data.Split)
+        batching, split, out = engine.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows), []
+        in_memory = isinstance(split, sources.Split)
         for part in np.split(np.arange(len(rows)), range(READ_AT_ONCE, len(rows), READ_AT_ONCE)):
-            if processes.highest(self.stop.is_set())[0]:
+            if distributed.highest(self.stop.is_set())[0]:
                 raise Preempted("Stopped while looking at training images; the same command continues")
             images = split.images[part] if in_memory else split.prepared(part, self.method.vit.image_size)
-            out.append(inference.queries(self.method, params, images, batching, prepared=not in_memory))
+            out.append(engine.queries(self.method, params, images, batching, prepared=not in_memory))
         return np.concatenate(out)
 
     @functools.cached_property
     def projection(self) -> np.ndarray:
         """The random projection of every task's statistics."""
-        return prototype.projection(self.config.seed, self.method.vit.dim, self.config.prototype_features)
+        return prototypes.projection(self.config.seed, self.method.vit.dim, self.config.prototype_features)
 
-    def initial_adapter(self, task: int) -> methods.Adapter:
+    def initial_adapter(self, task: int) -> Adapter:
         """Task `task`'s adapter as it is drawn, on the devices."""
-        adapter = self.method.init_adapter(train.stream(self.config.seed, "adapter", task), self.params)
-        return processes.put(adapter, train.replicated(self.mesh))
+        adapter = self.method.init_adapter(train_step.stream(self.config.seed, "adapter", task), self.params)
+        return distributed.put(adapter, train_step.replicated(self.mesh))
 
-    def initial_prompts(self, task: int) -> methods.Adapter:
+    def initial_prompts(self, task: int) -> Adapter:
         """Key and E-prompt of `initial_adapter`, as far as the method has them."""
-        return _init_prompts(self.method, train.stream(self.config.seed, "adapter", task))
+        return _init_prompts(self.method, train_step.stream(self.config.seed, "adapter", task))
 
-    def statistics_shapes(self, task: int) -> trees.Tree:
+    def statistics_shapes(self, task: int) -> pytrees.Tree:
         """Shapes and dtypes of `task_statistics`."""
         if not self.method.by_task:
             return {}
-        return prototype.shapes(self.config.prototype_features, len(self.scenario.classes_of(task)))
+        return prototypes.shapes(self.config.prototype_features, len(self.scenario.classes_of(task)))
 
-    def initial_shared(self) -> methods.Shared:
+    def initial_shared(self) -> Shared:
         """The shared part before the first task, on the devices."""
-        shared = self.method.init_shared(train.stream(self.config.seed, "shared", 0), self.params)
-        return processes.put(shared, train.replicated(self.mesh))
+        shared = self.method.init_shared(train_step.stream(self.config.seed, "shared", 0), self.params)
+        return distributed.put(shared, train_step.replicated(self.mesh))
 
-    def initial_memory(self, shared: methods.Shared) -> trees.Tree:
+    def initial_memory(self, shared: Shared) -> pytrees.Tree:
         """What the method holds of older tasks before the first, `shared` being as it is then; empty where it holds nothing."""
-        return processes.put(self.method.init_memory(shared), train.replicated(self.mesh))
+        return distributed.put(self.method.init_memory(shared), train_step.replicated(self.mesh))
 
 
-_init_prompts = jax.jit(methods.Method.init_prompts, static_argnums=0)
+_init_prompts = jax.jit(Method.init_prompts, static_argnums=0)
 
 
-def run(config: Config, workdir: str | Path, console: Console | None = None, dataset: data.Dataset | None = None) -> list[dict[str, Any]]:
+def run(
+    config: Config, workdir: str | Path, console: Console | None = None, dataset: sources.Dataset | None = None
+) -> list[dict[str, Any]]:
     """Train and evaluate every task that `workdir` does not hold yet; returns the manifests of all tasks.
 
     `dataset` is `config`'s as `data.load` gives it, for a caller who has it; None: it is loaded. Raises UserError for anything the
     user has to mend, Preempted after a SIGTERM.
     """
-    console = console or Console(quiet=not processes.first())
+    console = console or Console(quiet=not distributed.first())
     with _sigterm() as stop, closing(Store(workdir)) as store:
         this = prepare(config, store, console, stop, dataset=dataset)
         with _tensorboard(config, store.root) as log, _memory_named():
@@ -220,7 +229,7 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
     memory = run.initial_memory(shared)
     for task in range(store.finished()):
         templates = {"adapter": learned.template, "shared": shared, "statistics": run.statistics_shapes(task), "memory": memory}
-        items, manifest = store.load_task(task, templates, train.replicated(run.mesh))
+        items, manifest = store.load_task(task, templates, train_step.replicated(run.mesh))
         learned.add(task, run.method.unpack(items["adapter"], run.params), items["statistics"])
         learned.stored(task)
         shared, memory = items["shared"], items["memory"]
@@ -229,7 +238,7 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         run.console.print(f"{len(manifests)} of {config.tasks} tasks are finished in {store.root}")
         _report(run, manifests)  # a kill may have come between the last task's commit and its report
     for task in range(len(manifests), config.tasks):
-        adapter = methods.begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
+        adapter = begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
         recalled, shared = run.method.recall(memory, shared)
         state, seconds = train_task(run, task, adapter, shared, recalled)
         start = time.monotonic()
@@ -249,7 +258,7 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
 
 
 def _report(run: Run, manifests: list[dict[str, Any]]) -> None:
-    if processes.first():
+    if distributed.first():
         drawn = len(manifests) == run.config.tasks or sum(manifests[-1]["seconds"].values()) > DRAWN_AFTER
         report.write(run.store.root, dataclasses.asdict(run.config), run.config.benchmark, manifests, drawn)
 
@@ -265,26 +274,26 @@ class Learned:
         self._rows = {name: np.zeros((run.config.tasks, *shape), np.float32) for name, shape in run.method.row_shapes.items()}
         for task in range(run.config.tasks):
             self._put(task, run.initial_prompts(task))
-        self._in_memory: dict[int, methods.Adapter] = {}
-        self._weights = inference.TaskWeights(run.method, run.params, self._load, run.config.weights_cache_mb * 2**20)
-        self._sums = prototype.Sums(run.scenario.classes, run.projection)
+        self._in_memory: dict[int, Adapter] = {}
+        self._weights = engine.TaskWeights(run.method, run.params, self._load, run.config.weights_cache_mb * 2**20)
+        self._sums = prototypes.Sums(run.scenario.classes, run.projection)
 
     @functools.cached_property
-    def template(self) -> methods.Adapter:
+    def template(self) -> Adapter:
         """Shapes and dtypes of an adapter as the store keeps it."""
         method = self._run.method
         return jax.eval_shape(lambda key, params: method.pack(method.init_adapter(key, params)), jax.random.key(0), self._run.params)
 
-    def _put(self, task: int, adapter: methods.Adapter) -> None:
+    def _put(self, task: int, adapter: Adapter) -> None:
         for name, rows in self._rows.items():
             if name in adapter:
                 rows[task] = adapter[name]
 
-    def prompt(self, task: int) -> methods.Adapter:
+    def prompt(self, task: int) -> Adapter:
         """Key and E-prompt of task `task`."""
         return {name: rows[task] for name, rows in self._rows.items()}
 
-    def add(self, task: int, adapter: methods.Adapter, statistics: trees.Tree) -> None:
+    def add(self, task: int, adapter: Adapter, statistics: pytrees.Tree) -> None:
         """Take in the next task. Its adapter is held until `stored` tells that the store has it."""
         assert task == self.tasks
         self._put(task, adapter)
@@ -298,11 +307,11 @@ class Learned:
         """Task `task` can be read from the store from now on."""
         self._in_memory.pop(task)
 
-    def model(self, shared: methods.Shared) -> inference.Model:
+    def model(self, shared: Shared) -> engine.Model:
         """The model of the tasks so far."""
-        whole = train.replicated(self._run.mesh)
-        rows = processes.put({name: array.copy() for name, array in self._rows.items()}, whole)
-        return inference.Model(
+        whole = train_step.replicated(self._run.mesh)
+        rows = distributed.put({name: array.copy() for name, array in self._rows.items()}, whole)
+        return engine.Model(
             method=self._run.method,
             backbone=self._run.params,
             shared=shared,
@@ -311,58 +320,58 @@ class Learned:
             weights=self._weights,
             tasks=tuple(range(self.tasks)),
             task_of_class=self._run.scenario.task_of_class,
-            prototypes=processes.put(self._sums.solve(), whole) if self._run.method.by_task else None,
+            prototypes=distributed.put(self._sums.solve(), whole) if self._run.method.by_task else None,
         )
 
-    def _load(self, task: int) -> methods.Adapter:
+    def _load(self, task: int) -> Adapter:
         if task in self._in_memory:
             return self._in_memory[task]
         if task >= self.tasks:
             return self._run.initial_adapter(task)
-        items, _ = self._run.store.load_task(task, {"adapter": self.template}, train.replicated(self._run.mesh))
+        items, _ = self._run.store.load_task(task, {"adapter": self.template}, train_step.replicated(self._run.mesh))
         return self._run.method.unpack(items["adapter"], self._run.params)
 
 
-def _as_stored(run: Run, adapter: methods.Adapter) -> tuple[methods.Adapter, methods.Adapter]:
+def _as_stored(run: Run, adapter: Adapter) -> tuple[Adapter, Adapter]:
     """A trained adapter as it is when it has been stored and read again, and as it is stored."""
-    packed = processes.put(_pack(run.method, adapter), train.replicated(run.mesh))
+    packed = distributed.put(_pack(run.method, adapter), train_step.replicated(run.mesh))
     return run.method.unpack(packed, run.params), packed
 
 
-_pack = jax.jit(methods.Method.pack, static_argnums=0)
+_pack = jax.jit(Method.pack, static_argnums=0)
 
 
-def task_statistics(run: Run, task: int) -> trees.Tree:
+def task_statistics(run: Run, task: int) -> pytrees.Tree:
     """The statistics of q(x) over task `task`'s training images, each once, prepared as test images are; empty without task identity."""
     if not run.method.by_task:
         return {}
     labels = run.dataset.train.labels[run.members(task)]
-    statistics = prototype.statistics(run.train_query(task), labels, run.scenario.classes_of(task), run.projection)
-    return processes.put(statistics, train.replicated(run.mesh))
+    statistics = prototypes.statistics(run.train_query(task), labels, run.scenario.classes_of(task), run.projection)
+    return distributed.put(statistics, train_step.replicated(run.mesh))
 
 
-def task_memory(run: Run, task: int, memory: trees.Tree, trainable: dict[str, trees.Tree]) -> tuple[trees.Tree, methods.Shared]:
+def task_memory(run: Run, task: int, memory: pytrees.Tree, trainable: dict[str, pytrees.Tree]) -> tuple[pytrees.Tree, Shared]:
     """The method's memory after task `task`, from its training images prepared as test images are, and the shared part to be stored.
 
     Rehearsal looks at those that it chooses exemplars from, the others at some drawn at random.
     """
-    way, shared, whole = run.method.retention, trainable["shared"], train.replicated(run.mesh)
+    way, shared, whole = run.method.retention, trainable["shared"], train_step.replicated(run.mesh)
     if not way:
         return {}, shared
     if run.method.rehearsal:
         memory, shared = run.method.rehearsal.remember(memory, shared, _reviewed(run, task, memory, shared))
     else:
-        split, chosen = run.dataset.train, run.shuffled(task)[: retention.IMAGES]
+        split, chosen = run.dataset.train, run.shuffled(task)[: regularization.IMAGES]
         batch = {
             "images": split.prepared(chosen, run.method.vit.image_size).astype(np.float32) / 255,
             "labels": split.labels[chosen],
             "class_mask": run.scenario.class_mask(task),
         }
-        memory = way.update(memory, run.method, trainable, run.params, processes.put(batch, whole))
-    return processes.put((memory, shared), whole)
+        memory = way.update(memory, run.method, trainable, run.params, distributed.put(batch, whole))
+    return distributed.put((memory, shared), whole)
 
 
-def _reviewed(run: Run, task: int, memory: trees.Tree, shared: methods.Shared) -> rehearsal.Reviewed:
+def _reviewed(run: Run, task: int, memory: pytrees.Tree, shared: Shared) -> rehearsal.Reviewed:
     """What the network after task `task` makes of the exemplars and of the task's images that may become some."""
     labels, shuffled = run.dataset.train.labels, run.shuffled(task)
     considered = run.method.rehearsal.considered(shuffled, labels[shuffled], run.seen(task))
@@ -373,28 +382,28 @@ def _reviewed(run: Run, task: int, memory: trees.Tree, shared: methods.Shared) -
 
 
 def prepare(
-    config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None, dataset: data.Dataset | None = None
+    config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None, dataset: sources.Dataset | None = None
 ) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's. `mesh` defaults to all devices."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     store.compare(settings)  # before anything is downloaded
-    processes.check_equal(dataclasses.asdict(config) | dict.fromkeys(("data_dir", "backbone_path")))  # those may differ by host
-    backbone = processes.agreed(lambda: weights.load(config.backbone, config.backbone_path, config.image_size, config.dtype))
+    distributed.check_equal(dataclasses.asdict(config) | dict.fromkeys(("data_dir", "backbone_path")))  # those may differ by host
+    backbone = distributed.agreed(lambda: backbones.load(config.backbone, config.backbone_path, config.image_size, config.dtype))
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in a ViT without a classifier; left out")
-    methods.from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
-    dataset = dataset or processes.agreed(lambda: data.load(config.dataset, config.data_dir))
+    method_from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
+    dataset = dataset or distributed.agreed(lambda: sources.load(config.dataset, config.data_dir))
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = Scenario(len(dataset.class_names), config.tasks)
     for split in (dataset.train, dataset.test):
         scenario.check(split.labels)
-    method = methods.from_config(config, backbone.vit, scenario.classes)
+    method = method_from_config(config, backbone.vit, scenario.classes)
     if method.rehearsal:
         method.rehearsal.check(scenario.classes)
     identity = settings | {"backbone_sha256": backbone.fingerprint, "dataset_sha256": dataset.fingerprint}
-    processes.check_equal(identity)
+    distributed.check_equal(identity)
     store.claim(identity)
-    mesh = mesh or train.data_mesh()
+    mesh = mesh or train_step.data_mesh()
     console.print(
         f"{config.method} on {config.dataset}, {config.tasks} tasks of {scenario.classes // config.tasks} classes; "
         f"{config.backbone} at {backbone.vit.image_size} pixels; {mesh.size} {jax.devices()[0].device_kind} device(s); {store.root}"
@@ -404,9 +413,9 @@ def prepare(
         scenario=scenario,
         dataset=dataset,
         backbone=backbone,
-        params=processes.put(backbone.params, train.replicated(mesh)),
+        params=distributed.put(backbone.params, train_step.replicated(mesh)),
         method=method,
-        recipe=train.recipe_from_config(config, method, on_device=isinstance(dataset.train, data.Split)),
+        recipe=train_step.recipe_from_config(config, method, on_device=isinstance(dataset.train, sources.Split)),
         mesh=mesh,
         store=store,
         console=console,
@@ -415,8 +424,8 @@ def prepare(
 
 
 def train_task(
-    run: Run, task: int, adapter: methods.Adapter, shared: methods.Shared, memory: trees.Tree
-) -> tuple[train.TrainState, dict[str, float]]:
+    run: Run, task: int, adapter: Adapter, shared: Shared, memory: pytrees.Tree
+) -> tuple[train_step.TrainState, dict[str, float]]:
     """Train task `task` from where its kept state stands, or from `adapter` and `shared`; the state, and the seconds it took.
 
     `memory` is what the method recalls of older tasks. Of the seconds, "train", "input_wait" were spent on waiting for batches, since
@@ -426,7 +435,7 @@ def train_task(
     Raises UserError for a loss that is not finite, Preempted after a SIGTERM.
     """
     config, start = run.config, time.monotonic()
-    state, before = _continued(run, task, train.compile_init(run.recipe, run.mesh)(adapter, shared))
+    state, before = _continued(run, task, train_step.compile_init(run.recipe, run.mesh)(adapter, shared))
     done = int(state.step)
     feed = _Feed(run, task, done, memory)
     total = feed.schedule.steps
@@ -434,7 +443,7 @@ def train_task(
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Task {task + 1}/{config.tasks}", total=total, completed=done)
         while done < total:
-            count = min(call, train.CHUNK, total - done, config.checkpoint_every - done % config.checkpoint_every)
+            count = min(call, train_step.CHUNK, total - done, config.checkpoint_every - done % config.checkpoint_every)
             state, terms = feed.advance(state, done, count)
             # Looked at one call late: the devices compute this one while the host reads the one before.
             if pending:
@@ -442,12 +451,12 @@ def train_task(
                 call, mark = _next_call(call, pending[1], time.monotonic() - mark), time.monotonic()
             pending, done = (done, count, terms), done + count
             progress.update(bar, completed=done)
-            stopping, call = processes.highest(run.stop.is_set(), call)
+            stopping, call = distributed.highest(run.stop.is_set(), call)
             if stopping or done % config.checkpoint_every == 0 or done == total:
                 _check(run, task, *pending)
                 run.store.save_training(task, done, state, before + time.monotonic() - start)
                 pending, mark = None, time.monotonic()
-                if processes.highest(run.stop.is_set())[0]:
+                if distributed.highest(run.stop.is_set())[0]:
                     raise Preempted(f"Stopped after step {done} of task {task + 1}; the same command continues")
     return state, {"train": before + time.monotonic() - start, "input_wait": feed.waited}
 
@@ -463,61 +472,61 @@ class _Feed:
     `waited` counts the seconds that the host spent on getting batches ready, of which files are loaded in threads meanwhile.
     """
 
-    def __init__(self, run: Run, task: int, first: int, memory: trees.Tree):
-        whole, way = train.replicated(run.mesh), run.method.rehearsal
+    def __init__(self, run: Run, task: int, first: int, memory: pytrees.Tree):
+        whole, way = train_step.replicated(run.mesh), run.method.rehearsal
         own, again = run.taught(task, memory)
         split = run.dataset.train.take(np.concatenate([own, again]))
         fixed = {
             "class_mask": run.seen(task) if way else run.scenario.class_mask(task),
             "hold_g_prompt": np.bool_(run.config.hold_g_prompt and task > 0),
         }
-        self._fixed = processes.put(fixed, whole) | {"memory": memory}
-        self._key = processes.put(train.stream(run.config.seed, "augment", task), whole)
+        self._fixed = distributed.put(fixed, whole) | {"memory": memory}
+        self._key = distributed.put(train_step.stream(run.config.seed, "augment", task), whole)
         self._run, self.schedule, self.waited = run, run.schedule(task, memory), 0.0
         self._columns = {"query": run.train_query(task)} if run.recipe.fixed_query else {}
         self._columns |= way.table(memory, len(own)) if way else {}
-        if isinstance(split, data.Split):
+        if isinstance(split, sources.Split):
             # All tasks' pools have the size of the largest, so that one program serves them.
             most = np.bincount(run.scenario.task_of_class[run.dataset.train.labels]).max() + (way.exemplars if way else 0)
             pool = {"images": split.images, "labels": split.labels} | self._columns
-            self._pool = processes.put({name: inference.pad(array, most) for name, array in pool.items()}, whole)
+            self._pool = distributed.put({name: engine.pad(array, most) for name, array in pool.items()}, whole)
             self._files = None
         else:
-            spec = train.augmentation(run.config, run.method)
+            spec = train_step.augmentation(run.config, run.method)
             self._files = batches.from_files(self.schedule, split, spec, first, jax.process_index(), jax.process_count())
 
-    def advance(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, Any]:
+    def advance(self, state: train_step.TrainState, first: int, count: int) -> tuple[train_step.TrainState, Any]:
         """Run `count` steps from step `first` on; the new state, and the steps' terms as `_check` takes them."""
         return self._from_files(state, count) if self._files else self._from_pool(state, first, count)
 
-    def _from_pool(self, state: train.TrainState, first: int, count: int) -> tuple[train.TrainState, dict[str, jax.Array]]:
+    def _from_pool(self, state: train_step.TrainState, first: int, count: int) -> tuple[train_step.TrainState, dict[str, jax.Array]]:
         start = time.monotonic()
-        rows = processes.put(self.schedule.chunk(first, count, train.CHUNK), train.replicated(self._run.mesh))
+        rows = distributed.put(self.schedule.chunk(first, count, train_step.CHUNK), train_step.replicated(self._run.mesh))
         self.waited += time.monotonic() - start
-        steps = train.compile_steps(self._run.recipe, self._run.mesh)
+        steps = train_step.compile_steps(self._run.recipe, self._run.mesh)
         return steps(state, self._run.params, self._pool, rows, self._fixed, self._key, np.int32(count))
 
-    def _from_files(self, state: train.TrainState, count: int) -> tuple[train.TrainState, list[dict[str, jax.Array]]]:
-        step, terms = train.compile_step(self._run.recipe, self._run.mesh), []
+    def _from_files(self, state: train_step.TrainState, count: int) -> tuple[train_step.TrainState, list[dict[str, jax.Array]]]:
+        step, terms = train_step.compile_step(self._run.recipe, self._run.mesh), []
         for _ in range(count):
             start = time.monotonic()
             batch, rows = next(self._files)
             batch |= {name: column[rows] for name, column in self._columns.items()}
-            batch = processes.put_local(batch, train.by_row(self._run.mesh))
+            batch = distributed.put_local(batch, train_step.by_row(self._run.mesh))
             self.waited += time.monotonic() - start
             state, now = step(state, self._run.params, batch | self._fixed, self._key)
             terms.append(now)
         return state, terms
 
 
-def _continued(run: Run, task: int, state: train.TrainState) -> tuple[train.TrainState, float]:
+def _continued(run: Run, task: int, state: train_step.TrainState) -> tuple[train_step.TrainState, float]:
     """The kept state of this task and its seconds, or `state`. A damaged one costs its steps, not the run: the task starts again."""
     kept, problem = None, None
     try:
-        kept = run.store.load_training(task, state, train.replicated(run.mesh))
+        kept = run.store.load_training(task, state, train_step.replicated(run.mesh))
     except UserError as error:
         problem = error
-    if processes.highest(problem is not None)[0]:  # in any of the processes: they go on together
+    if distributed.highest(problem is not None)[0]:  # in any of the processes: they go on together
         aside = run.store.set_aside_training()
         problem = problem or "Another process could not read it."
         run.console.print(f"The kept training state can't be used and is now in {aside}; task {task + 1} starts again. {problem}")
@@ -532,7 +541,7 @@ def _check(run: Run, task: int, first: int, count: int, terms: dict[str, jax.Arr
     """Log the terms of `count` steps from `first` on. Raises UserError for one that is not finite."""
     terms = jax.device_get(terms)
     for index in range(count):
-        values = {name: float(terms[index][name] if isinstance(terms, list) else terms[name][index]) for name in train.TERMS}
+        values = {name: float(terms[index][name] if isinstance(terms, list) else terms[name][index]) for name in train_step.TERMS}
         _check_step(run, task, first + index, values)
 
 
@@ -546,18 +555,18 @@ def _check_step(run: Run, task: int, step: int, values: dict[str, float]) -> Non
             )
 
 
-def evaluate_stage(run: Run, model: inference.Model) -> tuple[dict[str, list[evaluate.Row]], float]:
+def evaluate_stage(run: Run, model: engine.Model) -> tuple[dict[str, list[protocols.Row]], float]:
     """Every protocol over every task seen, as rows by task, and the seconds it took. Raises Preempted after a SIGTERM."""
     start = time.monotonic()
-    table: dict[str, list[evaluate.Row]] = {protocol: [] for protocol in evaluate.protocols(run.method, run.config.shots)}
+    table: dict[str, list[protocols.Row]] = {protocol: [] for protocol in protocols.protocols(run.method, run.config.shots)}
     seen = len(model.tasks)
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Evaluate {seen}/{run.config.tasks}", total=seen)
         for task in model.tasks:
-            if processes.highest(run.stop.is_set())[0]:
+            if distributed.highest(run.stop.is_set())[0]:
                 raise Preempted(f"Stopped while evaluating after task {seen}; the same command continues")
             split = run.test_set(task)
-            rows = evaluate.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
+            rows = protocols.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
             for protocol, row in rows.items():
                 table[protocol].append(row)
             progress.advance(bar)
@@ -567,14 +576,14 @@ def evaluate_stage(run: Run, model: inference.Model) -> tuple[dict[str, list[eva
 def _manifest(
     run: Run,
     task: int,
-    adapter: methods.Adapter,
-    items: Mapping[str, trees.Tree],
-    table: Mapping[str, list[evaluate.Row]],
+    adapter: Adapter,
+    items: Mapping[str, pytrees.Tree],
+    table: Mapping[str, list[protocols.Row]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """`adapter` as the task goes on with it, which what is stored unpacks to; `items` as they are stored."""
     classes = run.scenario.classes_of(task)
-    masks = trees.flatten(adapter.get("mask", {}))
+    masks = pytrees.flatten(adapter.get("mask", {}))
     return {
         "classes": classes,
         "class_names": [run.dataset.class_names[c] for c in classes],
@@ -582,9 +591,9 @@ def _manifest(
         "backbone": {"name": run.backbone.name, "sha256": run.backbone.fingerprint},
         "metrics": {protocol: [_counts(row) for row in rows] for protocol, rows in table.items()},
         "seconds": dict(seconds),
-        "parameters": {"adapter": trees.count(adapter), "shared": trees.count(items["shared"]), "fixed": run.method.fixed(adapter)},
+        "parameters": {"adapter": pytrees.count(adapter), "shared": pytrees.count(items["shared"]), "fixed": run.method.fixed(adapter)},
         "step_flops": run.step_flops,
-        "bytes": {name: trees.nbytes(tree) for name, tree in items.items()} | {"exemplars": _exemplar_bytes(run, items["memory"])},
+        "bytes": {name: pytrees.nbytes(tree) for name, tree in items.items()} | {"exemplars": _exemplar_bytes(run, items["memory"])},
         "mask_distance_from_one": {path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()},
         "weight_drift": _drift(run, adapter, items["shared"]),
         "mask_density": {path: _density(mask) for path, mask in masks.items()},
@@ -592,23 +601,23 @@ def _manifest(
     }
 
 
-def _exemplar_bytes(run: Run, memory: trees.Tree) -> int:
+def _exemplar_bytes(run: Run, memory: pytrees.Tree) -> int:
     """Bytes of the older tasks' images that are trained on again, as the step gets them; the store keeps their rows alone."""
     if not run.method.rehearsal:
         return 0
     return len(rehearsal.all_rows_of(memory)) * math.prod(run.image_shape)
 
 
-def _counts(row: evaluate.Row) -> dict[str, Any]:
+def _counts(row: protocols.Row) -> dict[str, Any]:
     """A row for the manifest. Of the tasks that its images were given to, those that got any: there may be hundreds of tasks."""
     given = {str(task): count for task, count in enumerate(row.identified) if count}
     return dataclasses.asdict(row) | {"identified": given}
 
 
-def _drift(run: Run, adapter: methods.Adapter, shared: methods.Shared) -> dict[str, float]:
+def _drift(run: Run, adapter: Adapter, shared: Shared) -> dict[str, float]:
     """How far the task's weights are from the frozen ones, |θ_t − θ| / |θ| in the 2-norm, for each parameter that they replace."""
-    theta = trees.flatten(run.params)
-    there = trees.flatten(run.method.weights(run.params, adapter) | shared.get("weights", {}))
+    theta = pytrees.flatten(run.params)
+    there = pytrees.flatten(run.method.weights(run.params, adapter) | shared.get("weights", {}))
     norm = jnp.linalg.norm
     return {path: float(norm(w - theta[path]) / jnp.maximum(norm(theta[path]), 1e-12)) for path, w in there.items() if path in theta}
 
@@ -653,7 +662,7 @@ def _sigterm() -> Iterator[threading.Event]:
 
 @contextmanager
 def _tensorboard(config: Config, root: Path) -> Iterator[Callable[..., None]]:
-    if not config.tensorboard or not processes.first():
+    if not config.tensorboard or not distributed.first():
         yield lambda *_: None
         return
     try:

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from soft_jax import processes, trees
+from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
 
 
@@ -55,7 +55,7 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
     Raises UserError when it can't be written; nothing else on disk changes then.
     """
     named = {name: leaves for name, tree in items.items() if (leaves := _named(tree))}  # an item may be empty
-    hashes = {f"{name}/{leaf}": trees.sha256(array) for name, leaves in named.items() for leaf, array in leaves.items()}
+    hashes = {f"{name}/{leaf}": pytrees.sha256(array) for name, leaves in named.items() for leaf, array in leaves.items()}
     manifest = dict(manifest, sha256=hashes)
     manifest["manifest_sha256"] = _digest(manifest)
     args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
@@ -63,7 +63,7 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
         with _checkpointer(named) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
     except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
-        if processes.first():
+        if distributed.first():
             clean(path.parent)
         raise UserError(
             f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are as they were; "
@@ -115,7 +115,7 @@ def load(path: Path, templates: Mapping[str, Any], sharding: Sharding, part: boo
             raise UserError(f"{path}: {item}/{odd[0]} is only in the {'checkpoint' if odd[0] in expected else 'configured method'}")
         arrays = _restore(path, item, leaves) if leaves else {}
         for name, array in arrays.items():
-            if array.shape != leaves[name].shape or trees.sha256(array) != expected[name]:
+            if array.shape != leaves[name].shape or pytrees.sha256(array) != expected[name]:
                 raise UserError(f"{path}: array {item}/{name} is not what was saved (its SHA-256 differs); {_ADVICE}")
         out[item] = jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in leaves])
     return out, manifest
@@ -209,10 +209,10 @@ class Store(Reader):
         """Make the folder, or open it. Raises UserError when it can't be written, or another process runs in it."""
         super().__init__(workdir)
         self._locked = None
-        processes.agreed(self._open)
+        distributed.agreed(self._open)
 
     def _open(self) -> None:
-        if not processes.first():
+        if not distributed.first():
             if not self.tasks.is_dir():
                 raise UserError(f"workdir: {self.root}, which the first process opened, is not there for another; take one that all see")
             return
@@ -258,8 +258,8 @@ class Store(Reader):
         """Make the folder this run's: `identity` is what makes it this one. Raises UserError as `compare` does."""
         self.compare(identity)
         self.identity = json.loads(json.dumps(identity))
-        processes.wait()  # all have compared
-        if processes.first():
+        distributed.wait()  # all have compared
+        if distributed.first():
             write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
 
     def save_task(self, task: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -270,7 +270,7 @@ class Store(Reader):
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
         """Keep the state of task `task` after `step` steps and `seconds` of training in the place of the one before."""
         path = self.training / f"{task:03d}-{step:06d}"
-        if not processes.highest(path.exists())[0]:
+        if not distributed.highest(path.exists())[0]:
             save(path, {"state": state}, {"task": task, "step": step, "seconds": seconds})
         self._keep_only(path)
 
@@ -285,19 +285,19 @@ class Store(Reader):
     def set_aside_training(self) -> Path:
         """Move every kept training state out of the way, never to be read again; returns where to."""
         aside = self.root / "damaged"
-        if processes.first():
+        if distributed.first():
             aside.mkdir(exist_ok=True)
             for path in self._states():
                 os.replace(path, aside / f"{path.name}-{time.time_ns()}")
-        processes.wait()
+        distributed.wait()
         return aside
 
     def _states(self) -> list[Path]:
         return sorted(path for path in self.training.iterdir() if re.fullmatch(r"\d+-\d+", path.name))
 
     def _keep_only(self, path: Path | None) -> None:
-        if processes.first():
+        if distributed.first():
             for other in self._states():
                 if other != path:
                     shutil.rmtree(other)
-        processes.wait()
+        distributed.wait()

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from soft_jax.augment import tested_geometry
+from soft_jax.data.augmentation import tested_geometry
 from soft_jax.errors import UserError
 
 _NOT_PICTURES = ("HDF5", "GRIB", "BUFR", "MPEG", "EPS", "WMF", "FITS", "PDF")  # that Pillow opens, by name only or through another program

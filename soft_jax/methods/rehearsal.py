@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import trees
+from soft_jax import pytrees
 from soft_jax.errors import UserError
-from soft_jax.retention import Batch, Distillation, Way
+from soft_jax.methods.regularization import Batch, Distillation, Way
 
 if TYPE_CHECKING:
     from soft_jax.config import Config
-    from soft_jax.methods import Method
+    from soft_jax.methods.method import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +77,22 @@ class Rehearsal(Way):
         """What `loss` needs of every image of a batch beside image and label, by name; shapes are those of one image."""
         return {}
 
-    def table(self, memory: trees.Tree, count: int) -> dict[str, np.ndarray]:
+    def table(self, memory: pytrees.Tree, count: int) -> dict[str, np.ndarray]:
         """`columns` of `count` images of a task and the exemplars after them."""
         return {}
 
-    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The memory after a task, and what of its network is stored and classifies; `shared` is as it was trained."""
         raise NotImplementedError
 
 
-def rows_of(memory: trees.Tree) -> np.ndarray:
+def rows_of(memory: pytrees.Tree) -> np.ndarray:
     """The exemplars that are trained on, as rows of the training set, int `[N]`."""
     rows = np.asarray(memory["rows"])
     return rows[rows >= 0]
 
 
-def all_rows_of(memory: trees.Tree) -> np.ndarray:
+def all_rows_of(memory: pytrees.Tree) -> np.ndarray:
     """The exemplars, with those that are kept for validation."""
     rows = np.concatenate([np.asarray(memory[name]) for name in ("rows", "validation") if name in memory])
     return rows[rows >= 0]
@@ -124,7 +124,7 @@ class DERpp(Rehearsal):
     joined: ClassVar[bool] = False
     alpha: float = 0.1
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No exemplars."""
         return {"rows": np.full(self.exemplars, -1, np.int32), "logits": np.zeros((self.exemplars, method.classes), np.float32)}
 
@@ -132,19 +132,21 @@ class DERpp(Rehearsal):
         """Whether an image is an exemplar (1 or 0), and its logits of then."""
         return {"replayed": jax.ShapeDtypeStruct((), np.float32), "then": jax.ShapeDtypeStruct((classes,), np.float32)}
 
-    def table(self, memory: trees.Tree, count: int) -> dict[str, np.ndarray]:
+    def table(self, memory: pytrees.Tree, count: int) -> dict[str, np.ndarray]:
         """New images have no logits of then."""
         kept = np.asarray(memory["logits"])[np.asarray(memory["rows"]) >= 0]
         new = np.zeros((count, kept.shape[1]), np.float32)
         return {"replayed": np.repeat(np.float32([0, 1]), [count, len(kept)]), "then": np.concatenate([new, kept])}
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+    def loss(
+        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+    ):
         """The third term, a scalar; 0 without exemplars."""
         weights = batch["weights"] * batch["replayed"]
         squares = jnp.mean((logits - batch["then"]) ** 2, axis=1)
         return self.alpha / 2 * jnp.sum(jnp.where(weights > 0, squares * weights, 0)) / jnp.maximum(weights.sum(), 1)
 
-    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """Some of the new images at random, with their logits of now; fewer of the old. The network as it is."""
         old = np.asarray(memory["rows"]) >= 0
         logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
@@ -166,11 +168,11 @@ class ICaRL(Distillation, Rehearsal):
     answers with it.
     """
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
         return super().init(method, shared) | {"rows": np.full(self.exemplars, -1, np.int32), "head": shared["head"]}
 
-    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The network with its trained classifier, as the old one and to start from."""
         return super().recall(memory, shared | {"head": memory["head"]})
 
@@ -178,7 +180,7 @@ class ICaRL(Distillation, Rehearsal):
         """All: herding is towards their mean."""
         return rows
 
-    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier.
 
         A class without exemplars, since it has no images or is not learned yet, has no mean, and never wins.
@@ -222,12 +224,12 @@ class BiC(Distillation, Rehearsal):
 
     least: ClassVar[int] = 2
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
         empty = np.full(self.exemplars, -1, np.int32)
         return super().init(method, shared) | {"rows": empty, "validation": empty, "head": shared["head"]}
 
-    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The corrected network as the old one, and that before the correction to start from."""
         return super().recall(memory, shared)[0], shared | {"head": memory["head"]}
 
@@ -239,13 +241,15 @@ class BiC(Distillation, Rehearsal):
         ]
         return rows[np.sort(np.concatenate([*held, np.zeros(0, int)]))]
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+    def loss(
+        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+    ):
         """The term, a scalar; 0 while no class is old."""
         term = super().loss(memory, method, trainable, backbone, batch, logits)
         old, seen = (mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"]))
         return term / self.temperature**2 * old / jnp.maximum(seen - old, 1)
 
-    def remember(self, memory: trees.Tree, shared: trees.Tree, known: Reviewed) -> tuple[trees.Tree, trees.Tree]:
+    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """Some of the new images at random, fewer of the old; the network with α and β in its classifier."""
         count = max(1, self.share(known.seen) // 10)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
@@ -280,7 +284,7 @@ def bias(known: Reviewed, validation: np.ndarray) -> tuple[float, float]:
     return tuple(minimize(objective, np.array([1.0, 0.0])).x.tolist())
 
 
-def _corrected(head: trees.Tree, new: np.ndarray, alpha: float, beta: float) -> trees.Tree:
+def _corrected(head: pytrees.Tree, new: np.ndarray, alpha: float, beta: float) -> pytrees.Tree:
     scale = np.where(new, alpha, 1).astype(np.float32)
     bias = np.asarray(head["bias"]) * scale + np.where(new, beta, 0).astype(np.float32)
     return {"kernel": np.asarray(head["kernel"]) * scale, "bias": bias}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from soft_jax import trees
+from soft_jax import pytrees
 
 Packed = dict[str, jax.Array]
 
@@ -79,14 +79,14 @@ KINDS = {
 STORED_AS = ("float32", *KINDS)
 
 
-def pack(masks: trees.Tree, kind: str, rank: int) -> trees.Tree:
+def pack(masks: pytrees.Tree, kind: str, rank: int) -> pytrees.Tree:
     """Masks, a tree of float32 `[in, out]`, as they are kept, by `kind` of STORED_AS: "float32" as they are, "lowrank" of `rank`."""
     if kind == "float32":
         return masks
     return jax.tree.map(lambda mask: KINDS[kind].pack(mask, rank), masks)
 
 
-def unpack(packed: trees.Tree, kind: str, like: trees.Tree) -> trees.Tree:
+def unpack(packed: pytrees.Tree, kind: str, like: pytrees.Tree) -> pytrees.Tree:
     """The masks, float32, of what `pack` gave; `like` is a tree of their shapes."""
     if kind == "float32":
         return packed

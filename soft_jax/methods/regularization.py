@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import trees
-from soft_jax.vit import ViT
+from soft_jax import pytrees
+from soft_jax.models.vit import ViT
 
 if TYPE_CHECKING:
     from soft_jax.config import Config
-    from soft_jax.methods import Method
+    from soft_jax.methods.method import Method
 
 IMAGES = 256  # of a task's training images that `update` looks at, prepared as test images are
 AT_ONCE = 32
@@ -43,23 +43,25 @@ class Way:
         """The way with its settings of `config`: none."""
         return cls()
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """The memory before the first task."""
         raise NotImplementedError
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+    def loss(
+        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+    ):
         """What is added to the loss, a scalar; `logits` `[N, classes]` are the batch's. Nothing."""
         return 0.0
 
-    def project(self, memory: trees.Tree, method: "Method", grads: trees.Tree) -> trees.Tree:
+    def project(self, memory: pytrees.Tree, method: "Method", grads: pytrees.Tree) -> pytrees.Tree:
         """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
         return grads
 
-    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """What a task's steps get as `memory`, and the shared part that they start from, from what is stored: both as they are."""
         return memory, shared
 
-    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
+    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
         """The memory after one more task, from a batch of its images."""
         raise NotImplementedError
 
@@ -81,12 +83,12 @@ class PGP(Way):
     fine_tunes: ClassVar[bool] = False
     threshold: float = 0.5
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """Nothing is held yet."""
         count = 1 if method.pool_size else len(method.g_layers + method.e_layers)
         return {"projector": jnp.zeros((count, method.vit.dim, method.vit.dim), jnp.float32)}
 
-    def project(self, memory: trees.Tree, method: "Method", grads: trees.Tree) -> trees.Tree:
+    def project(self, memory: pytrees.Tree, method: "Method", grads: pytrees.Tree) -> pytrees.Tree:
         """`grads` of `{"adapter": ..., "shared": ...}` with the prompts' projected."""
         projector, adapter, shared = memory["projector"], dict(grads["adapter"]), dict(grads["shared"])
         if method.pool_size:
@@ -99,7 +101,7 @@ class PGP(Way):
             adapter["prompt"] = _project_keys(adapter["prompt"], projector[g_count:])
         return {"adapter": adapter, "shared": shared}
 
-    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
+    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
         """The memory with the directions of one more task."""
         images = batch["images"]
         grams = sum(
@@ -118,7 +120,7 @@ def _project_keys(grads: jax.Array, projector: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _grams(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array) -> jax.Array:
+def _grams(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array) -> jax.Array:
     """Σ xᵀx `[layers, dim, dim]` over the tokens of images in [0, 1]: of queries in prompted layers, or of embedded images for a pool."""
     if method.pool_size:
         features = [ViT(method.vit).apply({"params": backbone}, images, method="embed")]
@@ -127,7 +129,7 @@ def _grams(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images
     return jnp.stack([jnp.einsum("bnd,bne->de", x, x, precision="highest") for x in (f.astype(jnp.float32) for f in features)])
 
 
-def _attention_queries(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array) -> list[jax.Array]:
+def _attention_queries(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array) -> list[jax.Array]:
     found = {}
 
     def watch(call, args, kwargs, context):
@@ -172,27 +174,29 @@ class EWC(Way):
         """λ is `ewc_strength`."""
         return cls(config.ewc_strength)
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """Nothing to hold on to: F = 0."""
         return {"fisher": jax.tree.map(jnp.zeros_like, shared)}
 
-    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """With θ* as `anchor`."""
         return memory | {"anchor": shared}, shared
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+    def loss(
+        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+    ):
         """The term, a scalar."""
         terms = jax.tree.map(lambda f, x, a: jnp.sum(f * (x - a) ** 2), memory["fisher"], trainable["shared"], memory["anchor"])
         return self.strength / 2 * sum(jax.tree.leaves(terms))
 
-    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
+    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
         """F with one more task's, the mean over images of the squared gradient of each one's log p(label)."""
         fisher = _fisher(method, trainable, backbone, batch["images"], batch["labels"], batch["class_mask"])
         return {"fisher": jax.tree.map(jnp.add, memory["fisher"], fisher)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fisher(method: "Method", trainable: trees.Tree, backbone: trees.Tree, images: jax.Array, labels: jax.Array, class_mask: jax.Array):
+def _fisher(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array, labels: jax.Array, class_mask: jax.Array):
     def log_p(shared, image, label):
         logits = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, image[None]))
         return jax.nn.log_softmax(jnp.where(class_mask[None], logits, -jnp.inf))[0, label]
@@ -216,15 +220,17 @@ class Distillation(Way):
     strength: float = 1.0
     temperature: float = 2.0
 
-    def init(self, method: "Method", shared: trees.Tree) -> trees.Tree:
+    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old."""
         return {"seen": jnp.zeros(method.classes, bool)}
 
-    def recall(self, memory: trees.Tree, shared: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """With the old network as `shared`."""
         return memory | {"shared": shared}, shared
 
-    def loss(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch, logits: jax.Array):
+    def loss(
+        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+    ):
         """The term, a scalar; 0 while no class is old."""
         seen, weights, shared = memory["seen"], batch["weights"], memory["shared"]
         before = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, batch["images"]))
@@ -250,7 +256,7 @@ class LwF(Distillation):
         """λ is `lwf_strength`."""
         return cls(config.lwf_strength)
 
-    def update(self, memory: trees.Tree, method: "Method", trainable: trees.Tree, backbone: trees.Tree, batch: Batch) -> trees.Tree:
+    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
         """Its task's classes among the old ones."""
         return {"seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
 

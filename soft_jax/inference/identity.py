@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import prompts, trees
-from soft_jax.methods import Method, Shared
+from soft_jax import pytrees
+from soft_jax.methods import prompts
+from soft_jax.methods.method import Method, Shared
 
 BLOCK_BYTES = 2**26  # of kernel gradients, one per group of images, that are multiplied out at once
 
@@ -103,8 +104,8 @@ class Factors(NamedTuple):
 @functools.partial(jax.jit, static_argnames="method")
 def entropy_gradients(
     method: Method,
-    backbone: trees.Tree,
-    mean: trees.Tree,
+    backbone: pytrees.Tree,
+    mean: pytrees.Tree,
     prompt: jax.Array,
     shared: Shared,
     tokens: jax.Array,
@@ -136,7 +137,7 @@ def entropy_gradients(
     sources = prompts.prefix_sources(method.prefix_layout, positions, sizes)
     prefix = method.shared_prefix(shared)
     prefix |= prompts.row_prefixes(jnp.repeat(prompt, size, axis=0), method.e_layers, sources)
-    params = trees.merge(backbone, mean)
+    params = pytrees.merge(backbone, mean)
 
     def entropy(shifts):
         inputs = {}
@@ -153,7 +154,7 @@ def entropy_gradients(
         return jnp.sum(entropy_of_top(logits, method.classes // tasks) * shares), inputs
 
     # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be as large as the kernel, per group.
-    outs = {path: kernel.shape[1] for path, kernel in trees.flatten(mean).items()}
+    outs = {path: kernel.shape[1] for path, kernel in pytrees.flatten(mean).items()}
     zeros = {path: jnp.zeros((groups * size, 1, out), method.vit.dtype) for path, out in outs.items()}
     _, inputs = jax.eval_shape(entropy, zeros)
     zeros = {path: jnp.zeros((groups * size, inputs[path].shape[1], outs[path]), method.vit.dtype) for path in outs}
@@ -166,13 +167,13 @@ def entropy_gradients(
 
 
 @jax.jit
-def alpha_gradients(gradient: dict[str, Factors], weights: tuple[trees.Tree, ...]) -> jax.Array:
+def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, ...]) -> jax.Array:
     """⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each group, for the weights θ ⊙ m_t of K tasks: `[G, K]`.
 
     The gradient is multiplied out for a few of a kernel's rows at a time, for all K: in all that is one product of the masked
     layers' size, and K inner products.
     """
-    kernels = [trees.flatten(tree) for tree in weights]
+    kernels = [pytrees.flatten(tree) for tree in weights]
     return sum(_inner_products(factors, jnp.stack([kernel[path] for kernel in kernels])) for path, factors in gradient.items())
 
 
@@ -196,11 +197,11 @@ def _inner_products(factors: Factors, kernels: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(total: trees.Tree, weights: trees.Tree) -> trees.Tree:
+def _add(total: pytrees.Tree, weights: pytrees.Tree) -> pytrees.Tree:
     return jax.tree.map(jnp.add, total, weights)
 
 
-def mean_weights(weights: Iterator[trees.Tree], count: int) -> trees.Tree:
+def mean_weights(weights: Iterator[pytrees.Tree], count: int) -> pytrees.Tree:
     """θ ⊙ M at uniform α, (1/T) Σ θ ⊙ m_t for T = `count`, added up one by one: two are held at a time."""
     total = jax.tree.map(jnp.copy, next(weights))
     for tree in weights:

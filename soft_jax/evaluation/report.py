@@ -11,8 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from soft_jax import metrics
-from soft_jax.store import write_text
+from soft_jax.evaluation import metrics
+from soft_jax.store.folder import write_text
 
 LABELS = 20  # of tasks along the side of a picture
 

@@ -24,10 +24,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from soft_jax import inference, prompts, task_id
-from soft_jax.inference import Batching, Model
-from soft_jax.methods import Method
-from soft_jax.report import vote_gradient
+from soft_jax.evaluation.report import vote_gradient
+from soft_jax.inference import engine, identity
+from soft_jax.inference.engine import Batching, Model
+from soft_jax.methods import prompts
+from soft_jax.methods.method import Method
 
 PER_SAMPLE = "per_sample/prompt_id"
 PER_SAMPLE_GRADIENT = "per_sample/gradient_id"
@@ -151,29 +152,29 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     ids = {protocol: np.full(len(images), task) for protocol in (ORACLE, NO_TASK_ID, VOTE_POOL)}
     gradients, posterior = {}, None
     if method.by_task:
-        similarity = inference.key_similarity(model, query, batching)
+        similarity = engine.key_similarity(model, query, batching)
         nearest = similarity.argmax(axis=1)  # of the whole pool
-        ids[PER_SAMPLE] = inference.nearest_key(model, similarity)
-        ids[VOTE_PROMPT] = task_id.majority(nearest, batches.index, len(model.keys))
+        ids[PER_SAMPLE] = engine.nearest_key(model, similarity)
+        ids[VOTE_PROMPT] = identity.majority(nearest, batches.index, len(model.keys))
     if method.kernels:
-        ids[PER_SAMPLE_GRADIENT] = inference.gradient_id(model, tokens, ids[PER_SAMPLE], batching)
+        ids[PER_SAMPLE_GRADIENT] = engine.gradient_id(model, tokens, ids[PER_SAMPLE], batching)
         for shots in settings.shots:
             gradients[shots] = batch_alpha_gradients(model, batch_tokens, nearest, batches, shots, batching)
             ids[vote_gradient(shots)] = np.asarray(model.tasks)[gradients[shots].argmin(axis=1)[batches.index]]
     if model.prototypes:
-        posterior = inference.log_posterior(model, query, batching)
-        ids[PROTOTYPE] = inference.prototype_id(model, posterior)
+        posterior = engine.log_posterior(model, query, batching)
+        ids[PROTOTYPE] = engine.prototype_id(model, posterior)
     ids = {protocol: ids[protocol] for protocol in protocols(method, settings.shots, model.prototypes is not None)}
     alone = {protocol: tasks for protocol, tasks in ids.items() if batch_tokens is tokens or not _by_batch(protocol)}
     logits = _logits(model, tokens, alone, batches, batching)
     if len(alone) < len(ids):
         logits |= _logits(model, batch_tokens, {p: ids[p] for p in ids if p not in alone}, batches, batching)
     scores = {
-        NO_TASK_ID: lambda: inference.among_known(model, logits[NO_TASK_ID]),
-        PER_SAMPLE: lambda: inference.among_known(model, logits[PER_SAMPLE]),
-        PER_SAMPLE_GRADIENT: lambda: inference.among_known(model, logits[PER_SAMPLE_GRADIENT]),
-        PROTOTYPE: lambda: inference.within_tasks(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
-        ORACLE: lambda: inference.within_tasks(model, logits[ORACLE], ids[ORACLE]),
+        NO_TASK_ID: lambda: engine.among_known(model, logits[NO_TASK_ID]),
+        PER_SAMPLE: lambda: engine.among_known(model, logits[PER_SAMPLE]),
+        PER_SAMPLE_GRADIENT: lambda: engine.among_known(model, logits[PER_SAMPLE_GRADIENT]),
+        PROTOTYPE: lambda: engine.within_tasks(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
+        ORACLE: lambda: engine.within_tasks(model, logits[ORACLE], ids[ORACLE]),
     }
     scores = {p: scores[p]() if p in scores else logits[p] for p in ids}
     for protocol in (NO_TASK_ID, VOTE_POOL):
@@ -186,14 +187,14 @@ def _tokens(model: Model, images: np.ndarray, query: np.ndarray, batches: Batche
     """Trunk tokens of each image by itself, and as part of its test batch: another selection of L2P's prompts, else the same array."""
     batching, prepared = settings.batching, settings.prepared
     if not model.method.pool_size:
-        tokens, _ = inference.encode(model, images, batching, queried=False, prepared=prepared)
+        tokens, _ = engine.encode(model, images, batching, queried=False, prepared=prepared)
         return tokens, tokens
-    selected = inference.pool_selection(model, query, batching)
+    selected = engine.pool_selection(model, query, batching)
     voted = np.empty_like(selected)
     for batch in range(batches.index[-1] + 1):
         members = batches.index == batch
         voted[members] = prompts.most_selected(selected[members], np.ones(members.sum(), np.float32), model.method.pool_size)
-    return tuple(inference.encode(model, images, batching, False, prepared, selected=chosen)[0] for chosen in (selected, voted))
+    return tuple(engine.encode(model, images, batching, False, prepared, selected=chosen)[0] for chosen in (selected, voted))
 
 
 def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Batches, batching: Batching) -> dict[str, np.ndarray]:
@@ -202,13 +203,13 @@ def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Ba
     columns = []
     for protocol, tasks in ids.items():
         # Where tasks have nothing of their own, all protocols ask for the same.
-        pairs = inference.alone(tasks if model.method.by_task else np.zeros_like(tasks))
+        pairs = engine.alone(tasks if model.method.by_task else np.zeros_like(tasks))
         # Under the interleaved layout an image's prefix depends on its place in its test batch; every published figure is by batches.
         if model.method.prefix_layout == "interleaved" and (_by_batch(protocol) or protocol == ORACLE):
             pairs[:, 2:] = place
         columns.append(pairs)
     pairs, inverse = np.unique(np.concatenate(columns), axis=0, return_inverse=True)
-    logits = inference.logits(model, tokens, pairs, batching)
+    logits = engine.logits(model, tokens, pairs, batching)
     return {p: logits[part] for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)}
 
 
@@ -221,9 +222,9 @@ def batch_alpha_gradients(model: Model, tokens: Array, nearest: np.ndarray, batc
     starts = np.arange(0, batches.count, batches.size)
     counts = np.minimum(np.minimum(batches.count - starts, batches.size), shots)
     taken = starts[:, None] + np.arange(shots)
-    voted = np.array([task_id.vote(nearest[row[:n]], len(model.keys)) for row, n in zip(taken, counts, strict=True)])
+    voted = np.array([identity.vote(nearest[row[:n]], len(model.keys)) for row, n in zip(taken, counts, strict=True)])
     taken, weights = np.minimum(taken, batches.count - 1), np.arange(shots) < counts[:, None]
-    return inference.alpha_gradients(model, tokens, taken, weights, voted, batching)
+    return engine.alpha_gradients(model, tokens, taken, weights, voted, batching)
 
 
 def evaluate_task(model: Model, images: np.ndarray, labels: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> dict[str, Row]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import images as images_lib
-from soft_jax import trees
-from soft_jax.augment import prepare_test
+from soft_jax import pytrees
+from soft_jax.data import images as images_lib
+from soft_jax.data.augmentation import prepare_test
 from soft_jax.errors import UserError
 
 HELD_BYTES = 4 * 2**30  # of decoded images: larger splits are not held in memory
@@ -41,7 +41,7 @@ class Split:
     @property
     def fingerprint(self) -> tuple[str, str]:
         """Hex SHA-256 of the images and of the labels."""
-        return trees.sha256(self.images), trees.sha256(self.labels)
+        return pytrees.sha256(self.images), pytrees.sha256(self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Files:
     @property
     def fingerprint(self) -> tuple[str, str]:
         """Hex SHA-256 of the files and of the labels."""
-        return hashlib.sha256("".join(self.digests[i] for i in self.order).encode()).hexdigest(), trees.sha256(self.labels)
+        return hashlib.sha256("".join(self.digests[i] for i in self.order).encode()).hexdigest(), pytrees.sha256(self.labels)
 
     def image(self, index: int) -> np.ndarray:
         """Image `index` of the split, upright and in colour, uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
@@ -245,7 +245,7 @@ def _prepare(name: str, data_dir: str, looked: str):
 
     try:
         if name == "cifar100":
-            from soft_jax import cifar100
+            from soft_jax.data import cifar100
 
             builder = cifar100.builder(data_dir or None)
         else:

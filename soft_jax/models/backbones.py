@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from soft_jax import trees
+from soft_jax import pytrees
 from soft_jax.cache import CACHE
 from soft_jax.errors import UserError
-from soft_jax.vit import ViT, ViTConfig
+from soft_jax.models.vit import ViT, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Backbone:
 
     name: str
     vit: ViTConfig
-    params: trees.Tree
+    params: pytrees.Tree
     fingerprint: str
     left_out: tuple[str, ...] = ()
 
@@ -149,7 +149,7 @@ def _arrays(file: Path, raw: bytes) -> dict[str, np.ndarray]:
         return {key: archive[key] for key in archive.files}
 
 
-def convert(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[trees.Tree, tuple[str, ...]]:
+def convert(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[pytrees.Tree, tuple[str, ...]]:
     """A checkpoint's arrays as our tree, in float32 (float64 arrays stay so), and the names left out.
 
     Raises ValueError naming an array that is missing or of the wrong shape.
@@ -157,11 +157,11 @@ def convert(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[trees.Tre
     naming = _from_google if any(key.startswith("Transformer/") for key in arrays) else _from_timm
     leaves, used = naming(arrays, vit)
     shapes = jax.eval_shape(ViT(vit).init, jax.random.key(0), jnp.zeros((1, vit.image_size, vit.image_size, 3)))
-    expected = trees.flatten(shapes["params"])
+    expected = pytrees.flatten(shapes["params"])
     for path, leaf in expected.items():
         if leaves[path].shape != leaf.shape:
             raise ValueError(f"{path} is {leaves[path].shape}, expected {leaf.shape}")
-    return trees.unflatten({k: _at_least_float32(v) for k, v in leaves.items()}), tuple(sorted(set(arrays) - used))
+    return pytrees.unflatten({k: _at_least_float32(v) for k, v in leaves.items()}), tuple(sorted(set(arrays) - used))
 
 
 def _at_least_float32(array: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from soft_jax.augment import Augment, augment_file
-from soft_jax.data import Files
+from soft_jax.data.augmentation import Augment, augment_file
+from soft_jax.data.sources import Files
 
 AHEAD_BYTES = 2**30  # of batches from files that wait to be used
 

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from soft_jax import processes, prompts, prototype, task_id, train, trees
-from soft_jax.augment import prepare_test, to_unit
-from soft_jax.methods import Adapter, Method, Shared
+from soft_jax import distributed, pytrees
+from soft_jax.data.augmentation import prepare_test, to_unit
+from soft_jax.inference import identity, prototypes
+from soft_jax.inference.prototypes import Classifier
+from soft_jax.methods import prompts
+from soft_jax.methods.method import Adapter, Method, Shared
+from soft_jax.training import train_step
 
 GRADIENT_BYTES = 2**30  # of the masked layers' inputs and output gradients that Gradient ID holds at once
 TASKS_AT_ONCE = 32  # whose θ ⊙ m are multiplied with them in one program
@@ -58,12 +62,12 @@ class Batching:
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """`rows` padded with zeros to `size` and split over the devices."""
-        return processes.put(pad(rows, size), train.by_row(self.mesh))
+        return distributed.put(pad(rows, size), train_step.by_row(self.mesh))
 
     def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
         """`function` of all rows, called on pieces. The rows of its results must not depend on each other."""
         out = [(function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))]
-        return np.concatenate([processes.fetch(values)[:count] for values, count in out])
+        return np.concatenate([distributed.fetch(values)[:count] for values, count in out])
 
 
 def pad(rows: np.ndarray, length: int) -> np.ndarray:
@@ -78,16 +82,16 @@ class TaskWeights:
     "θ ⊙ m" stands for whatever a method's `weights` gives.
     """
 
-    def __init__(self, method: Method, backbone: trees.Tree, load: Callable[[int], Adapter], budget: int):
+    def __init__(self, method: Method, backbone: pytrees.Tree, load: Callable[[int], Adapter], budget: int):
         self._method, self._backbone, self._load, self._budget = method, backbone, load, budget
-        self._kept: OrderedDict[int, trees.Tree] = OrderedDict()
+        self._kept: OrderedDict[int, pytrees.Tree] = OrderedDict()
         shapes = jax.eval_shape(lambda params: method.weights(params, method.init_adapter(jax.random.key(0), params)), backbone)
-        self.bytes_each = trees.nbytes(shapes)
+        self.bytes_each = pytrees.nbytes(shapes)
 
     def __contains__(self, task: int) -> bool:
         return not self._method.reparam or task in self._kept
 
-    def __getitem__(self, task: int) -> trees.Tree:
+    def __getitem__(self, task: int) -> pytrees.Tree:
         if not self._method.reparam:
             return {}
         if task not in self._kept:
@@ -130,19 +134,19 @@ class Model:
     """
 
     method: Method
-    backbone: trees.Tree
+    backbone: pytrees.Tree
     shared: Shared
     keys: jax.Array
     prompts: jax.Array
     weights: TaskWeights
     tasks: tuple[int, ...]
     task_of_class: np.ndarray
-    prototypes: prototype.Classifier | None = None
+    prototypes: Classifier | None = None
 
     @functools.cached_property
-    def mean_weights(self) -> trees.Tree:
+    def mean_weights(self) -> pytrees.Tree:
         """θ ⊙ M, M the mean of the masks of `tasks`."""
-        return task_id.mean_weights((self.weights[task] for task in self.tasks), len(self.tasks))
+        return identity.mean_weights((self.weights[task] for task in self.tasks), len(self.tasks))
 
 
 _weights = jax.jit(Method.weights, static_argnums=0)
@@ -151,7 +155,7 @@ _select = jax.jit(Method.select, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnames=("method", "queried", "prepared"))
 def _encode(
-    method: Method, backbone: trees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None, queried: bool, prepared: bool
+    method: Method, backbone: pytrees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None, queried: bool, prepared: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     # In one program, XLA computes once what the two passes share (the patch embedding at least).
     images = _unit(method, backbone, images, prepared)
@@ -159,11 +163,11 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnames=("method", "prepared"))
-def _query(method: Method, backbone: trees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
+def _query(method: Method, backbone: pytrees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
     return method.query(backbone, _unit(method, backbone, images, prepared))
 
 
-def _unit(method: Method, backbone: trees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
+def _unit(method: Method, backbone: pytrees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
     # Small images are resized where they are used, each time: sending them at the model's size would take longer than that.
     images = images if prepared else prepare_test(images, method.vit.image_size)
     return to_unit(images, backbone["cls_token"].dtype)
@@ -172,8 +176,8 @@ def _unit(method: Method, backbone: trees.Tree, images: jax.Array, prepared: boo
 @functools.partial(jax.jit, static_argnames="method")
 def _logits(
     method: Method,
-    backbone: trees.Tree,
-    weights: trees.Tree,
+    backbone: pytrees.Tree,
+    weights: pytrees.Tree,
     prompts_: jax.Array,
     shared: Shared,
     tokens: jax.Array,
@@ -182,7 +186,7 @@ def _logits(
     task, _, position, size = pairs.T
     sources = prompts.prefix_sources(method.prefix_layout, position, size)
     prefix = method.shared_prefix(shared) | prompts.row_prefixes(prompts_[task], method.e_layers, sources)
-    return method.classify(trees.merge(backbone, weights), prefix, shared, tokens)
+    return method.classify(pytrees.merge(backbone, weights), prefix, shared, tokens)
 
 
 # Small programs of their own: the large ones above then depend on the size of a piece alone.
@@ -202,7 +206,7 @@ def _take(tokens: jax.Array, rows: jax.Array) -> jax.Array:
     return tokens[rows]
 
 
-def queries(method: Method, backbone: trees.Tree, images: np.ndarray, batching: Batching, prepared: bool = False) -> np.ndarray:
+def queries(method: Method, backbone: pytrees.Tree, images: np.ndarray, batching: Batching, prepared: bool = False) -> np.ndarray:
     """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]`, prepared as test images here or before. It depends on nothing that is trained."""
     return batching.map(functools.partial(_query, method, backbone, prepared=prepared), images)
 
@@ -225,12 +229,12 @@ def encode(
         parts.append(part)
         query.append((q, stop - start))
     tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
-    return tokens, np.concatenate([processes.fetch(q)[:count] for q, count in query]) if queried else None
+    return tokens, np.concatenate([distributed.fetch(q)[:count] for q, count in query]) if queried else None
 
 
 def gather_tokens(parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching) -> jax.Array:
     """Parts `[n, tokens, dim]` in one array of `rows` rows, each from its start on; a later part lies over an earlier one's end."""
-    sharding = train.by_row(batching.mesh)
+    sharding = train_step.by_row(batching.mesh)
     tokens = jax.device_put(parts[0], sharding) if len(parts[0]) == rows else _grow(parts[0], rows, sharding)
     for part, start in zip(parts[1:], starts[1:], strict=True):
         tokens = _insert(tokens, part, start, sharding)
@@ -239,7 +243,7 @@ def gather_tokens(parts: Sequence[jax.Array], starts: Sequence[int], rows: int, 
 
 def key_similarity(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
     """cos(q(x), k) `[N, P]` of queries `[N, dim]` with every key of the pool."""
-    return batching.map(lambda part: task_id.key_similarity(part, model.keys), query)
+    return batching.map(lambda part: identity.key_similarity(part, model.keys), query)
 
 
 def pool_selection(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
@@ -254,7 +258,7 @@ def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
 
 def log_posterior(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
     """The prototypes' log p(class | x) `[N, classes]` for queries `[N, dim]`."""
-    return batching.map(lambda part: prototype.log_posterior(part, model.prototypes), query)
+    return batching.map(lambda part: prototypes.log_posterior(part, model.prototypes), query)
 
 
 def alpha_gradients(
@@ -272,13 +276,13 @@ def alpha_gradients(
     """
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
     out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.dtype))
-    kernels = trees.flatten(model.mean_weights).values()
+    kernels = pytrees.flatten(model.mean_weights).values()
     held = rows.shape[1] * tokens.shape[1] * sum(sum(kernel.shape) for kernel in kernels) * out.dtype.itemsize
     for start, stop, size in batching.pieces(len(rows), GRADIENT_BYTES // held):
         taken = _take(tokens, batching.put(rows[start:stop], size))
         prompt = _take(model.prompts, batching.put(prompt_of[start:stop], size))
         share = batching.put(weights[start:stop].astype(out.dtype), size)
-        gradient = task_id.entropy_gradients(
+        gradient = identity.entropy_gradients(
             model.method, model.backbone, model.mean_weights, prompt, model.shared, taken, share, len(tasks)
         )
         order = model.weights.order(tasks)
@@ -288,10 +292,10 @@ def alpha_gradients(
     return out
 
 
-def _products(model: Model, gradient: dict[str, task_id.Factors], tasks: list[int], padded: int) -> np.ndarray:
+def _products(model: Model, gradient: dict[str, identity.Factors], tasks: list[int], padded: int) -> np.ndarray:
     """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so that no weights outlive their use."""
     weights = tuple(model.weights[task] for task in tasks)
-    return processes.fetch(task_id.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
+    return distributed.fetch(identity.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
 
 
 def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:
@@ -326,7 +330,7 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
             columns = batching.put(pairs[chosen], size)
             pending.append((chosen, _logits(model.method, model.backbone, weights, model.prompts, model.shared, part, columns)))
     for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
-        out[chosen] = processes.fetch(values)[: len(chosen)]
+        out[chosen] = distributed.fetch(values)[: len(chosen)]
     return out
 
 
@@ -343,7 +347,7 @@ def at_least_float32(dtype: np.dtype) -> np.dtype:
 
 def prototype_id(model: Model, posterior: np.ndarray) -> np.ndarray:
     """The task of the highest p(task | x), int `[N]`, from what `log_posterior` gave."""
-    by_task = prototype.task_posterior(posterior, model.task_of_class)
+    by_task = prototypes.task_posterior(posterior, model.task_of_class)
     return np.asarray(model.tasks)[by_task[:, model.tasks].argmax(axis=1)]
 
 

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from soft_jax import images as images_lib
-from soft_jax import inference, methods, prototype, train, weights
 from soft_jax.config import Config, from_identity
+from soft_jax.data import images as images_lib
+from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
-from soft_jax.scenario import Scenario
-from soft_jax.store import Reader
+from soft_jax.inference import engine, prototypes
+from soft_jax.methods.method import Adapter, Method, method_from_config
+from soft_jax.models import backbones
+from soft_jax.store.folder import Reader
+from soft_jax.training import train_step
 
 TASK_IDS = ("prompt", "gradient", "prototype", "oracle")
 
@@ -36,7 +39,7 @@ class Predictor:
     A prediction does not depend on what else is asked for in the same call.
     """
 
-    def __init__(self, model: inference.Model, task_id: str, class_names: Sequence[str], batching: inference.Batching):
+    def __init__(self, model: engine.Model, task_id: str, class_names: Sequence[str], batching: engine.Batching):
         self.model, self.task_id, self.class_names, self.batching = model, task_id, tuple(class_names), batching
 
     @classmethod
@@ -77,19 +80,19 @@ class Predictor:
         config = from_identity(identity)
         chosen = _chosen(reader, tasks)
         latest = reader.load_task_manifest(reader.present()[-1])
-        backbone = weights.load(config.backbone, str(backbone_path) or latest["config"]["backbone_path"], config.image_size, config.dtype)
+        backbone = backbones.load(config.backbone, str(backbone_path) or latest["config"]["backbone_path"], config.image_size, config.dtype)
         if backbone.fingerprint != identity["backbone_sha256"]:
             raise UserError(
                 f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has {identity['backbone_sha256']}; "
                 f"give the run's own as backbone_path"
             )
         scenario = Scenario(config.tasks * len(latest["classes"]), config.tasks)
-        method = methods.from_config(config, backbone.vit, scenario.classes)
+        method = method_from_config(config, backbone.vit, scenario.classes)
         if task_id == "gradient" and not method.kernels:
             raise UserError(f"task_id: 'gradient' needs weights of each task's own; {config.method} has none; take 'prompt' or 'prototype'")
         if task_id == "prototype" and not method.by_task:
             raise UserError(f"task_id: 'prototype' names a task; {config.method} has nothing of a task's own; take 'prompt', the default")
-        batching = inference.Batching(train.data_mesh(devices), batch_size)
+        batching = engine.Batching(train_step.data_mesh(devices), batch_size)
         model, names = _model(reader, method, backbone, scenario, config, chosen, task_id, cache_bytes, batching)
         return cls(model, task_id, names, batching)
 
@@ -138,13 +141,13 @@ class Predictor:
         parts: dict[int, jax.Array] = {}
         for count in (*reversed(batching.sizes), batching.chunk):
             if queried:
-                inference.encode(model, blank[:count], batching, queried=False, prepared=True)  # for a task that is given
-            tokens, query = inference.encode(model, blank[:count], batching, queried, prepared=True)
+                engine.encode(model, blank[:count], batching, queried=False, prepared=True)  # for a task that is given
+            tokens, query = engine.encode(model, blank[:count], batching, queried, prepared=True)
             for part in parts.values():
-                tokens = inference.gather_tokens([part, part], [0, 0], count, batching)
+                tokens = engine.gather_tokens([part, part], [0, 0], count, batching)
             parts |= {count: tokens} if count in batching.sizes else {}
             for size in parts:
-                inference.logits(model, tokens, inference.alone(np.full(size, model.tasks[0])), batching)
+                engine.logits(model, tokens, engine.alone(np.full(size, model.tasks[0])), batching)
                 if queried:
                     self._identify(tokens, query[:size])
 
@@ -171,17 +174,17 @@ class Predictor:
     def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
         """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size, 3]`; `given` int `[N]` or None."""
         identified = given is None and self.model.method.by_task
-        tokens, query = inference.encode(self.model, images, self.batching, queried=identified, prepared=True)
+        tokens, query = engine.encode(self.model, images, self.batching, queried=identified, prepared=True)
         tasks, posterior = (np.zeros(len(images), int) if given is None else given), None
         if identified:
             tasks, posterior = self._identify(tokens, query)
-        logits = inference.logits(self.model, tokens, inference.alone(tasks), self.batching)
+        logits = engine.logits(self.model, tokens, engine.alone(tasks), self.batching)
         if posterior is not None:
             logits = posterior + logits
         if given is not None or posterior is not None:
-            logits = inference.within_tasks(self.model, logits, tasks)
+            logits = engine.within_tasks(self.model, logits, tasks)
         else:
-            logits = inference.among_known(self.model, logits)
+            logits = engine.among_known(self.model, logits)
         classes = logits.argmax(axis=1)
         if given is None and not self.model.method.by_task:
             tasks = self.model.task_of_class[classes]
@@ -191,11 +194,11 @@ class Predictor:
     def _identify(self, tokens: jax.Array, query: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Each image's task, int `[N]`, and the prototypes' log p(class | x) where they name it."""
         if self.task_id == "prototype":
-            posterior = inference.log_posterior(self.model, query, self.batching)
-            return inference.prototype_id(self.model, posterior), posterior
-        nearest = inference.nearest_key(self.model, inference.key_similarity(self.model, query, self.batching))
+            posterior = engine.log_posterior(self.model, query, self.batching)
+            return engine.prototype_id(self.model, posterior), posterior
+        nearest = engine.nearest_key(self.model, engine.key_similarity(self.model, query, self.batching))
         if self.task_id == "gradient":
-            return inference.gradient_id(self.model, tokens, nearest, self.batching), None
+            return engine.gradient_id(self.model, tokens, nearest, self.batching), None
         return nearest, None
 
     def _given(self, task: int | Sequence[int] | None, count: int) -> np.ndarray | None:
@@ -233,17 +236,17 @@ def _chosen(reader: Reader, tasks: Sequence[int] | None) -> tuple[int, ...]:
 
 def _model(
     reader: Reader,
-    method: methods.Method,
-    backbone: weights.Backbone,
+    method: Method,
+    backbone: backbones.Backbone,
     scenario: Scenario,
     config: Config,
     chosen: tuple[int, ...],
     task_id: str,
     cache_bytes: int,
-    batching: inference.Batching,
-) -> tuple[inference.Model, list[str]]:
+    batching: engine.Batching,
+) -> tuple[engine.Model, list[str]]:
     """The model of `chosen`, and the class names; names of classes that are no task's of them are empty."""
-    whole = train.replicated(batching.mesh)
+    whole = train_step.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole)
     adapter = jax.eval_shape(lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0))
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
@@ -251,11 +254,11 @@ def _model(
     # There is a row for each task of the run; those that are not loaded are never chosen.
     rows = {name: np.zeros((scenario.tasks, *shape), np.float32) for name, shape in method.row_shapes.items()}
     names = [""] * scenario.classes
-    sums = prototype.Sums(scenario.classes, prototype.projection(config.seed, method.vit.dim, config.prototype_features))
+    sums = prototypes.Sums(scenario.classes, prototypes.projection(config.seed, method.vit.dim, config.prototype_features))
     for task in chosen:
         templates = {"adapter": {name: adapter[name] for name in rows if name in adapter}}
         if task_id == "prototype":
-            templates["statistics"] = prototype.shapes(config.prototype_features, len(scenario.classes_of(task)))
+            templates["statistics"] = prototypes.shapes(config.prototype_features, len(scenario.classes_of(task)))
         items, manifest = reader.load_task(task, templates, whole, part=True)
         for name, array in items["adapter"].items():
             rows[name][task] = array
@@ -264,17 +267,17 @@ def _model(
         if task_id == "prototype":
             sums.add(manifest["classes"], items["statistics"])
 
-    def load(task: int) -> methods.Adapter:
+    def load(task: int) -> Adapter:
         own = {name: tree for name, tree in adapter.items() if name not in rows}
         return method.unpack(reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"], params)
 
-    model = inference.Model(
+    model = engine.Model(
         method=method,
         backbone=params,
         shared=shared,
         keys=jax.device_put(rows["key"], whole),
         prompts=jax.device_put(rows["prompt"], whole),
-        weights=inference.TaskWeights(method, params, load, cache_bytes),
+        weights=engine.TaskWeights(method, params, load, cache_bytes),
         tasks=chosen,
         task_of_class=scenario.task_of_class,
         prototypes=jax.device_put(sums.solve(), whole) if task_id == "prototype" else None,

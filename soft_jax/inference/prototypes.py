@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import prompts, trees
+from soft_jax import pytrees
+from soft_jax.methods import prompts
 
 RIDGE = 1e-4  # λ, as a share of the mean of Σ φφᵀ's diagonal; accuracy is flat from 1e-6 to 1e-3
 SHARPNESS = 20.0  # of the softmax over the regression's scores, which lie around 0 to 1
@@ -45,7 +46,7 @@ def _sums(query: jax.Array, targets: jax.Array, projection: jax.Array) -> tuple[
     return jnp.matmul(features.T, features, precision="highest"), jnp.matmul(targets.T, features, precision="highest")
 
 
-def statistics(query: np.ndarray, labels: np.ndarray, classes: Sequence[int], projection: np.ndarray) -> trees.Tree:
+def statistics(query: np.ndarray, labels: np.ndarray, classes: Sequence[int], projection: np.ndarray) -> pytrees.Tree:
     """A task's statistics from q(x) `[N, dim]` of its training images and their labels, int `[N]`, which are among `classes`.
 
     Returns:
@@ -62,7 +63,7 @@ def statistics(query: np.ndarray, labels: np.ndarray, classes: Sequence[int], pr
     return {"gram": jnp.asarray(gram[np.triu_indices(len(gram))], jnp.float32), "sums": jnp.asarray(sums, jnp.float32)}
 
 
-def shapes(features: int, classes: int) -> trees.Tree:
+def shapes(features: int, classes: int) -> pytrees.Tree:
     """Shapes and dtypes of the statistics of a task of `classes` classes."""
     return {
         "gram": jax.ShapeDtypeStruct((features * (features + 1) // 2,), jnp.float32),

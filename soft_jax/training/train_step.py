@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from soft_jax import prompts, trees
-from soft_jax.augment import Augment, augment, to_unit
+from soft_jax import pytrees
 from soft_jax.config import Config
+from soft_jax.data.augmentation import Augment, augment, to_unit
 from soft_jax.errors import UserError
-from soft_jax.methods import Adapter, Method, Shared
+from soft_jax.methods import prompts
+from soft_jax.methods.method import Adapter, Method, Shared
 
 Batch = Mapping[str, jax.Array]
 
@@ -51,7 +52,7 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    trainable: dict[str, trees.Tree]
+    trainable: dict[str, pytrees.Tree]
     opt_state: optax.OptState
 
 
@@ -86,7 +87,9 @@ def stream(seed: int, name: str, task: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), task)
 
 
-def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss_fn(
+    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, recipe: Recipe
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of weight 1 (Soft-TF, section 3).
 
     k is the task's key, and for L2P each of the pool's keys that the batch selects (Wang et al., 2022, eq. 5); a method without keys
@@ -127,7 +130,9 @@ def loss_fn(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch
     return loss, terms | {"logits": logits} | ({} if query is None else {"query": query})
 
 
-def gradients(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Batch, recipe: Recipe) -> tuple[trees.Tree, dict[str, Any]]:
+def gradients(
+    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, recipe: Recipe
+) -> tuple[pytrees.Tree, dict[str, Any]]:
     """Gradients of every trained array, clipped to a global norm, then projected where the method does; with `loss_fn`'s terms and
     `grad_norm` (before clipping).
 
@@ -147,7 +152,7 @@ def gradients(trainable: dict[str, trees.Tree], backbone: trees.Tree, batch: Bat
 
 
 def train_step(
-    state: TrainState, backbone: trees.Tree, batch: Batch, key: jax.Array, *, recipe: Recipe
+    state: TrainState, backbone: pytrees.Tree, batch: Batch, key: jax.Array, *, recipe: Recipe
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on uint8 images: augment, query, gradients, Adam. `key` is the task's augmentation stream.
 
@@ -164,7 +169,7 @@ def train_step(
 
 def train_steps(
     state: TrainState,
-    backbone: trees.Tree,
+    backbone: pytrees.Tree,
     pool: Batch,
     batches: Batch,
     fixed: Batch,

@@ -25,16 +25,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from soft_jax import prompts, reparam, trees
+from soft_jax import pytrees
 from soft_jax.config import FINE_TUNED, WAYS, Config
 from soft_jax.errors import UserError
-from soft_jax.rehearsal import Rehearsal
-from soft_jax.reparam import Reparam
-from soft_jax.retention import Way
-from soft_jax.vit import Prefix, ViT, ViTConfig
+from soft_jax.methods import prompts, reparametrization
+from soft_jax.methods.regularization import Way
+from soft_jax.methods.rehearsal import Rehearsal
+from soft_jax.methods.reparametrization import Reparam
+from soft_jax.models.vit import Prefix, ViT, ViTConfig
 
-Adapter = trees.Tree
-Shared = trees.Tree
+Adapter = pytrees.Tree
+Shared = pytrees.Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,14 @@ class Method:
         drawn = {"key": prompts.uniform(key_key, self.row_shapes["key"])} if self.by_task else {}
         return drawn | ({"prompt": prompts.uniform(prompt_key, self.row_shapes["prompt"])} if self.e_length else {})
 
-    def init_adapter(self, key: jax.Array, backbone: trees.Tree) -> Adapter:
+    def init_adapter(self, key: jax.Array, backbone: pytrees.Tree) -> Adapter:
         """A task's adapter as it is drawn; `begin` tells what its training starts from."""
         adapter = self.init_prompts(key)
         if self.reparam:
             adapter[self.reparam.slot] = self.reparam.init(jax.random.split(key, 3)[2], backbone)
         return adapter
 
-    def init_shared(self, key: jax.Array, backbone: trees.Tree) -> Shared:
+    def init_shared(self, key: jax.Array, backbone: pytrees.Tree) -> Shared:
         """What all tasks train, before the first; the classifier as timm draws it, N(0, 0.02²) and bias 0."""
         prompt_key, head_key = jax.random.split(key)
         kernel = 0.02 * jax.random.normal(head_key, (self.vit.dim, self.classes), jnp.float32)
@@ -123,11 +124,11 @@ class Method:
             shared["weights"] = jax.tree.map(jnp.asarray, backbone)
         return shared
 
-    def init_memory(self, shared: Shared) -> trees.Tree:
+    def init_memory(self, shared: Shared) -> pytrees.Tree:
         """What is kept of older tasks before the first, `shared` being as it is then; empty where nothing is."""
         return self.retention.init(self, shared) if self.retention else {}
 
-    def recall(self, memory: trees.Tree, shared: Shared) -> tuple[trees.Tree, Shared]:
+    def recall(self, memory: pytrees.Tree, shared: Shared) -> tuple[pytrees.Tree, Shared]:
         """What a task's steps get as `memory`, and the shared part that they start from, both being as stored after the task before."""
         return self.retention.recall(memory, shared) if self.retention else (memory, shared)
 
@@ -135,8 +136,8 @@ class Method:
         return (len(layers), 2, length, self.vit.heads, self.vit.head_dim)
 
     def realize(
-        self, backbone: trees.Tree, adapter: Adapter, shared: Shared, sources: jax.Array | None = None
-    ) -> tuple[trees.Tree, dict[int, jax.Array]]:
+        self, backbone: pytrees.Tree, adapter: Adapter, shared: Shared, sources: jax.Array | None = None
+    ) -> tuple[pytrees.Tree, dict[int, jax.Array]]:
         """Parameters and prefixes of a plain forward pass for the task of `adapter`.
 
         `sources` is `prompts.prefix_sources`' answer for the batch: None, or int `[B, 2]`.
@@ -144,9 +145,9 @@ class Method:
         prefix = self.shared_prefix(shared)
         if self.e_length:
             prefix |= prompts.prefixes(adapter["prompt"], self.e_layers, sources)
-        return trees.merge(backbone, self.weights(backbone, adapter)), prefix
+        return pytrees.merge(backbone, self.weights(backbone, adapter)), prefix
 
-    def weights(self, backbone: trees.Tree, adapter: Adapter) -> trees.Tree:
+    def weights(self, backbone: pytrees.Tree, adapter: Adapter) -> pytrees.Tree:
         """The parameters that the task of `adapter` changes or adds, θ ⊙ m for masks, by their place in the backbone's tree."""
         return self.reparam.weights(backbone, adapter[self.reparam.slot]) if self.reparam else {}
 
@@ -156,7 +157,7 @@ class Method:
             return adapter
         return adapter | {self.reparam.slot: self.reparam.pack(adapter[self.reparam.slot])}
 
-    def unpack(self, packed: Adapter, backbone: trees.Tree) -> Adapter:
+    def unpack(self, packed: Adapter, backbone: pytrees.Tree) -> Adapter:
         """The adapter, or the part of it, that `pack` gave."""
         if not self.reparam or self.reparam.slot not in packed:
             return packed
@@ -164,13 +165,13 @@ class Method:
 
     def fixed(self, adapter: Adapter) -> int:
         """How many of an adapter's numbers are kept but never trained."""
-        return trees.count(adapter[self.reparam.slot].get("minor", {})) if self.reparam else 0
+        return pytrees.count(adapter[self.reparam.slot].get("minor", {})) if self.reparam else 0
 
     def shared_prefix(self, shared: Shared) -> dict[int, jax.Array]:
         """The prefixes that all tasks have: DualPrompt's G-prompt."""
         return prompts.prefixes(shared["g_prompt"], self.g_layers) if self.e_length else {}
 
-    def query(self, backbone: trees.Tree, images: jax.Array) -> jax.Array:
+    def query(self, backbone: pytrees.Tree, images: jax.Array) -> jax.Array:
         """q(x) `[B, dim]`: the [class] feature of the frozen, prompt-free backbone, for images in [0, 1]."""
         return ViT(self.vit).apply({"params": backbone}, images)
 
@@ -182,7 +183,7 @@ class Method:
         """The pool's prompts for each image by itself, int `[B, top_k]`."""
         return prompts.nearest(self.pool_similarity(shared, query), self.top_k)
 
-    def trunk(self, backbone: trees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None = None) -> jax.Array:
+    def trunk(self, backbone: pytrees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None = None) -> jax.Array:
         """Tokens `[B, N, dim]` before the first layer that depends on the task.
 
         `selected`, int `[B, top_k]`, names the pool's prompts for each image; None: by `select`, each image by itself.
@@ -195,12 +196,12 @@ class Method:
         tokens = vit.apply(params, images, pool, method="embed")
         return vit.apply(params, tokens, self.shared_prefix(shared), 0, self.first_task_layer, self.prompt_tokens, method="run_blocks")
 
-    def _whole(self, params: trees.Tree, shared: Shared) -> trees.Tree:
+    def _whole(self, params: pytrees.Tree, shared: Shared) -> pytrees.Tree:
         return shared["weights"] if self.trains_backbone else params
 
     def logits(
         self,
-        backbone: trees.Tree,
+        backbone: pytrees.Tree,
         adapter: Adapter,
         shared: Shared,
         tokens: jax.Array,
@@ -209,7 +210,7 @@ class Method:
         """Logits `[B, classes]` in float32 or wider, for the task of `adapter`, from what `trunk` returned."""
         return self.classify(*self.realize(backbone, adapter, shared, sources), shared, tokens)
 
-    def classify(self, params: trees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
+    def classify(self, params: pytrees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array) -> jax.Array:
         """As `logits`, for parameters and prefixes that are at hand."""
         vit, params = ViT(self.vit), {"params": self._whole(params, shared)}
         tokens = vit.apply(params, tokens, prefix, self.first_task_layer, None, self.prompt_tokens, method="run_blocks")
@@ -226,19 +227,19 @@ def begin(initial: Adapter, previous: Adapter | None) -> Adapter:
     return initial if previous is None or "prompt" not in initial else initial | {"prompt": previous["prompt"]}
 
 
-def from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
+def method_from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
     """The method that `config` names. Raises UserError for a layer that the ViT does not have, or a rank that it can't have."""
     parts = config.method.split("+")
-    layered = ["mask_layers"] if set(parts) & reparam.KINDS.keys() else []
+    layered = ["mask_layers"] if set(parts) & reparametrization.KINDS.keys() else []
     for field in layered + (["e_prompt_layers", "g_prompt_layers"] if "dualprompt" in parts else []):
         for layer in getattr(config, field):
             if not 1 <= layer <= vit.depth:
                 raise UserError(f"{field}: layer {layer} is not one of {config.backbone}'s layers 1 to {vit.depth}")
     settings = {}
     for part in parts:
-        if part in reparam.KINDS:
-            settings["reparam"] = reparam.KINDS[part](config, _from_zero(config.mask_layers))
-            reparam.check(settings["reparam"], vit)
+        if part in reparametrization.KINDS:
+            settings["reparam"] = reparametrization.KINDS[part](config, _from_zero(config.mask_layers))
+            reparametrization.check(settings["reparam"], vit)
         elif part in WAYS:
             settings["retention"] = WAYS[part].from_config(config)
         elif part == "dualprompt":

@@ -1,0 +1,1 @@
+"""Image sets, how their images are prepared and batched, and which classes make which task."""

@@ -1,0 +1,1 @@
+"""What a run amounts to: protocols, metrics, reports and pictures."""

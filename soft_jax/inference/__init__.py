@@ -1,0 +1,1 @@
+"""Identify and classify images: the engine, the task-identity rules, and `Predictor`."""

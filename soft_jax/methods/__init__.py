@@ -1,0 +1,1 @@
+"""What is trained and how it acts on a frozen backbone: prompts, masks, strategies."""

@@ -1,0 +1,1 @@
+"""Backbones: the protocol that a family follows, the families, and their checkpoints."""

@@ -1,0 +1,1 @@
+"""The paper's tables: its rows as settings, runs and printed tables."""

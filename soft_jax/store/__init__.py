@@ -1,0 +1,1 @@
+"""Runs on disk: checkpoints, folders, packed masks and format versions."""
