@@ -73,7 +73,7 @@ def random_backbone(vit: ViTConfig) -> pytrees.Tree:
 
 
 def _method(arguments: argparse.Namespace, classes: int) -> tuple[Method, dict]:
-    config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype)
+    config = Config(backbone=arguments.backbone, target_modules=arguments.target_modules, dtype=arguments.dtype)
     if arguments.random:
         vit = dataclasses.replace(backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
         params = random_backbone(vit)
@@ -210,7 +210,7 @@ def _memory(arguments: argparse.Namespace) -> None:
 def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None:
     """A workdir as a run would leave it, with masks that nobody trained."""
     method, params = _method(arguments, classes=10 * count)
-    config = Config(backbone=arguments.backbone, mask_weights=arguments.mask_weights, dtype=arguments.dtype, tasks=count)
+    config = Config(backbone=arguments.backbone, target_modules=arguments.target_modules, dtype=arguments.dtype, tasks=count)
     shared, draw = method.init_shared(jax.random.key(1), params), jax.jit(method.init_adapter)
     with closing(Store(workdir)) as store:
         store.claim(dataclasses.asdict(config) | {"backbone_sha256": "0" * 64})

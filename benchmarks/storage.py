@@ -22,7 +22,7 @@ from soft_jax.store import packing
 from soft_jax.store.folder import Reader, Store
 from soft_jax.training import train_step
 
-WAYS = {"float32": 0, "int8": 0, "int4": 0, "lowrank 4": 4, "lowrank 16": 16, "lowrank 64": 64}
+STRATEGIES = {"float32": 0, "int8": 0, "int4": 0, "lowrank 4": 4, "lowrank 16": 16, "lowrank 64": 64}
 
 
 def main() -> None:
@@ -32,14 +32,14 @@ def main() -> None:
     parser.add_argument("--data-dir", default="")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in STRATEGIES}
     for workdir in arguments.workdirs:
         # All tasks' weights are held: what is read from the workdir again is not what was packed here.
         identity = Reader(workdir).read_identity()
         config = dataclasses.replace(from_identity(identity), data_dir=arguments.data_dir, weights_cache_mb=2**20)
         with closing(Store(workdir)) as store:
             run = loop.prepare(config, store, Console(quiet=True), threading.Event())
-            for name in WAYS:
+            for name in STRATEGIES:
                 found[name].append(evaluate(run, name))
     rows = {
         name: {key: (np.mean(v), np.std(v, ddof=min(len(v) - 1, 1))) for key, v in _columns(values).items()}
@@ -57,8 +57,8 @@ def main() -> None:
 
 def evaluate(run: loop.Run, name: str) -> dict[str, float]:
     """Final average accuracy of each protocol in percent, KiB of a task's masks, and the root mean square error of their entries."""
-    way, rank = name.split(maxsplit=1)[0], WAYS[name]
-    learned, error = loop.Learned(run), []
+    way, rank = name.split(maxsplit=1)[0], STRATEGIES[name]
+    learned, error = loop.TaskBank(run), []
     for task in range(run.config.tasks):
         templates = {"adapter": learned.template, "shared": run.initial_shared(), "statistics": run.statistics_shapes(task)}
         items, _ = run.store.load_task(task, templates, train_step.replicated(run.mesh))

@@ -91,9 +91,9 @@ def _config(tasks: int) -> Config:
 def _images(tasks: int) -> sources.Dataset:
     rng, classes = np.random.default_rng(0), CLASSES * tasks
 
-    def split(count: int) -> sources.Split:
+    def split(count: int) -> sources.InMemoryImages:
         labels = np.repeat(np.arange(classes, dtype=np.int32), count)
-        return sources.Split(rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels)
+        return sources.InMemoryImages(rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels)
 
     return sources.Dataset(split(TRAIN), split(TEST), tuple(map(str, range(classes))))
 

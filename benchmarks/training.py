@@ -57,8 +57,8 @@ def main() -> None:
 
 def _ours(arguments: argparse.Namespace) -> None:
     """Our ways to run steps, in turns."""
-    ours = Steps(arguments, fixed_query=False)
-    ways = {"ours": ours.many, "ours, a step a call": ours.one_by_one, "ours, fixed_query": Steps(arguments, fixed_query=True).many}
+    ours = Steps(arguments, cache_queries=False)
+    ways = {"ours": ours.many, "ours, a step a call": ours.one_by_one, "ours, cache_queries": Steps(arguments, cache_queries=True).many}
     peak, times = peak_flops(arguments.dtype), compare(arguments.rounds, **ways)
     print(
         f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, {arguments.backbone}, {arguments.dtype}, ", end=""
@@ -99,38 +99,38 @@ def _against_published(arguments: argparse.Namespace) -> None:
 class Steps:
     """Our steps of one task on random images."""
 
-    def __init__(self, arguments: argparse.Namespace, fixed_query: bool):
-        settings = {"backbone": arguments.backbone, "dtype": arguments.dtype, "mask_weights": "qkv+proj+mlp", "fixed_query": fixed_query}
+    def __init__(self, arguments: argparse.Namespace, cache_queries: bool):
+        settings = {"backbone": arguments.backbone, "dtype": arguments.dtype, "target_modules": "qkv+proj+mlp", "cache_queries": cache_queries}
         config = Config(batch_size=arguments.batch, **settings)
         vit = dataclasses.replace(backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
         method = method_from_config(config, vit, published.CLASSES)
-        self.recipe, self.mesh, self.count = train_step.recipe_from_config(config, method), train_step.data_mesh(), arguments.steps
+        self.step_config, self.mesh, self.count = train_step.step_config_from(config, method), train_step.data_mesh(), arguments.steps
         self.whole = train_step.replicated(self.mesh)
         self.params = jax.device_put(random_backbone(vit), self.whole)
         adapter, shared = method.init_adapter(jax.random.key(1), self.params), method.init_shared(jax.random.key(2), self.params)
-        self.state = train_step.compile_init(self.recipe, self.mesh)(adapter, shared)
+        self.state = train_step.compile_init(self.step_config, self.mesh)(adapter, shared)
         self.key = jax.device_put(jax.random.key(3), self.whole)
         rng = np.random.default_rng(0)
         # As CIFAR-100: 32 pixels, resized in the step.
         images, labels = rng.integers(0, 256, (5000, 32, 32, 3)).astype(np.uint8), rng.integers(0, 10, 5000).astype(np.int32)
         self.pool = {"images": images, "labels": labels}
-        if fixed_query:
+        if cache_queries:
             self.pool["query"] = rng.normal(size=(5000, vit.dim)).astype(vit.dtype)
         self.on_device = jax.device_put(self.pool, self.whole)
-        self.schedule = batches.Schedule(0, 0, 5000, 1000, arguments.batch, self.mesh.size)
-        fixed = {"class_mask": np.arange(published.CLASSES) < 10, "hold_g_prompt": np.bool_(False), "memory": {}}
+        self.schedule = batches.BatchSampler(0, 0, 5000, 1000, arguments.batch, self.mesh.size)
+        fixed = {"class_mask": np.arange(published.CLASSES) < 10, "freeze_g_prompt": np.bool_(False), "memory": {}}
         self.fixed, self.done = jax.device_put(fixed, self.whole), 0
 
     def many(self) -> None:
         """All steps in one call, as training runs them on images that fit the device."""
         rows = jax.device_put(self.schedule.chunk(self.done, self.count, train_step.CHUNK), self.whole)
-        steps = train_step.compile_steps(self.recipe, self.mesh)
+        steps = train_step.compile_steps(self.step_config, self.mesh)
         self.state, terms = steps(self.state, self.params, self.on_device, rows, self.fixed, self.key, np.int32(self.count))
         self._finish(terms)
 
     def one_by_one(self) -> None:
         """A call a step, its images sent along, as training runs them on images from files."""
-        step = train_step.compile_step(self.recipe, self.mesh)
+        step = train_step.compile_step(self.step_config, self.mesh)
         for index in range(self.count):
             rows, weights_ = self.schedule.batch(self.done + index)
             batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_}
@@ -147,7 +147,7 @@ class Steps:
         """Of a step, as XLA counts them in the program as it is written; crops and Adam are in it."""
         rows, weights_ = self.schedule.batch(0)
         batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_} | self.fixed
-        lowered = train_step.compile_step(self.recipe, self.mesh).lower(self.state, self.params, batch, self.key)
+        lowered = train_step.compile_step(self.step_config, self.mesh).lower(self.state, self.params, batch, self.key)
         return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
 
 

@@ -108,7 +108,7 @@ def _table(arguments: argparse.Namespace) -> int:
 
 def _command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
     """The command again, but for where things are, unless that tells what they are; `overrides` are what `--set` says."""
-    dropped = set(tables.FREE) - set(tables.told_apart(overrides.get("dataset")))
+    dropped = set(tables.RUNTIME_FIELDS) - set(tables.told_apart(overrides.get("dataset")))
     options = {name: getattr(arguments, name) for name in ("benchmark", "seeds", "rows", "set")}
     settings = ",".join(item for item in options.pop("set").split(",") if item.partition("=")[0] not in dropped)
     words = [f"--{name}={value}" for name, value in (options | {"set": settings}).items() if value]

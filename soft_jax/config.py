@@ -12,12 +12,12 @@ from soft_jax.methods import prompts, regularization, rehearsal, reparametrizati
 from soft_jax.store import packing
 
 HOSTS = ("dualprompt", "l2p")
-WAYS = regularization.KINDS | rehearsal.KINDS  # of keeping something from older tasks
-FINE_TUNED = ("ft", *(name for name, way in WAYS.items() if way.fine_tunes))  # methods that train the whole network
+STRATEGIES = regularization.REGULARIZATION | rehearsal.REHEARSAL  # of keeping something from older tasks
+FINE_TUNED = ("ft", *(name for name, way in STRATEGIES.items() if way.fine_tunes))  # methods that train the whole network
 ALONE = ("head", *FINE_TUNED)  # whole methods; the other parts are joined
 DTYPES = ("float32", "bfloat16")
 # Settings that change where things are or how fast they go, never a figure: a run may be continued with others.
-FREE = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
+RUNTIME_FIELDS = ("data_dir", "backbone_path", "eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +41,24 @@ class Config:
     # Joined by "+": dualprompt or l2p; pgp; one of softtf, wsn, softnet, lora, adapter. Or alone: head, ft, ewc, lwf, derpp, icarl, bic.
     method: str = "dualprompt+softtf"
     mask_layers: tuple[int, ...] = (10, 11, 12)  # that softtf, wsn, softnet, lora and adapter change
-    mask_weights: str = "qkv+proj"  # joined by "+": qkv, proj, mlp; for lora also qv
+    target_modules: str = "qkv+proj"  # joined by "+": qkv, proj, mlp; for lora also qv
     mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)
     mask_storage: str = "float32"  # how the store keeps softtf's masks: or int8, int4 (steps by row), lowrank (of `rank`)
-    keep: float = 0.9  # the share c of each kernel that wsn and softnet keep
+    density: float = 0.9  # the share c of each kernel that wsn and softnet keep
     rank: int = 4  # of lora's products, adapter's bottlenecks and lowrank's masks
     pool_size: int = 10  # l2p's prompts, each e_prompt_length long
     top_k: int = 5  # of them for an image
     ewc_strength: float = 1000.0  # λ of ewc's penalty
     lwf_strength: float = 1.0  # λ of lwf's
-    exemplars: int = 1000  # images of older tasks, of all together, that derpp, icarl and bic keep
+    buffer_size: int = 1000  # images of older tasks, of all together, that derpp, icarl and bic keep
     e_prompt_layers: tuple[int, ...] = (10, 11, 12)
     e_prompt_length: int = 5
     g_prompt_layers: tuple[int, ...] = (1, 2)
     g_prompt_length: int = 5
     prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
-    pull: float = 1.0  # λ of the key-matching term
-    fixed_query: bool = False  # train with q(x) of the whole image, computed once, not of each crop as the paper does
-    hold_g_prompt: bool = False  # train the G-prompt in the first task only; the paper trains it on, and old tasks drift with it
+    key_loss_weight: float = 1.0  # λ of the key-matching term
+    cache_queries: bool = False  # train with q(x) of the whole image, computed once, not of each crop as the paper does
+    freeze_g_prompt: bool = False  # train the G-prompt in the first task only; the paper trains it on, and old tasks drift with it
     # Training
     epochs: int = 20
     batch_size: int = 24  # over all devices
@@ -98,14 +98,14 @@ class Config:
             "rank",
             "pool_size",
             "top_k",
-            "exemplars",
+            "buffer_size",
         ):
             self._at_least(field, 1)
         for field in ("learning_rate", "clip_norm"):
             self._at_least(field, 1e-12)
         for field in (
             "image_size",
-            "pull",
+            "key_loss_weight",
             "seed",
             "weights_cache_mb",
             "train_images_per_class",
@@ -116,8 +116,8 @@ class Config:
             self._at_least(field, 0)
         if min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
             raise UserError(f"shots: {self.shots!r} are not different numbers of images, each 0 (all) or more")
-        if not 0 < self.keep <= 1:
-            raise UserError(f"keep: {self.keep} is not a share above 0 and at most 1")
+        if not 0 < self.density <= 1:
+            raise UserError(f"density: {self.density} is not a share above 0 and at most 1")
         if self.top_k > self.pool_size:
             raise UserError(f"top_k: {self.top_k} is above pool_size, {self.pool_size}")
         for field in ("crop_scale", "crop_ratio"):
@@ -131,17 +131,17 @@ class Config:
             raise UserError(f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; a layer takes one prompt")
 
     def _check_mask_weights(self) -> None:
-        weights = self.mask_weights.split("+")
+        weights = self.target_modules.split("+")
         for weight in weights:
             if weight not in reparametrization.WEIGHTS:
-                raise UserError(f"mask_weights: {weight!r} is unknown; join any of {', '.join(reparametrization.WEIGHTS)} with '+'")
+                raise UserError(f"target_modules: {weight!r} is unknown; join any of {', '.join(reparametrization.WEIGHTS)} with '+'")
         if len(set(weights)) < len(weights) or {"qv", "qkv"} <= set(weights):
-            raise UserError(f"mask_weights: {self.mask_weights!r} names weights twice")
+            raise UserError(f"target_modules: {self.target_modules!r} names weights twice")
         if "qv" in weights and "lora" not in self.method.split("+"):
-            raise UserError("mask_weights: 'qv' is for lora, which treats q, k and v apart; take 'qkv'")
+            raise UserError("target_modules: 'qv' is for lora, which treats q, k and v apart; take 'qkv'")
 
     def _check_method(self) -> None:
-        parts, joined = self.method.split("+"), (HOSTS, tuple(name for name in WAYS if name not in ALONE), tuple(reparametrization.KINDS))
+        parts, joined = self.method.split("+"), (HOSTS, tuple(name for name in STRATEGIES if name not in ALONE), tuple(reparametrization.REPARAMETRIZATIONS))
         known = {*ALONE, *(part for group in joined for part in group)}
         if unknown := [part for part in parts if part not in known]:
             raise UserError(f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}")
@@ -152,8 +152,8 @@ class Config:
                 raise UserError(f"method: {self.method!r} names both {chosen[0]} and {chosen[1]}; one of them at most")
         if self.mask_storage != "float32" and "softtf" not in parts:
             raise UserError(f"mask_storage: {self.method!r} has no soft masks to keep as {self.mask_storage}; leave it as float32")
-        if self.fixed_query and set(parts) & set(ALONE):
-            raise UserError(f"fixed_query: {self.method!r} asks nothing of q(x); leave it off")
+        if self.cache_queries and set(parts) & set(ALONE):
+            raise UserError(f"cache_queries: {self.method!r} asks nothing of q(x); leave it off")
         if "pgp" in parts and not set(parts) & set(HOSTS):
             raise UserError(f"method: {self.method!r}: pgp projects prompts, so it needs one of {', '.join(HOSTS)}")
 
@@ -192,7 +192,7 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 
 
 def from_identity(identity: Mapping[str, Any]) -> Config:
-    """The `Config` of a run's `config.json`, which holds more than that; FREE settings are at their defaults."""
+    """The `Config` of a run's `config.json`, which holds more than that; RUNTIME_FIELDS settings are at their defaults."""
     fields = {field.name for field in dataclasses.fields(Config)}
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in identity.items() if key in fields}
     if isinstance(settings.get("shots"), int):  # of a run from when there was one number

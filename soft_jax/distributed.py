@@ -33,12 +33,12 @@ def join(others: str) -> None:
         raise UserError(f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", the same COUNT for all') from error
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes what is written once."""
     return jax.process_index() == 0
 
 
-def put(tree: Any, sharding: Sharding) -> Any:
+def to_global(tree: Any, sharding: Sharding) -> Any:
     """Arrays that every process has whole, placed by `sharding`. Nothing is sent: each process copies its devices' part."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
@@ -54,21 +54,21 @@ def put(tree: Any, sharding: Sharding) -> Any:
     return jax.tree.map(one, tree)
 
 
-def put_local(tree: Any, sharding: Sharding) -> Any:
+def local_to_global(tree: Any, sharding: Sharding) -> Any:
     """Arrays of which each process has its own rows, in the processes' order, as global arrays split by `sharding`."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 
-def fetch(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
     """The whole of an array, in every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def highest(*values: int) -> tuple[int, ...]:
+def all_max(*values: int) -> tuple[int, ...]:
     """The highest of the processes' values, for each argument by itself."""
     if jax.process_count() == 1:
         return values
@@ -78,16 +78,16 @@ def highest(*values: int) -> tuple[int, ...]:
 Result = TypeVar("Result")
 
 
-def agreed(function: Callable[[], Result]) -> Result:
+def run_on_all(function: Callable[[], Result]) -> Result:
     """`function()` in the first process, which may make files that the others find, then in the others. A UserError in any ends all."""
     result, problem = None, None
     for turn in (True, False):
-        if first() == turn:
+        if is_primary() == turn:
             try:
                 result = function()
             except UserError as error:
                 problem = error
-        if highest(problem is not None)[0]:
+        if all_max(problem is not None)[0]:
             raise problem or UserError("another process of this run can't go on; its output says why")
     return result
 
@@ -95,11 +95,11 @@ def agreed(function: Callable[[], Result]) -> Result:
 def check_equal(settings: Mapping[str, Any]) -> None:
     """Raise UserError in all processes where their settings, JSON values, are not the same."""
     number = int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:7], 16)
-    most, least = highest(number, -number)
+    most, least = all_max(number, -number)
     if most != -least:
         raise UserError("distributed: the processes were given different settings, data or backbones; give all the same command and files")
 
 
-def wait() -> None:
+def barrier() -> None:
     """Return when every process has come here."""
-    highest(0)
+    all_max(0)

@@ -39,7 +39,7 @@ def tiny_method(**changes) -> Method:
     settings = {
         "vit": TINY,
         "classes": 6,
-        "reparam": soft_masks(),
+        "reparametrization": soft_masks(),
         "e_layers": (2, 3),
         "e_length": 3,
         "g_layers": (0,),
@@ -65,7 +65,7 @@ def backbone():
 def tiny_world(backbone, patch):
     """Runs and predictors get the tiny backbone and the first 80 training and test digits, which are given, until `patch` is undone."""
     digits = sources.load("digits")
-    few = sources.Dataset(*(sources.Split(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
+    few = sources.Dataset(*(sources.InMemoryImages(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
     patch.setattr(backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, backbone, "0" * 64))
     patch.setattr(sources, "load", lambda *_: few)
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int

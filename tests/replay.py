@@ -29,7 +29,7 @@ def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> Method:
     return Method(
         vit=vit,
         classes=c["classes"],
-        reparam=reparametrization.SoftMask(tuple(_mask_path(name) for name in masked)) if masked else None,
+        reparametrization=reparametrization.SoftMask(tuple(_mask_path(name) for name in masked)) if masked else None,
         e_layers=tuple(c["e_layers"]),
         e_length=c["e_length"],
         g_layers=tuple(c["g_layers"]),
@@ -70,9 +70,9 @@ def replay(path: str | Path) -> dict[str, float]:
     c, method = meta["config"], method_of(trace, meta)
     params, left_out = backbones.convert(_under(trace, "backbone/"), method.vit)
     assert not left_out, left_out
-    recipe = train_step.Recipe(method, learning_rate=c["lr"] * c["batch"] / 256)
+    step_config = train_step.StepConfig(method, learning_rate=c["lr"] * c["batch"] / 256)
     mesh = train_step.data_mesh(jax.devices()[:1])
-    step = train_step.compile_step(recipe, mesh)
+    step = train_step.compile_step(step_config, mesh)
 
     init = _under(trace, "init/")
     adapters = [adapter_of(init, task) for task in range(c["tasks"])]
@@ -95,7 +95,7 @@ def replay(path: str | Path) -> dict[str, float]:
             "labels": labels,
             "weights": np.ones(len(labels)),
             "class_mask": task_of_class == task,
-            "hold_g_prompt": False,
+            "freeze_g_prompt": False,
             "memory": {},
         }
 
@@ -110,10 +110,10 @@ def replay(path: str | Path) -> dict[str, float]:
     count = 0
     for task in range(c["tasks"]):
         adapters[task] = begin(adapters[task], adapters[task - 1] if task else None)
-        state = train_step.init_state(recipe, adapters[task], shared)
+        state = train_step.init_state(step_config, adapters[task], shared)
         if task == 0:
             batch = batch_of(0, 0)
-            first, terms = train_step.gradients(state.trainable, params, batch | {"images": batch["images"] / 255}, recipe)
+            first, terms = train_step.gradients(state.trainable, params, batch | {"images": batch["images"] / 255}, step_config)
             compare("first_query", terms["query"], trace["first_query"])
             compare("first_logits", terms["logits"], trace["first_logits"])
             theirs = _under(trace, "first_grad/")

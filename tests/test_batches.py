@@ -9,9 +9,9 @@ from soft_jax.data.augmentation import Augment
 from soft_jax.errors import UserError
 
 
-def schedule(**changes) -> batches.Schedule:
+def schedule(**changes) -> batches.BatchSampler:
     settings = {"seed": 0, "task": 1, "count": 11, "epochs": 3, "batch_size": 4, "devices": 3}
-    return batches.Schedule(**settings | changes)
+    return batches.BatchSampler(**settings | changes)
 
 
 def test_an_epoch_sees_every_image_once():
@@ -49,7 +49,7 @@ def files(rng):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=95)
         contents.append(file.getvalue())
-    return sources.Files(contents.__getitem__, lambda i: f"file {i}", [""] * 11, np.arange(11, dtype=np.int32) % 4, np.arange(11))
+    return sources.EncodedImages(contents.__getitem__, lambda i: f"file {i}", [""] * 11, np.arange(11, dtype=np.int32) % 4, np.arange(11))
 
 
 SPEC = Augment(16)
@@ -99,6 +99,6 @@ def test_processes_share_a_batch_out(files, processes):
 
 def test_a_file_that_can_not_be_read_is_named(files):
     damaged = files.take(np.array([3, 4, 5]))
-    broken = sources.Files(lambda i: b"GIF89a" if i == 4 else files.read(i), files.names, files.digests, damaged.labels, damaged.order)
+    broken = sources.EncodedImages(lambda i: b"GIF89a" if i == 4 else files.read(i), files.names, files.digests, damaged.labels, damaged.order)
     with pytest.raises(UserError, match=r"dataset: file 4 can't be read .*; restore it"):
         everything(batches.from_files(schedule(count=3), broken, SPEC, 0))

@@ -21,7 +21,7 @@ def test_the_papers_settings():
     c = get_config("vit_cil")
     assert (c.dataset, c.tasks, c.epochs, c.batch_size, c.learning_rate, c.seed) == ("cifar100", 10, 20, 24, 0.03, 59)
     assert (c.backbone, c.image_size, c.method, c.clip_norm, c.pull) == ("vit_b16", 0, "dualprompt+softtf", 1.0, 1.0)
-    assert (c.mask_layers, c.mask_weights, c.mask_init) == ((10, 11, 12), "qkv+proj", "uniform")
+    assert (c.mask_layers, c.target_modules, c.mask_init) == ((10, 11, 12), "qkv+proj", "uniform")
     assert (c.e_prompt_layers, c.e_prompt_length, c.g_prompt_layers, c.g_prompt_length) == ((10, 11, 12), 5, (1, 2), 5)
     assert (c.crop_scale, c.crop_ratio, c.flip, c.prefix_layout) == ((0.05, 1.0), (0.75, 4 / 3), True, "separate")
     assert c.benchmark == "c100_10"
@@ -67,15 +67,15 @@ def test_bad_arguments(argument, message):
         ({"method": "lora+lora"}, "a part is named once"),
         ({"method": "dualprompt+softtf+lora"}, "names both softtf and lora; one of them at most"),
         ({"method": "pgp+softtf"}, "pgp projects prompts, so it needs one of dualprompt, l2p"),
-        ({"mask_weights": "qv"}, "mask_weights: 'qv' is for lora"),
-        ({"mask_weights": "qkv+qkv"}, "names weights twice"),
+        ({"target_modules": "qv"}, "target_modules: 'qv' is for lora"),
+        ({"target_modules": "qkv+qkv"}, "names weights twice"),
         ({"mask_storage": "int3"}, "mask_storage: 'int3' is unknown; known are float32, int8, int4, lowrank"),
         ({"mask_storage": "int8", "method": "dualprompt+wsn"}, "mask_storage: 'dualprompt\\+wsn' has no soft masks"),
-        ({"fixed_query": True, "method": "ft"}, "fixed_query: 'ft' asks nothing of q"),
-        ({"keep": 0.0}, "keep: 0.0 is not a share above 0"),
+        ({"cache_queries": True, "method": "ft"}, "cache_queries: 'ft' asks nothing of q"),
+        ({"density": 0.0}, "density: 0.0 is not a share above 0"),
         ({"top_k": 11}, "top_k: 11 is above pool_size, 10"),
         ({"rank": 0}, "rank: 0 is below 1"),
-        ({"mask_weights": "qkv+ffn"}, "mask_weights: 'ffn' is unknown; join any of qkv, qv, proj, mlp"),
+        ({"target_modules": "qkv+ffn"}, "target_modules: 'ffn' is unknown; join any of qkv, qv, proj, mlp"),
         ({"mask_init": "zeros"}, "mask_init: 'zeros' is unknown"),
         ({"prefix_layout": "x"}, "prefix_layout: 'x' is unknown"),
         ({"dtype": "float16"}, "dtype: 'float16' is unknown"),

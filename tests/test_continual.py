@@ -28,8 +28,8 @@ from tests.conftest import LAYERS, tiny_method
 def run(rng):
     """A run over 4 classes in 2 tasks, without backbone or method: 11 training and 6 test images a task."""
     labels = np.arange(22, dtype=np.int32) % 4
-    split = sources.Split(rng.integers(0, 256, (22, 4, 4, 3), dtype=np.uint8), labels)
-    test = sources.Split(split.images[:12], labels[:12])
+    split = sources.InMemoryImages(rng.integers(0, 256, (22, 4, 4, 3), dtype=np.uint8), labels)
+    test = sources.InMemoryImages(split.images[:12], labels[:12])
     return loop.Run(
         config=Config(tasks=2, batch_size=4, epochs=3, dataset="digits"),
         scenario=Scenario(4, 2),
@@ -37,7 +37,7 @@ def run(rng):
         backbone=None,
         params=None,
         method=None,
-        recipe=None,
+        step_config=None,
         mesh=train_step.data_mesh(),
         store=None,
         console=Console(quiet=True),
@@ -69,7 +69,7 @@ def small(digits, tmp_path):
 
 def run_two_tasks(run):
     """Both tasks as `loop.run` trains them: adapters and model after each task, and the rows of the last stage."""
-    learned, shared, adapters, models = loop.Learned(run), run.initial_shared(), [], []
+    learned, shared, adapters, models = loop.TaskBank(run), run.initial_shared(), [], []
     for task in range(2):
         adapter = begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
         state, _ = loop.train_task(run, task, adapter, shared, run.initial_memory(shared))
@@ -92,7 +92,7 @@ def test_the_same_run_on_one_and_on_four_devices(small):
 
 def test_an_old_task_keeps_its_key_and_prompt_while_a_new_one_trains(small):
     run = small()
-    learned = loop.Learned(run)
+    learned = loop.TaskBank(run)
     learned.add(0, run.initial_adapter(0), loop.task_statistics(run, 0))
     model = learned.model(run.initial_shared())
     first = jax.device_get((model.keys[0], model.prompts[0]))
@@ -107,7 +107,7 @@ def test_an_old_task_keeps_its_key_and_prompt_while_a_new_one_trains(small):
 @pytest.mark.parametrize("held", [True, False])
 def test_only_the_g_prompt_drifts(small, held):
     """With the G-prompt held after the first task, a later task changes no logit of an older one's classes, to the bit."""
-    run = small(hold_g_prompt=held)
+    run = small(freeze_g_prompt=held)
     _, (first, second), _ = run_two_tasks(run)
     batching = run.settings.batching
     images = run.test_set(0).images
@@ -183,14 +183,14 @@ def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
     seen = []
     logging = dataclasses.replace(run, log=lambda group, step, values: seen.append((step, values)))
     state, _ = loop.train_task(logging, 0, adapter, shared, {})
-    step_by_step = train_step.compile_init(run.recipe, run.mesh)(adapter, shared)
+    step_by_step = train_step.compile_init(run.step_config, run.mesh)(adapter, shared)
     plan, split = run.schedule(0), run.dataset.train.take(run.members(0))
-    fixed = {"class_mask": run.scenario.class_mask(0), "hold_g_prompt": False, "memory": {}}
+    fixed = {"class_mask": run.scenario.class_mask(0), "freeze_g_prompt": False, "memory": {}}
     for step in range(plan.steps):
         rows, weights = plan.batch(step)
         batch = {"images": split.images[rows], "labels": split.labels[rows], "weights": weights}
         key = train_step.stream(run.config.seed, "augment", 0)
-        step_by_step, terms = train_step.compile_step(run.recipe, run.mesh)(step_by_step, run.params, batch | fixed, key)
+        step_by_step, terms = train_step.compile_step(run.step_config, run.mesh)(step_by_step, run.params, batch | fixed, key)
         assert seen[step] == (step, {name: float(value) for name, value in terms.items()})
     assert len(seen) == plan.steps
     jax.tree.map(np.testing.assert_array_equal, state, step_by_step)
@@ -214,7 +214,7 @@ def from_files(small, monkeypatch):
             file = io.BytesIO()
             Image.fromarray(np.pad(image, ((0, index % 5), (0, 0), (0, 0)))).save(file, "PNG")
             contents.append(file.getvalue())
-        return sources.Files(contents.__getitem__, str, list(map(str, contents)), split.labels, np.arange(len(contents)))
+        return sources.EncodedImages(contents.__getitem__, str, list(map(str, contents)), split.labels, np.arange(len(contents)))
 
     monkeypatch.setattr(sources, "load", lambda *_: sources.Dataset(as_files(held.train), as_files(held.test), held.class_names))
     return small
@@ -243,11 +243,11 @@ def test_exemplars_come_from_files_too(from_files):
     """With what a step needs of each beside image and label; on one device and on four."""
     trained = []
     for devices in (4, 1):
-        run = from_files(devices, method="derpp", exemplars=20, learning_rate=0.003)
+        run = from_files(devices, method="derpp", buffer_size=20, learning_rate=0.003)
         shared = run.initial_shared()
         memory = run.initial_memory(shared)
         for task in range(2):
-            recalled, shared = run.method.recall(memory, shared)
+            recalled, shared = run.method.before_task(memory, shared)
             state, _ = loop.train_task(run, task, {}, shared, recalled)
             memory, shared = loop.task_memory(run, task, memory, state.trainable)
         assert (np.asarray(memory["rows"]) >= 0).all()
@@ -276,7 +276,7 @@ def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
     make = request.getfixturevalue("small" if stored == "memory" else "from_files")
     calls, ask = [], engine.queries
     monkeypatch.setattr(engine, "queries", lambda *args, **kwargs: calls.append(1) or ask(*args, **kwargs))
-    run = make(fixed_query=True)
+    run = make(cache_queries=True)
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     logged = []
     logging = dataclasses.replace(run, log=lambda group, step, values: logged.append(values["key_similarity"]))

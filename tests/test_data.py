@@ -128,7 +128,7 @@ def test_images_of_many_shapes_stay_files(tmp_path):
     dataset = sources.load("imagenet_r", str(tmp_path))
     names = tfds.builder("imagenet_r", data_dir=tmp_path).info.features["label"].names
     assert dataset.class_names == (names[7], names[930])
-    assert isinstance(dataset.train, sources.Files)
+    assert isinstance(dataset.train, sources.EncodedImages)
     assert [np.bincount(split.labels).tolist() for split in (dataset.train, dataset.test)] == [[9, 9], [3, 3]]
     seen = []
     for split in (dataset.train, dataset.test):
@@ -171,8 +171,8 @@ def test_folder(folder):
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     (folder / "train/cat/odd.jpg").write_bytes(encoded(np.zeros((9, 8), np.uint8), "JPEG"))  # another shape, and grey
     odd = sources.load("folder", str(folder))
-    assert isinstance(odd.train, sources.Files)
-    assert isinstance(odd.test, sources.Split)
+    assert isinstance(odd.train, sources.EncodedImages)
+    assert isinstance(odd.test, sources.InMemoryImages)
     assert odd.train.image(3).shape == (9, 8, 3)
     assert odd.fingerprint != dataset.fingerprint
 
@@ -180,8 +180,8 @@ def test_folder(folder):
 def test_large_sets_stay_files(folder, monkeypatch):
     monkeypatch.setattr(sources, "HELD_BYTES", 6 * 8 * 8 * 3 - 1)
     dataset = sources.load("folder", str(folder))
-    assert isinstance(dataset.train, sources.Files)
-    assert isinstance(dataset.test, sources.Split)
+    assert isinstance(dataset.train, sources.EncodedImages)
+    assert isinstance(dataset.test, sources.InMemoryImages)
 
 
 def test_a_picture_is_learned_as_it_is_predicted(folder):

@@ -23,7 +23,7 @@ COUNT = 37
 
 def make_adapters(backbone, method):
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(3)]
-    if method.reparam:  # spread, so that tasks disagree
+    if method.reparametrization:  # spread, so that tasks disagree
         adapters = [a | {"mask": jax.tree.map(lambda m, t=t: m * (1 + t), a["mask"])} for t, a in enumerate(adapters)]
     return adapters
 
@@ -208,7 +208,7 @@ def test_chunks_are_joined(world):
 
 
 def test_dualprompt_has_no_gradient_id(backbone, rng):
-    method = tiny_method(reparam=None)
+    method = tiny_method(reparametrization=None)
     assert not any("gradient_id" in protocol for protocol in protocols.protocols(method, (7,)))
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
     query = engine.queries(method, backbone, images, run_settings().batching)

@@ -32,7 +32,7 @@ def test_literal_trees(backbone):
         "head/bias": (6,),
         "head/kernel": (24, 6),
     }
-    assert "mask" not in tiny_method(reparam=None).init_adapter(jax.random.key(0), backbone)
+    assert "mask" not in tiny_method(reparametrization=None).init_adapter(jax.random.key(0), backbone)
 
 
 def test_initial_values(backbone):
@@ -43,12 +43,12 @@ def test_initial_values(backbone):
     assert 0.9999 < masks.max() <= 1
     for drawn in (adapter["key"], adapter["prompt"]):
         assert -1 <= drawn.min() < 0 < drawn.max() < 1
-    ones = tiny_method(reparam=soft_masks("ones")).init_adapter(jax.random.key(0), backbone)["mask"]
+    ones = tiny_method(reparametrization=soft_masks("ones")).init_adapter(jax.random.key(0), backbone)["mask"]
     assert all((m == 1).all() for m in jax.tree.leaves(ones))
 
 
 def test_mask_of_ones_is_the_backbone_to_the_bit(backbone):
-    method = tiny_method(reparam=soft_masks("ones"))
+    method = tiny_method(reparametrization=soft_masks("ones"))
     adapter = method.init_adapter(jax.random.key(0), backbone)
     params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1), backbone))
     jax.tree.map(np.testing.assert_array_equal, params, backbone)
@@ -82,7 +82,7 @@ def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone
 def test_trunk_does_not_depend_on_the_task(backbone, rng):
     method = tiny_method()
     assert method.first_task_layer == 2
-    assert tiny_method(e_layers=(1, 3), reparam=None).first_task_layer == 1
+    assert tiny_method(e_layers=(1, 3), reparametrization=None).first_task_layer == 1
     images = rng.random((2, 16, 16, 3), np.float32)
     shared = method.init_shared(jax.random.key(1), backbone)
     adapter = method.init_adapter(jax.random.key(2), backbone)
@@ -109,7 +109,7 @@ def test_layers_that_the_vit_does_not_have():
 
 def test_settings_reach_the_method():
     vit = backbones.BACKBONES["vit_ti8_32"].vit
-    method = method_from_config(Config(mask_layers=(12,), mask_weights="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
+    method = method_from_config(Config(mask_layers=(12,), target_modules="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
     assert method.kernels == ("blocks_11/attn/qkv/kernel", "blocks_11/mlp/fc1/kernel", "blocks_11/mlp/fc2/kernel")
     assert method.e_layers == (2, 3)
     assert method.g_layers == (0, 1)

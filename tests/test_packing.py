@@ -49,14 +49,14 @@ def test_a_low_rank_mask_is_kept_whole():
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("settings", [{"mask_storage": "int4"}, {"method": "dualprompt+softnet", "keep": 0.7}])
+@pytest.mark.parametrize("settings", [{"mask_storage": "int4"}, {"method": "dualprompt+softnet", "density": 0.7}])
 def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypatch):
     """Its figures are those of the stored masks: read again, by the run and by a predictor, they are the ones that were evaluated."""
     config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **LAYERS)
     config = dataclasses.replace(config, **settings)
     seen = []
-    add = loop.Learned.add
-    monkeypatch.setattr(loop.Learned, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
+    add = loop.TaskBank.add
+    monkeypatch.setattr(loop.TaskBank, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
     monkeypatch.setattr(loop, "DRAWN_AFTER", 0.0)
     drawn = []
     monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or [])

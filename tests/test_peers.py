@@ -65,8 +65,8 @@ def test_a_step_of_googles_l2p():
         "weights": np.ones(len(theirs["labels"])),
         "class_mask": np.arange(6) < 2,
     }
-    recipe = train_step.Recipe(method, learning_rate=0.01)
-    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": {}, "shared": shared}, backbone, batch, recipe)
+    step_config = train_step.StepConfig(method, learning_rate=0.01)
+    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": {}, "shared": shared}, backbone, batch, step_config)
     np.testing.assert_allclose(terms["query"], theirs["query"], **FLAX)
     for name in ("loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **FLAX)
@@ -86,8 +86,8 @@ def test_a_step_of_pilots_dualprompt():
     shared = {"head": head, "g_prompt": jnp.asarray(theirs["g_prompt"])}
     task_of_class, count = np.array([0, 0, 1, 1, 2, 2]), len(theirs["labels"])
     batch = {"images": theirs["images"], "labels": theirs["labels"], "weights": np.ones(count), "class_mask": task_of_class == 1}
-    recipe = train_step.Recipe(method, learning_rate=0.001, pull=0.1)
-    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": adapters[1], "shared": shared}, backbone, batch, recipe)
+    step_config = train_step.StepConfig(method, learning_rate=0.001, key_loss_weight=0.1)
+    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": adapters[1], "shared": shared}, backbone, batch, step_config)
     for name in ("query", "loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **CLOSE)
     for ours, name, expected in (
@@ -141,7 +141,7 @@ def test_the_published_adapters(layers):
 @pytest.mark.parametrize("percent", [80, 83, 90])
 def test_the_published_binary_mask(layers, percent):
     scores, c = jnp.asarray(layers["wsn/scores"]), layers["wsn/c"]
-    keep = reparametrization.kept(percent / 100, scores.size)
-    np.testing.assert_array_equal(reparametrization.top_share(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"])
-    grads = jax.grad(lambda s: jnp.sum(reparametrization.top_share(jnp.abs(s), keep) * c))(scores)
+    keep = reparametrization.num_kept(percent / 100, scores.size)
+    np.testing.assert_array_equal(reparametrization.top_k_mask(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"])
+    grads = jax.grad(lambda s: jnp.sum(reparametrization.top_k_mask(jnp.abs(s), keep) * c))(scores)
     np.testing.assert_array_equal(grads, layers["wsn/grad"])

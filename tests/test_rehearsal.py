@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 def whole(way, backbone):
     """A method that trains the whole network, and its shared part."""
-    method = tiny_method(retention=way, trains_backbone=True, reparam=None, e_layers=(), e_length=0, g_layers=())
+    method = tiny_method(strategy=way, trains_backbone=True, reparametrization=None, e_layers=(), e_length=0, g_layers=())
     return method, method.init_shared(jax.random.key(1), backbone)
 
 
@@ -52,7 +52,7 @@ def test_herding_takes_what_brings_the_mean_nearest(rng):
 
 
 def test_replayed_rows_come_from_the_exemplars():
-    plan = batches.Schedule(1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=True, replayed=5)
+    plan = batches.BatchSampler(1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=True, replayed=5)
     assert plan.padded == 9
     assert plan.steps == 4
     drawn = set()
@@ -66,19 +66,19 @@ def test_replayed_rows_come_from_the_exemplars():
         assert counted.tolist() == [1] * 2 * own + [0] * (9 - 2 * own)
         drawn.add(tuple(again))
     assert len(drawn) > 1
-    rows, counted = batches.Schedule(1, 2, 7, 2, 4, 3, replay=True).batch(0)  # there are none yet
+    rows, counted = batches.BatchSampler(1, 2, 7, 2, 4, 3, replay=True).batch(0)  # there are none yet
     assert counted.tolist() == [1] * 4 + [0] * 5
 
 
 def test_derpp_holds_the_logits_of_then(backbone, rng):
-    way = rehearsal.DERpp(exemplars=8, alpha=0.3)
+    way = rehearsal.DERpp(buffer_size=8, alpha=0.3)
     method, shared = whole(way, backbone)
     memory = way.init(method, shared)
     known = reviewed(rng, np.arange(40) % 2, new=[0, 1])
-    memory, _ = way.remember(memory, shared, known)
+    memory, _ = way.update_buffer(memory, shared, known)
     assert sorted(memory["rows"].tolist()) == list(range(8))
     later = reviewed(rng, [*known.labels[:8], *(2 + np.arange(10) % 2)], new=[2, 3], rows=[*memory["rows"], *range(50, 60)])
-    memory, stored = way.remember(memory, shared, later)
+    memory, stored = way.update_buffer(memory, shared, later)
     assert stored is shared
     assert rehearsal.rows_of(memory).tolist() == [0, 1, 2, 3, 50, 51, 52, 53]
     np.testing.assert_array_equal(memory["logits"][:4], known.logits[:4])  # not what the network makes of them now
@@ -96,10 +96,10 @@ def test_derpp_holds_the_logits_of_then(backbone, rng):
 
 
 def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(backbone, rng):
-    way = rehearsal.ICaRL(exemplars=8)
+    way = rehearsal.ICaRL(buffer_size=8)
     method, shared = whole(way, backbone)
     known = reviewed(rng, np.arange(30) % 4, new=[0, 1, 2, 3])
-    memory, served = way.remember(way.init(method, shared), shared, known)
+    memory, served = way.update_buffer(way.init(method, shared), shared, known)
     rows = rehearsal.rows_of(memory)
     assert np.bincount(known.labels[rows]).tolist() == [2, 2, 2, 2]
     unit = known.features / np.linalg.norm(known.features, axis=1, keepdims=True)
@@ -111,7 +111,7 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
     queries = rng.normal(size=(50, 24)).astype(np.float32)
     nearest = np.linalg.norm(queries[:, None] / np.linalg.norm(queries, axis=1)[:, None, None] - means, axis=2).argmin(axis=1)
     np.testing.assert_array_equal(np.asarray(method.head(served, queries))[:, :4].argmax(axis=1), nearest)
-    recalled, start = way.recall(memory, served)
+    recalled, start = way.before_task(memory, served)
     for network in (recalled["shared"], start):  # distilled from, and trained on
         np.testing.assert_array_equal(network["head"]["kernel"], shared["head"]["kernel"])
     assert memory["seen"].tolist() == [True] * 4 + [False] * 2
@@ -119,22 +119,22 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
 
 def test_a_class_without_images(backbone, rng):
     """Of four new classes one has none: it is counted among those seen, has no exemplars, and iCaRL never names it."""
-    method, shared = whole(way := rehearsal.ICaRL(exemplars=8), backbone)
+    method, shared = whole(way := rehearsal.ICaRL(buffer_size=8), backbone)
     known = reviewed(rng, [0, 1, 3] * 10, new=[0, 1, 2, 3])
-    memory, served = way.remember(way.init(method, shared), shared, known)
+    memory, served = way.update_buffer(way.init(method, shared), shared, known)
     assert np.bincount(known.labels[rehearsal.rows_of(memory)]).tolist() == [2, 2, 0, 2]
     logits = np.asarray(method.head(served, rng.normal(size=(50, 24)).astype(np.float32)))
     assert (logits[:, [2, 4, 5]] == -np.inf).all()
     assert np.isfinite(logits[:, [0, 1, 3]]).all()
-    method, shared = whole(way := rehearsal.DERpp(exemplars=8), backbone)
-    considered = way.considered(known.rows, known.labels, known.seen)
-    memory, _ = way.remember(way.init(method, shared), shared, known)
+    method, shared = whole(way := rehearsal.DERpp(buffer_size=8), backbone)
+    considered = way.candidate_indices(known.rows, known.labels, known.seen)
+    memory, _ = way.update_buffer(way.init(method, shared), shared, known)
     assert sorted(rehearsal.rows_of(memory)) == sorted(considered)
 
 
 def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
     """Logits whose labels are drawn by their own softmax, those of new classes then made too high: α and β undo it."""
-    way = rehearsal.BiC(exemplars=30000)
+    way = rehearsal.BiC(buffer_size=30000)
     method, shared = whole(way, backbone)
     true = 2 * rng.normal(size=(30000, 6))
     p = np.exp(true) / np.exp(true).sum(axis=1, keepdims=True)
@@ -148,23 +148,23 @@ def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
     assert abs(rehearsal.bias(known, few)[0]) < 3
 
     memory = way.init(method, shared) | {"seen": ~new}
-    memory, served = way.remember(memory, shared, known)
+    memory, served = way.update_buffer(memory, shared, known)
     features = rng.normal(size=(7, 24)).astype(np.float32)
     before, after = (np.asarray(method.head(part, features)) for part in (shared, served))
     np.testing.assert_allclose(after[:, :4], before[:, :4], rtol=1e-6)
     validation = rehearsal.all_rows_of({"rows": memory["validation"]})
     alpha, beta = rehearsal.bias(known, validation)
     np.testing.assert_allclose(after[:, 4:], alpha * before[:, 4:] + beta, rtol=1e-4, atol=1e-5)
-    recalled, start = way.recall(memory, served)
+    recalled, start = way.before_task(memory, served)
     np.testing.assert_array_equal(start["head"]["kernel"], shared["head"]["kernel"])
     np.testing.assert_array_equal(recalled["shared"]["head"]["kernel"], served["head"]["kernel"])
 
 
 def test_bics_distillation_weighs_as_many_old_classes_as_there_are(backbone, rng):
-    way, plain = rehearsal.BiC(exemplars=12), regularization.LwF()
+    way, plain = rehearsal.BiC(buffer_size=12), regularization.LwF()
     method, shared = whole(way, backbone)
     seen = np.arange(6) < 4
-    memory, _ = way.recall(way.init(method, shared) | {"seen": jnp.asarray(seen)}, shared)
+    memory, _ = way.before_task(way.init(method, shared) | {"seen": jnp.asarray(seen)}, shared)
     batch = {"images": rng.random((3, 16, 16, 3), np.float32), "weights": np.ones(3, np.float32), "class_mask": np.arange(6) < 5}
     logits = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     arguments = (memory, method, {"adapter": {}, "shared": shared}, backbone, batch, logits)
@@ -175,50 +175,50 @@ def test_what_bic_holds_out_is_little():
     """A tenth of a class's exemplars, or of its images, from the front; one at least, but never all of a class."""
     labels = np.repeat([2, 0, 1, 3], [40, 500, 3, 1])
     rows = 1000 + np.arange(len(labels))
-    held = rehearsal.BiC(exemplars=1000).held_out(rows, labels, np.arange(6) < 5)
+    held = rehearsal.BiC(buffer_size=1000).held_out(rows, labels, np.arange(6) < 5)
     assert {label: rows[labels == label].tolist()[:count] for label, count in ((2, 4), (0, 20), (1, 1))} == {
         label: [row for row in held.tolist() if labels[row - 1000] == label] for label in (2, 0, 1)
     }
     assert len(held) == 25
 
 
-@pytest.mark.parametrize("way", [rehearsal.DERpp(exemplars=13), rehearsal.BiC(exemplars=41)])
+@pytest.mark.parametrize("way", [rehearsal.DERpp(buffer_size=13), rehearsal.BiC(buffer_size=41)])
 def test_images_that_are_not_considered_would_change_nothing(way, backbone, rng):
     method, shared = whole(way, backbone)
     labels = np.repeat([0, 1, 2], [30, 3, 50])
     seen, rows = np.arange(6) < 3, 100 + rng.permutation(83)
-    considered = np.isin(rows, way.considered(rows, labels[rows - 100], seen))
+    considered = np.isin(rows, way.candidate_indices(rows, labels[rows - 100], seen))
     assert considered.sum() == way.share(seen) + 3 + way.share(seen)
     known = reviewed(rng, labels[rows - 100], new=[0, 1, 2], rows=rows)
     parts = [dataclasses.replace(known, **{f: getattr(known, f)[considered] for f in ("rows", "labels", "features", "logits")}), known]
-    from_some, from_all = (way.remember(way.init(method, shared), shared, part) for part in parts)
+    from_some, from_all = (way.update_buffer(way.init(method, shared), shared, part) for part in parts)
     jax.tree.map(np.testing.assert_array_equal, from_some, from_all)
 
 
 @pytest.mark.parametrize(("method", "exemplars", "least"), [("icarl", 9, 10), ("bic", 19, 20)])
 def test_too_few_exemplars_are_refused(method, exemplars, least, digits, tmp_path):
-    config = Config(dataset="digits", tasks=2, method=method, exemplars=exemplars)
-    with pytest.raises(UserError, match=f"exemplars: {exemplars} is below {least}, {least // 10} for each of 10 classes"):
+    config = Config(dataset="digits", tasks=2, method=method, buffer_size=exemplars)
+    with pytest.raises(UserError, match=f"buffer_size: {exemplars} is below {least}, {least // 10} for each of 10 classes"):
         loop.run(config, tmp_path, Console(quiet=True))
 
 
 @pytest.mark.parametrize("method", ["derpp", "icarl", "bic"])
 def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digits, tmp_path):
-    config = Config(dataset="digits", tasks=2, method=method, exemplars=30, epochs=1, batch_size=16, learning_rate=0.003)
+    config = Config(dataset="digits", tasks=2, method=method, buffer_size=30, epochs=1, batch_size=16, learning_rate=0.003)
     with closing(Store(tmp_path)) as store:
         run = loop.prepare(config, store, Console(quiet=True), threading.Event())
         shared = run.initial_shared()
         memory = run.initial_memory(shared)
         labels, held, once = digits.train.labels, [], []
         for task in range(2):
-            own, again = run.taught(task, memory)
+            own, again = run.training_indices(task, memory)
             assert (labels[own] // 5 == task).all()
             assert (labels[again] < 5 * task).all()
             assert len(again) == {0: 0, 1: 25 if method == "bic" else 30}[task]
             held += sorted(set(run.scenario.members(labels, task)) - set(own))
             once += [*own, *again]
-            recalled, shared = run.method.recall(memory, shared)
-            feed, rows = loop._Feed(run, task, 0, recalled), np.concatenate([own, again])
+            recalled, shared = run.method.before_task(memory, shared)
+            feed, rows = loop.TaskInput(run, task, 0, recalled), np.concatenate([own, again])
             pool, plan = feed._pool, feed.schedule
             np.testing.assert_array_equal(feed._fixed["class_mask"], np.arange(10) < 5 * (task + 1))
             drawn = np.concatenate([batch[counted > 0] for batch, counted in map(plan.batch, range(plan.steps))])

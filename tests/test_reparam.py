@@ -58,13 +58,13 @@ def test_the_highest_are_those_that_sorting_finds(rng, scores, keep):
     values = values.astype(np.float32)
     expected = np.zeros(120, np.float32)
     expected[np.argsort(-values.reshape(-1), kind="stable")[:keep]] = 1
-    np.testing.assert_array_equal(reparametrization.top_share(values, keep), expected.reshape(10, 12))
+    np.testing.assert_array_equal(reparametrization.top_k_mask(values, keep), expected.reshape(10, 12))
 
 
 def test_a_masks_cost_grows_with_its_size():
     """As XLA counts operations, by which a run reports what a step costs: a sum of all that are before each entry would be its square."""
     counted = [
-        jax.jit(reparametrization.top_share, static_argnums=1).lower(np.ones(size, np.float32), size // 2).cost_analysis()["flops"]
+        jax.jit(reparametrization.top_k_mask, static_argnums=1).lower(np.ones(size, np.float32), size // 2).cost_analysis()["flops"]
         for size in (1000, 8000)
     ]
     assert counted[1] < 10 * counted[0]

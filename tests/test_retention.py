@@ -20,7 +20,7 @@ def trainable_of(method, backbone, seed=0):
     return {"adapter": method.init_adapter(key, backbone), "shared": method.init_shared(jax.random.fold_in(key, 1), backbone)}
 
 
-def taught(images, labels):
+def training_indices(images, labels):
     return {"images": images, "labels": labels, "class_mask": MASK}
 
 
@@ -31,14 +31,14 @@ def pictures(rng, count=12):
 @pytest.mark.parametrize("pooled", [False, True])
 def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng, pooled):
     """Two tasks one after the other: U is a projection, holds the share of energy it must, and no projected key gradient meets it."""
-    host = {"pool_size": 4, "top_k": 2, "pool_length": 2, "reparam": None, "e_layers": (), "e_length": 0, "g_layers": ()} if pooled else {}
-    method = tiny_method(retention=regularization.PGP(), **host)
+    host = {"pool_size": 4, "top_k": 2, "pool_length": 2, "reparametrization": None, "e_layers": (), "e_length": 0, "g_layers": ()} if pooled else {}
+    method = tiny_method(strategy=regularization.PGP(), **host)
     trainable = trainable_of(method, backbone)
-    memory = method.retention.init(method, trainable["shared"])
+    memory = method.strategy.init(method, trainable["shared"])
     held, before = 0, np.asarray(memory["projector"], float)
     for _ in range(2):
         images, labels = pictures(rng)
-        memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
+        memory = method.strategy.update(memory, method, trainable, backbone, trained(images, labels))
         for layer, projector in enumerate(np.asarray(memory["projector"], float)):
             np.testing.assert_allclose(projector @ projector, projector, atol=1e-5)
             gram = np.asarray(regularization._grams(method, trainable, backbone, images)[layer], float)
@@ -55,7 +55,7 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
         held = rank
     assert 0 < held < 24 * len(memory["projector"])
     grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), trainable)
-    projected = method.retention.project(memory, method, grads)
+    projected = method.strategy.project(memory, method, grads)
     if pooled:
         assert np.abs(projected["shared"]["pool"]["prompt"] @ memory["projector"][0]).max() < 1e-4
         changed = {"shared/pool/prompt"}
@@ -72,7 +72,7 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
 
 def test_prompt_layers_are_asked_by_their_own_queries(backbone, rng):
     """The features that PGP takes are x Wq of each prompted layer; without prompts in the way, those of the plain network."""
-    method = tiny_method(retention=regularization.PGP(), reparam=None, e_layers=(2,), g_layers=())
+    method = tiny_method(strategy=regularization.PGP(), reparametrization=None, e_layers=(2,), g_layers=())
     images, _ = pictures(rng, 3)
     gram = regularization._grams(method, trainable_of(method, backbone), backbone, images)[0]
     vit = ViT(TINY)
@@ -85,7 +85,7 @@ def test_prompt_layers_are_asked_by_their_own_queries(backbone, rng):
 
 
 def test_l2p_selects_as_a_loop_would(backbone, rng):
-    method = tiny_method(pool_size=7, top_k=3, pool_length=2, reparam=None, e_layers=(), e_length=0, g_layers=())
+    method = tiny_method(pool_size=7, top_k=3, pool_length=2, reparametrization=None, e_layers=(), e_length=0, g_layers=())
     shared = trainable_of(method, backbone)["shared"]
     query = rng.normal(size=(9, 24)).astype(np.float32)
     selected = np.asarray(method.select(shared, query))
@@ -100,7 +100,7 @@ def test_l2p_selects_as_a_loop_would(backbone, rng):
 
 def test_l2p_puts_its_prompts_behind_the_class_token(backbone, rng):
     """Features are the mean of the prompts' outputs; the selection may be given."""
-    method = tiny_method(pool_size=4, top_k=2, pool_length=3, reparam=None, e_layers=(), e_length=0, g_layers=())
+    method = tiny_method(pool_size=4, top_k=2, pool_length=3, reparametrization=None, e_layers=(), e_length=0, g_layers=())
     shared = trainable_of(method, backbone)["shared"]
     images, _ = pictures(rng, 2)
     chosen = np.array([[1, 3], [0, 2]])
@@ -121,7 +121,7 @@ def whole(backbone):
     """A method that trains the whole network, with its arrays."""
 
     def make(kind):
-        method = tiny_method(retention=kind, trains_backbone=True, reparam=None, e_layers=(), e_length=0, g_layers=())
+        method = tiny_method(strategy=kind, trains_backbone=True, reparametrization=None, e_layers=(), e_length=0, g_layers=())
         return method, trainable_of(method, backbone)
 
     return make
@@ -129,13 +129,13 @@ def whole(backbone):
 
 def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     method, trainable = whole(regularization.EWC(strength=3.0))
-    memory = method.retention.init(method, trainable["shared"])
-    recalled, start = method.recall(memory, trainable["shared"])
+    memory = method.strategy.init(method, trainable["shared"])
+    recalled, start = method.before_task(memory, trainable["shared"])
     assert start is trainable["shared"]
-    assert method.retention.loss(recalled, method, trainable, backbone, None, None) == 0
+    assert method.strategy.loss(recalled, method, trainable, backbone, None, None) == 0
     images, labels = pictures(rng, 5)
-    memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
-    recalled, _ = method.recall(memory, trainable["shared"])
+    memory = method.strategy.update(memory, method, trainable, backbone, trained(images, labels))
+    recalled, _ = method.before_task(memory, trainable["shared"])
 
     def log_p(kernel, image, label):
         shared = trainable["shared"] | {"head": trainable["shared"]["head"] | {"kernel": kernel}}
@@ -148,9 +148,9 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     np.testing.assert_allclose(fisher, sum(squares) / 5, rtol=1e-3, atol=1e-5)
     assert any(np.asarray(f).any() for f in jax.tree.leaves(memory["fisher"]["weights"]))
     moved = trainable | {"shared": trainable["shared"] | {"head": trainable["shared"]["head"] | {"kernel": kernel + 0.1}}}
-    loss = method.retention.loss(recalled, method, moved, backbone, None, None)
+    loss = method.strategy.loss(recalled, method, moved, backbone, None, None)
     assert loss == pytest.approx(3.0 / 2 * 0.01 * float(fisher.sum()), rel=1e-3)
-    again = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
+    again = method.strategy.update(memory, method, trainable, backbone, trained(images, labels))
     np.testing.assert_allclose(again["fisher"]["head"]["kernel"], 2 * fisher, rtol=1e-5)
 
 
@@ -163,18 +163,18 @@ def test_lwf_holds_the_old_answers(whole, backbone, rng):
         return method.logits(backbone, {}, shared, method.trunk(backbone, shared, images))
 
     def loss(memory, now):
-        memory, _ = method.recall(memory, trainable["shared"])
-        return float(method.retention.loss(memory, method, now, backbone, batch, logits_of(now["shared"])))
+        memory, _ = method.before_task(memory, trainable["shared"])
+        return float(method.strategy.loss(memory, method, now, backbone, batch, logits_of(now["shared"])))
 
-    memory = method.retention.init(method, trainable["shared"])
+    memory = method.strategy.init(method, trainable["shared"])
     moved = trainable | {"shared": jax.tree.map(lambda x: x * 2, trainable["shared"])}
     assert loss(memory, moved) == 0  # nothing is old
-    memory = method.retention.update(memory, method, trainable, backbone, taught(images, labels))
+    memory = method.strategy.update(memory, method, trainable, backbone, trained(images, labels))
     assert memory["seen"].tolist() == MASK.tolist()
     assert loss(memory, trainable) == pytest.approx(0, abs=1e-5)
     then, now = (np.asarray(logits_of(t["shared"]), float)[:3, :2] / 2 for t in (trainable, moved))
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (then, now))
     assert loss(memory, moved) == pytest.approx(2.0 * 4 * (p * np.log(p / q)).sum(1).mean(), rel=1e-3)
-    recalled, _ = method.recall(memory, trainable["shared"])
-    grads = jax.grad(lambda t: method.retention.loss(recalled, method, t, backbone, batch, logits_of(t["shared"])))(moved)
+    recalled, _ = method.before_task(memory, trainable["shared"])
+    grads = jax.grad(lambda t: method.strategy.loss(recalled, method, t, backbone, batch, logits_of(t["shared"])))(moved)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

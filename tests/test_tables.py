@@ -41,19 +41,19 @@ ALL = ("e_prompt_layers", "mask_layers")
         ("L2P-PGP", {"method": "l2p+pgp", "batch_size": 16, "epochs": 5, "e_prompt_layers": (3, 4, 5)}),
         (
             "DualPrompt-PGP-Soft-TF-L[3,4,5]",
-            {"method": "dualprompt+pgp+softtf", "mask_weights": "qkv+proj", **dict.fromkeys(ALL, (3, 4, 5))},
+            {"method": "dualprompt+pgp+softtf", "target_modules": "qkv+proj", **dict.fromkeys(ALL, (3, 4, 5))},
         ),
         (
             "DualPrompt-Soft-TF-L[12] q,k,v",
-            {"method": "dualprompt+softtf", "mask_layers": (12,), "mask_weights": "qkv", "e_prompt_layers": (10, 11, 12)},
+            {"method": "dualprompt+softtf", "mask_layers": (12,), "target_modules": "qkv", "e_prompt_layers": (10, 11, 12)},
         ),
         (
             "DualPrompt-WSN-L[10,11,12] c=83%",
-            {"method": "dualprompt+wsn", "keep": 0.83, "mask_weights": "qkv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
+            {"method": "dualprompt+wsn", "density": 0.83, "target_modules": "qkv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
         ),
         (
             "DualPrompt-LoRA-L[10,11,12] r=24",
-            {"method": "dualprompt+lora", "rank": 24, "mask_weights": "qv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
+            {"method": "dualprompt+lora", "rank": 24, "target_modules": "qv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
         ),
         (
             "DualPrompt-Adapter-L[10,11,12] r=75",
@@ -71,7 +71,7 @@ def test_a_rows_other_columns_set_things_too():
     assert {("backbone", "vit_b16_dino"), ("shots", (3,)), ("mask_init", "xavier")} <= set(tables.row_settings(row).items())
     assert tables.row_settings(row | {"task_id": "gradient, batch"})["shots"] == (0,)
     exemplars = tables.row_settings({"method": "iCaRL", "exemplars": 5000, "task_id": None})
-    assert (exemplars["method"], exemplars["exemplars"]) == ("icarl", 5000)
+    assert (exemplars["method"], exemplars["buffer_size"]) == ("icarl", 5000)
     assert tables.row_settings({"method": "DER+MCG", "exemplars": 2000, "task_id": None}) is None
     assert tables.row_settings({"method": "CLIP-Prompt", "task_id": "prompt"}) is None
 
@@ -177,10 +177,10 @@ def test_settings_that_are_not_for_joint_training(tmp_path, monkeypatch, capsys)
 
 
 def test_a_setting_that_is_not_for_a_row_fails_that_row(tmp_path, monkeypatch, capsys):
-    status, text = table_of("methods", "--rows=1,12", "--set=fixed_query=True", workdir=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    status, text = table_of("methods", "--rows=1,12", "--set=cache_queries=True", workdir=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert status == 1
-    assert text.startswith("error: row 1: fixed_query: 'head' asks nothing of q(x)")
-    assert "| 1 | head | failed: fixed_query: 'head' asks nothing of q(x)" in text
+    assert text.startswith("error: row 1: cache_queries: 'head' asks nothing of q(x)")
+    assert "| 1 | head | failed: cache_queries: 'head' asks nothing of q(x)" in text
     assert "| 12 | DualPrompt | CIL batch_vote, Prompt ID" in text
     assert "Rows 1" not in text  # its settings are of no run
 
@@ -232,9 +232,9 @@ def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
 @pytest.mark.parametrize(
     ("table", "overrides"),
     [
-        ("7", {"mask_weights": "qkv+proj+mlp", "shots": (5,)}),
+        ("7", {"target_modules": "qkv+proj+mlp", "shots": (5,)}),
         ("layers", {"method": "dualprompt+lora", "e_prompt_layers": (3, 4)}),
-        ("weights", {"method": "softtf", "mask_weights": "mlp"}),
+        ("weights", {"method": "softtf", "target_modules": "mlp"}),
     ],
 )
 def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides):
@@ -389,7 +389,7 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method
     """Task 2 trained again from what task 1 left on disk, and killed on the way: the same arrays, whether or not task 1's weights are held;
     task 1 is not touched; and the predictor's counts are those of the evaluation."""
     config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
-    config = dataclasses.replace(config, pool_size=3, top_k=2, exemplars=20, prefix_layout="interleaved", checkpoint_every=2, **LAYERS)
+    config = dataclasses.replace(config, pool_size=3, top_k=2, buffer_size=20, prefix_layout="interleaved", checkpoint_every=2, **LAYERS)
     if "softtf" in method:
         config = dataclasses.replace(config, mask_storage="int8")
     once = loop.run(config, tmp_path, Console(quiet=True))

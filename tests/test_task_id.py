@@ -49,7 +49,7 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
         rng = np.random.default_rng(0)
         vit = dataclasses.replace(TINY, dtype="float64")
-        method = tiny_method(vit=vit, reparam=soft_masks(weights=("qkv", "proj", "mlp")), prefix_layout=layout)
+        method = tiny_method(vit=vit, reparametrization=soft_masks(weights=("qkv", "proj", "mlp")), prefix_layout=layout)
         backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), jax.eval_shape(init_tiny))
         adapters = [jax.tree.map(lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)) for t in range(3)]
         adapters = [a | {"mask": jax.tree.map(lambda m: m + rng.normal(0, 0.3, m.shape), a["mask"])} for a in adapters]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from soft_jax.data.augmentation import Augment, augment_file
-from soft_jax.data.sources import Files
+from soft_jax.data.sources import EncodedImages
 
 AHEAD_BYTES = 2**30  # of batches from files that wait to be used
 
@@ -22,7 +22,7 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class BatchSampler:
     """A task's batches as rows of its `count` training images, every image once an epoch, in another order each time.
 
     The last batch of an epoch holds what is left. With `replay`, as many more are drawn from the `replayed` rows that follow the
@@ -78,7 +78,7 @@ def _order(seed: int, task: int, epoch: int, count: int) -> np.ndarray:
 
 
 def from_files(
-    schedule: Schedule, files: Files, spec: Augment, first: int, process: int = 0, processes: int = 1
+    schedule: BatchSampler, files: EncodedImages, spec: Augment, first: int, process: int = 0, processes: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """The batches from step `first` on, decoded and augmented in threads ahead of their use.
 

@@ -1,7 +1,7 @@
 """Image sets: TFDS sets by name, Tiny-ImageNet, folders of one's own, and scikit-learn's bundled digits.
 
-Small sets of one shape are held in memory as uint8 (`Split`); sets of many shapes, and large ones, stay files that are decoded when they
-are needed (`Files`).
+Small sets of one shape are held in memory as uint8 (`InMemoryImages`); sets of many shapes, and large ones, stay files that are decoded when they
+are needed (`EncodedImages`).
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ BLOCK = 1000  # records read at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class InMemoryImages:
     """Images in memory. `images` uint8 `[N, H, W, 3]`, `labels` int32 `[N]`."""
 
     images: np.ndarray
     labels: np.ndarray
 
-    def take(self, indices: np.ndarray) -> "Split":
+    def take(self, indices: np.ndarray) -> "InMemoryImages":
         """The images at `indices`, int `[M]`."""
-        return Split(self.images[indices], self.labels[indices])
+        return InMemoryImages(self.images[indices], self.labels[indices])
 
     def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
         """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
@@ -45,7 +45,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
+class EncodedImages:
     """Images as encoded files, each of its own size. `read(i)` gives file i's bytes, `names` and `digests` tell it by name and SHA-256.
 
     `labels` int32 `[N]`. What `read` and `names` count is the set as it is stored; `order` int `[N]` says which of it make this split.
@@ -57,7 +57,7 @@ class Files:
     labels: np.ndarray
     order: np.ndarray
 
-    def take(self, indices: np.ndarray) -> "Files":
+    def take(self, indices: np.ndarray) -> "EncodedImages":
         """The files at `indices`, int `[M]`."""
         return dataclasses.replace(self, labels=self.labels[indices], order=self.order[indices])
 
@@ -90,14 +90,14 @@ def _decoded(read: Callable[[int], bytes], names: Callable[[int], str], index: i
 class Dataset:
     """A set's two splits and its class names in label order."""
 
-    train: Split | Files
-    test: Split | Files
+    train: InMemoryImages | EncodedImages
+    test: InMemoryImages | EncodedImages
     class_names: tuple[str, ...]
 
     def first(self, train: int, test: int) -> "Dataset":
         """The set with the first `train` and `test` images of each class, in their order; 0 is all of them."""
 
-        def cut(split: Split | Files, count: int) -> Split | Files:
+        def cut(split: InMemoryImages | EncodedImages, count: int) -> InMemoryImages | EncodedImages:
             if not count:
                 return split
             kept = [np.flatnonzero(split.labels == label)[:count] for label in np.unique(split.labels)]
@@ -140,7 +140,7 @@ def _digits() -> Dataset:
     images = np.repeat(np.kron(small, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
     labels = labels.astype(np.int32)
     test = _every_fifth(labels)
-    return Dataset(Split(images[~test], labels[~test]), Split(images[test], labels[test]), tuple("0123456789"))
+    return Dataset(InMemoryImages(images[~test], labels[~test]), InMemoryImages(images[test], labels[test]), tuple("0123456789"))
 
 
 def _tiny_imagenet(data_dir: str) -> Dataset:
@@ -172,14 +172,14 @@ def _folder(data_dir: str) -> Dataset:
     return Dataset(_from_paths(pairs["train"], f"{root}/train"), _from_paths(pairs["test"], f"{root}/test"), names)
 
 
-def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> Split | Files:
+def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> InMemoryImages | EncodedImages:
     paths, labels = [path for path, _ in pairs], np.array([label for _, label in pairs], np.int32)
     if not paths:
         raise UserError(f"dataset: no images in {where}")
     return _split(lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), labels)
 
 
-def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray) -> Split | Files:
+def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray) -> InMemoryImages | EncodedImages:
     """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as files.
 
     All are decoded once, so that a bad one is named now, by a UserError, and not in some later task.
@@ -198,7 +198,7 @@ def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np
                 held.append(image)
                 if image.shape != held[0].shape or len(labels) * image.size > HELD_BYTES:
                     held = None
-    return Files(read, names, digests, labels, np.arange(len(labels))) if held is None else Split(np.stack(held), labels)
+    return EncodedImages(read, names, digests, labels, np.arange(len(labels))) if held is None else InMemoryImages(np.stack(held), labels)
 
 
 def _tfds(name: str, data_dir: str) -> Dataset:
@@ -232,7 +232,7 @@ def _tfds(name: str, data_dir: str) -> Dataset:
     return _imagenet_r(read[0], class_names) if name == "imagenet_r" else Dataset(*read, class_names)
 
 
-def _imagenet_r(images: Split | Files, class_names: tuple[str, ...]) -> Dataset:
+def _imagenet_r(images: InMemoryImages | EncodedImages, class_names: tuple[str, ...]) -> Dataset:
     """ImageNet-R's 200 of ImageNet's 1,000 labels, counted from 0. It comes in one split: every fifth image of a class is for the test."""
     there = np.unique(images.labels)
     images = dataclasses.replace(images, labels=np.searchsorted(there, images.labels).astype(np.int32))
@@ -261,7 +261,7 @@ def _prepare(name: str, data_dir: str, looked: str):
     return builder
 
 
-def _read(builder, name: str, split: str) -> Split | Files:
+def _read(builder, name: str, split: str) -> InMemoryImages | EncodedImages:
     import tensorflow_datasets as tfds
 
     def records(source):
@@ -274,7 +274,7 @@ def _read(builder, name: str, split: str) -> Split | Files:
     if None not in shape and builder.info.splits[split].num_examples * np.prod(shape) <= HELD_BYTES:
         # TFDS's own way, in blocks: several times faster than a record at a time.
         images, labels = zip(*((r["image"], r["label"]) for r in records(builder.as_data_source(split))), strict=True)
-        return Split(np.stack(images), np.array(labels, np.int32))
+        return InMemoryImages(np.stack(images), np.array(labels, np.int32))
     skipped = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != "label"}  # CUB-200 has a second image
     source = builder.as_data_source(split, decoders=skipped)
     labels = [record["label"] for record in records(source)]

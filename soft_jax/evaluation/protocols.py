@@ -170,11 +170,11 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     if len(alone) < len(ids):
         logits |= _logits(model, batch_tokens, {p: ids[p] for p in ids if p not in alone}, batches, batching)
     scores = {
-        NO_TASK_ID: lambda: engine.among_known(model, logits[NO_TASK_ID]),
-        PER_SAMPLE: lambda: engine.among_known(model, logits[PER_SAMPLE]),
-        PER_SAMPLE_GRADIENT: lambda: engine.among_known(model, logits[PER_SAMPLE_GRADIENT]),
-        PROTOTYPE: lambda: engine.within_tasks(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
-        ORACLE: lambda: engine.within_tasks(model, logits[ORACLE], ids[ORACLE]),
+        NO_TASK_ID: lambda: engine.mask_to_seen(model, logits[NO_TASK_ID]),
+        PER_SAMPLE: lambda: engine.mask_to_seen(model, logits[PER_SAMPLE]),
+        PER_SAMPLE_GRADIENT: lambda: engine.mask_to_seen(model, logits[PER_SAMPLE_GRADIENT]),
+        PROTOTYPE: lambda: engine.mask_to_task(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
+        ORACLE: lambda: engine.mask_to_task(model, logits[ORACLE], ids[ORACLE]),
     }
     scores = {p: scores[p]() if p in scores else logits[p] for p in ids}
     for protocol in (NO_TASK_ID, VOTE_POOL):

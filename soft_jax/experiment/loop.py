@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from soft_jax import distributed, pytrees
-from soft_jax.config import FREE, Config
+from soft_jax.config import RUNTIME_FIELDS, Config
 from soft_jax.data import batches, sources
 from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
@@ -54,7 +54,7 @@ class Run:
     backbone: backbones.Backbone
     params: pytrees.Tree  # the frozen backbone, on the devices
     method: Method
-    recipe: train_step.Recipe
+    step_config: train_step.StepConfig
     mesh: Mesh
     store: Store
     console: Console
@@ -63,22 +63,22 @@ class Run:
     # By task, computed once: q(x) depends on nothing trained, and files are decoded for the test but once.
     queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     train_queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-    tested: dict[int, sources.Split] = dataclasses.field(default_factory=dict)
+    tested: dict[int, sources.InMemoryImages] = dataclasses.field(default_factory=dict)
 
     @property
     def settings(self) -> protocols.Settings:
         """How evaluation batches its images."""
         c = self.config
-        return protocols.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size, isinstance(self.dataset.test, sources.Files))
+        return protocols.Settings(self.mesh, c.batch_size, c.shots, c.eval_batch_size, isinstance(self.dataset.test, sources.EncodedImages))
 
-    def test_set(self, task: int) -> sources.Split:
+    def test_set(self, task: int) -> sources.InMemoryImages:
         """Task `task`'s test images; those from files are prepared, and then held in the host's memory."""
         test = self.dataset.test
         members = self.scenario.members(test.labels, task)
-        if isinstance(test, sources.Split):
+        if isinstance(test, sources.InMemoryImages):
             return test.take(members)
         if task not in self.tested:
-            self.tested[task] = sources.Split(test.prepared(members, self.method.vit.image_size), test.labels[members])
+            self.tested[task] = sources.InMemoryImages(test.prepared(members, self.method.vit.image_size), test.labels[members])
         return self.tested[task]
 
     def members(self, task: int) -> np.ndarray:
@@ -93,13 +93,13 @@ class Run:
     def image_shape(self) -> tuple[int, ...]:
         """The shape of a training image as the step gets it: as it is in memory, or of the model's size where files are cropped before."""
         split, size = self.dataset.train, self.method.vit.image_size
-        return split.images.shape[1:] if isinstance(split, sources.Split) else (size, size, 3)
+        return split.images.shape[1:] if isinstance(split, sources.InMemoryImages) else (size, size, 3)
 
     def seen(self, task: int) -> np.ndarray:
         """The classes of the tasks up to `task`, bool `[classes]`."""
         return self.scenario.task_of_class <= task
 
-    def taught(self, task: int, memory: pytrees.Tree | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def training_indices(self, task: int, memory: pytrees.Tree | None = None) -> tuple[np.ndarray, np.ndarray]:
         """What task `task` is trained on, as rows of the training set: images of its own, and older tasks' that `memory`, if any, names."""
         labels, way = self.dataset.train.labels, self.method.rehearsal
         own = self.members(task)
@@ -110,13 +110,13 @@ class Run:
         again = rehearsal.rows_of(memory) if memory else own[:0]
         return np.setdiff1d(own, held_out), again
 
-    def schedule(self, task: int, memory: pytrees.Tree | None = None) -> batches.Schedule:
-        """Which images of `taught`, own ones first, make each step's batch."""
+    def schedule(self, task: int, memory: pytrees.Tree | None = None) -> batches.BatchSampler:
+        """Which images of `training_indices`, own ones first, make each step's batch."""
         c, way = self.config, self.method.rehearsal
-        own, again = map(len, self.taught(task, memory))
+        own, again = map(len, self.training_indices(task, memory))
         if not way or way.joined:
-            return batches.Schedule(c.seed, task, own + again, c.epochs, c.batch_size, self.mesh.size)
-        return batches.Schedule(c.seed, task, own, c.epochs, c.batch_size, self.mesh.size, replay=True, replayed=again)
+            return batches.BatchSampler(c.seed, task, own + again, c.epochs, c.batch_size, self.mesh.size)
+        return batches.BatchSampler(c.seed, task, own, c.epochs, c.batch_size, self.mesh.size, replay=True, replayed=again)
 
     def query(self, task: int) -> np.ndarray:
         """q(x) of task `task`'s test images, `[N, dim]`, computed once in a run; `[N, 0]` where the method asks nothing of it."""
@@ -133,18 +133,18 @@ class Run:
         """Floating point operations of one training step as XLA counts them; crops and Adam are in it. None where it can't tell."""
         method, key = self.method, jax.random.key(0)
         adapter, shared = (jax.eval_shape(draw, key, self.params) for draw in (method.init_adapter, method.init_shared))
-        memory = jax.eval_shape(lambda shared: method.recall(method.init_memory(shared), shared)[0], shared)
-        state = jax.eval_shape(functools.partial(train_step.init_state, self.recipe), adapter, shared)
+        memory = jax.eval_shape(lambda shared: method.before_task(method.init_memory(shared), shared)[0], shared)
+        state = jax.eval_shape(functools.partial(train_step.init_state, self.step_config), adapter, shared)
         rows, like = self.schedule(0).padded, jax.ShapeDtypeStruct
         batch = {
             "images": like((rows, *self.image_shape), jnp.uint8),
             "labels": like((rows,), jnp.int32),
             "weights": like((rows,), jnp.float32),
         }
-        batch |= {"class_mask": like((self.scenario.classes,), bool), "hold_g_prompt": like((), bool)}
-        batch |= {"query": like((rows, self.method.vit.dim), self.method.vit.dtype)} if self.recipe.fixed_query else {}
+        batch |= {"class_mask": like((self.scenario.classes,), bool), "freeze_g_prompt": like((), bool)}
+        batch |= {"query": like((rows, self.method.vit.dim), self.method.vit.dtype)} if self.step_config.cache_queries else {}
         batch |= {"memory": memory} | {name: like((rows, *column.shape), column.dtype) for name, column in method.columns.items()}
-        step = train_step.compile_step(self.recipe, self.mesh)
+        step = train_step.compile_step(self.step_config, self.mesh)
         lowered = step.lower(state, self.params, batch, key)
         # GPUs and TPUs count only what is compiled; on a CPU the program as it is written will do.
         counted = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
@@ -164,9 +164,9 @@ class Run:
         """
         # A size of its own: training depends on it, to the bit, and `eval_batch_size` may change in a run.
         batching, split, out = engine.Batching(self.mesh, QUERIES_AT_ONCE), self.dataset.train.take(rows), []
-        in_memory = isinstance(split, sources.Split)
+        in_memory = isinstance(split, sources.InMemoryImages)
         for part in np.split(np.arange(len(rows)), range(READ_AT_ONCE, len(rows), READ_AT_ONCE)):
-            if distributed.highest(self.stop.is_set())[0]:
+            if distributed.all_max(self.stop.is_set())[0]:
                 raise Preempted("Stopped while looking at training images; the same command continues")
             images = split.images[part] if in_memory else split.prepared(part, self.method.vit.image_size)
             out.append(engine.queries(self.method, params, images, batching, prepared=not in_memory))
@@ -180,7 +180,7 @@ class Run:
     def initial_adapter(self, task: int) -> Adapter:
         """Task `task`'s adapter as it is drawn, on the devices."""
         adapter = self.method.init_adapter(train_step.stream(self.config.seed, "adapter", task), self.params)
-        return distributed.put(adapter, train_step.replicated(self.mesh))
+        return distributed.to_global(adapter, train_step.replicated(self.mesh))
 
     def initial_prompts(self, task: int) -> Adapter:
         """Key and E-prompt of `initial_adapter`, as far as the method has them."""
@@ -195,11 +195,11 @@ class Run:
     def initial_shared(self) -> Shared:
         """The shared part before the first task, on the devices."""
         shared = self.method.init_shared(train_step.stream(self.config.seed, "shared", 0), self.params)
-        return distributed.put(shared, train_step.replicated(self.mesh))
+        return distributed.to_global(shared, train_step.replicated(self.mesh))
 
     def initial_memory(self, shared: Shared) -> pytrees.Tree:
         """What the method holds of older tasks before the first, `shared` being as it is then; empty where it holds nothing."""
-        return distributed.put(self.method.init_memory(shared), train_step.replicated(self.mesh))
+        return distributed.to_global(self.method.init_memory(shared), train_step.replicated(self.mesh))
 
 
 _init_prompts = jax.jit(Method.init_prompts, static_argnums=0)
@@ -213,7 +213,7 @@ def run(
     `dataset` is `config`'s as `data.load` gives it, for a caller who has it; None: it is loaded. Raises UserError for anything the
     user has to mend, Preempted after a SIGTERM.
     """
-    console = console or Console(quiet=not distributed.first())
+    console = console or Console(quiet=not distributed.is_primary())
     with _sigterm() as stop, closing(Store(workdir)) as store:
         this = prepare(config, store, console, stop, dataset=dataset)
         with _tensorboard(config, store.root) as log, _memory_named():
@@ -224,7 +224,7 @@ def run(
 
 
 def _run_tasks(run: Run) -> list[dict[str, Any]]:
-    config, store, learned = run.config, run.store, Learned(run)
+    config, store, learned = run.config, run.store, TaskBank(run)
     shared, manifests = run.initial_shared(), []
     memory = run.initial_memory(shared)
     for task in range(store.finished()):
@@ -239,7 +239,7 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
         _report(run, manifests)  # a kill may have come between the last task's commit and its report
     for task in range(len(manifests), config.tasks):
         adapter = begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
-        recalled, shared = run.method.recall(memory, shared)
+        recalled, shared = run.method.before_task(memory, shared)
         state, seconds = train_task(run, task, adapter, shared, recalled)
         start = time.monotonic()
         memory, shared = task_memory(run, task, memory, state.trainable)
@@ -258,12 +258,12 @@ def _run_tasks(run: Run) -> list[dict[str, Any]]:
 
 
 def _report(run: Run, manifests: list[dict[str, Any]]) -> None:
-    if distributed.first():
+    if distributed.is_primary():
         drawn = len(manifests) == run.config.tasks or sum(manifests[-1]["seconds"].values()) > DRAWN_AFTER
         report.write(run.store.root, dataclasses.asdict(run.config), run.config.benchmark, manifests, drawn)
 
 
-class Learned:
+class TaskBank:
     """What the tasks so far have left behind, as evaluation needs it.
 
     Keys and prompts of all tasks are held, untrained ones as they are drawn; θ ⊙ m within a budget; the statistics as their sums.
@@ -310,7 +310,7 @@ class Learned:
     def model(self, shared: Shared) -> engine.Model:
         """The model of the tasks so far."""
         whole = train_step.replicated(self._run.mesh)
-        rows = distributed.put({name: array.copy() for name, array in self._rows.items()}, whole)
+        rows = distributed.to_global({name: array.copy() for name, array in self._rows.items()}, whole)
         return engine.Model(
             method=self._run.method,
             backbone=self._run.params,
@@ -320,7 +320,7 @@ class Learned:
             weights=self._weights,
             tasks=tuple(range(self.tasks)),
             task_of_class=self._run.scenario.task_of_class,
-            prototypes=distributed.put(self._sums.solve(), whole) if self._run.method.by_task else None,
+            prototypes=distributed.to_global(self._sums.solve(), whole) if self._run.method.by_task else None,
         )
 
     def _load(self, task: int) -> Adapter:
@@ -334,7 +334,7 @@ class Learned:
 
 def _as_stored(run: Run, adapter: Adapter) -> tuple[Adapter, Adapter]:
     """A trained adapter as it is when it has been stored and read again, and as it is stored."""
-    packed = distributed.put(_pack(run.method, adapter), train_step.replicated(run.mesh))
+    packed = distributed.to_global(_pack(run.method, adapter), train_step.replicated(run.mesh))
     return run.method.unpack(packed, run.params), packed
 
 
@@ -347,7 +347,7 @@ def task_statistics(run: Run, task: int) -> pytrees.Tree:
         return {}
     labels = run.dataset.train.labels[run.members(task)]
     statistics = prototypes.statistics(run.train_query(task), labels, run.scenario.classes_of(task), run.projection)
-    return distributed.put(statistics, train_step.replicated(run.mesh))
+    return distributed.to_global(statistics, train_step.replicated(run.mesh))
 
 
 def task_memory(run: Run, task: int, memory: pytrees.Tree, trainable: dict[str, pytrees.Tree]) -> tuple[pytrees.Tree, Shared]:
@@ -355,11 +355,11 @@ def task_memory(run: Run, task: int, memory: pytrees.Tree, trainable: dict[str, 
 
     Rehearsal looks at those that it chooses exemplars from, the others at some drawn at random.
     """
-    way, shared, whole = run.method.retention, trainable["shared"], train_step.replicated(run.mesh)
+    way, shared, whole = run.method.strategy, trainable["shared"], train_step.replicated(run.mesh)
     if not way:
         return {}, shared
     if run.method.rehearsal:
-        memory, shared = run.method.rehearsal.remember(memory, shared, _reviewed(run, task, memory, shared))
+        memory, shared = run.method.rehearsal.update_buffer(memory, shared, _reviewed(run, task, memory, shared))
     else:
         split, chosen = run.dataset.train, run.shuffled(task)[: regularization.IMAGES]
         batch = {
@@ -367,14 +367,14 @@ def task_memory(run: Run, task: int, memory: pytrees.Tree, trainable: dict[str, 
             "labels": split.labels[chosen],
             "class_mask": run.scenario.class_mask(task),
         }
-        memory = way.update(memory, run.method, trainable, run.params, distributed.put(batch, whole))
-    return distributed.put((memory, shared), whole)
+        memory = way.update(memory, run.method, trainable, run.params, distributed.to_global(batch, whole))
+    return distributed.to_global((memory, shared), whole)
 
 
 def _reviewed(run: Run, task: int, memory: pytrees.Tree, shared: Shared) -> rehearsal.Reviewed:
     """What the network after task `task` makes of the exemplars and of the task's images that may become some."""
     labels, shuffled = run.dataset.train.labels, run.shuffled(task)
-    considered = run.method.rehearsal.considered(shuffled, labels[shuffled], run.seen(task))
+    considered = run.method.rehearsal.candidate_indices(shuffled, labels[shuffled], run.seen(task))
     rows = np.concatenate([rehearsal.all_rows_of(memory), considered])
     features = run.features(rows, shared["weights"]).astype(np.float32)
     logits = np.asarray(run.method.head(jax.tree.map(np.asarray, {"head": shared["head"]}), features))
@@ -385,14 +385,14 @@ def prepare(
     config: Config, store: Store, console: Console, stop: threading.Event, mesh: Mesh | None = None, dataset: sources.Dataset | None = None
 ) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's. `mesh` defaults to all devices."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in RUNTIME_FIELDS}
     store.compare(settings)  # before anything is downloaded
     distributed.check_equal(dataclasses.asdict(config) | dict.fromkeys(("data_dir", "backbone_path")))  # those may differ by host
-    backbone = distributed.agreed(lambda: backbones.load(config.backbone, config.backbone_path, config.image_size, config.dtype))
+    backbone = distributed.run_on_all(lambda: backbones.load(config.backbone, config.backbone_path, config.image_size, config.dtype))
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in a ViT without a classifier; left out")
     method_from_config(config, backbone.vit, classes=1)  # its layers, before any data is read
-    dataset = dataset or distributed.agreed(lambda: sources.load(config.dataset, config.data_dir))
+    dataset = dataset or distributed.run_on_all(lambda: sources.load(config.dataset, config.data_dir))
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = Scenario(len(dataset.class_names), config.tasks)
     for split in (dataset.train, dataset.test):
@@ -413,9 +413,9 @@ def prepare(
         scenario=scenario,
         dataset=dataset,
         backbone=backbone,
-        params=distributed.put(backbone.params, train_step.replicated(mesh)),
+        params=distributed.to_global(backbone.params, train_step.replicated(mesh)),
         method=method,
-        recipe=train_step.recipe_from_config(config, method, on_device=isinstance(dataset.train, sources.Split)),
+        step_config=train_step.step_config_from(config, method, on_device=isinstance(dataset.train, sources.InMemoryImages)),
         mesh=mesh,
         store=store,
         console=console,
@@ -435,9 +435,9 @@ def train_task(
     Raises UserError for a loss that is not finite, Preempted after a SIGTERM.
     """
     config, start = run.config, time.monotonic()
-    state, before = _continued(run, task, train_step.compile_init(run.recipe, run.mesh)(adapter, shared))
+    state, before = _continued(run, task, train_step.compile_init(run.step_config, run.mesh)(adapter, shared))
     done = int(state.step)
-    feed = _Feed(run, task, done, memory)
+    feed = TaskInput(run, task, done, memory)
     total = feed.schedule.steps
     call, pending, mark = 1, None, time.monotonic()
     with _progress(run.console) as progress:
@@ -451,12 +451,12 @@ def train_task(
                 call, mark = _next_call(call, pending[1], time.monotonic() - mark), time.monotonic()
             pending, done = (done, count, terms), done + count
             progress.update(bar, completed=done)
-            stopping, call = distributed.highest(run.stop.is_set(), call)
+            stopping, call = distributed.all_max(run.stop.is_set(), call)
             if stopping or done % config.checkpoint_every == 0 or done == total:
                 _check(run, task, *pending)
                 run.store.save_training(task, done, state, before + time.monotonic() - start)
                 pending, mark = None, time.monotonic()
-                if distributed.highest(run.stop.is_set())[0]:
+                if distributed.all_max(run.stop.is_set())[0]:
                     raise Preempted(f"Stopped after step {done} of task {task + 1}; the same command continues")
     return state, {"train": before + time.monotonic() - start, "input_wait": feed.waited}
 
@@ -466,7 +466,7 @@ def _next_call(call: int, steps: int, seconds: float) -> int:
     return max(1, min(4 * call, int(CALL_SECONDS * steps / max(seconds, 1e-6))))
 
 
-class _Feed:
+class TaskInput:
     """A task's steps on its images: many in one call where the images are on the devices, one by one where they come from files.
 
     `waited` counts the seconds that the host spent on getting batches ready, of which files are loaded in threads meanwhile.
@@ -474,22 +474,22 @@ class _Feed:
 
     def __init__(self, run: Run, task: int, first: int, memory: pytrees.Tree):
         whole, way = train_step.replicated(run.mesh), run.method.rehearsal
-        own, again = run.taught(task, memory)
+        own, again = run.training_indices(task, memory)
         split = run.dataset.train.take(np.concatenate([own, again]))
         fixed = {
             "class_mask": run.seen(task) if way else run.scenario.class_mask(task),
-            "hold_g_prompt": np.bool_(run.config.hold_g_prompt and task > 0),
+            "freeze_g_prompt": np.bool_(run.config.freeze_g_prompt and task > 0),
         }
-        self._fixed = distributed.put(fixed, whole) | {"memory": memory}
-        self._key = distributed.put(train_step.stream(run.config.seed, "augment", task), whole)
+        self._fixed = distributed.to_global(fixed, whole) | {"memory": memory}
+        self._key = distributed.to_global(train_step.stream(run.config.seed, "augment", task), whole)
         self._run, self.schedule, self.waited = run, run.schedule(task, memory), 0.0
-        self._columns = {"query": run.train_query(task)} if run.recipe.fixed_query else {}
+        self._columns = {"query": run.train_query(task)} if run.step_config.cache_queries else {}
         self._columns |= way.table(memory, len(own)) if way else {}
-        if isinstance(split, sources.Split):
+        if isinstance(split, sources.InMemoryImages):
             # All tasks' pools have the size of the largest, so that one program serves them.
-            most = np.bincount(run.scenario.task_of_class[run.dataset.train.labels]).max() + (way.exemplars if way else 0)
+            most = np.bincount(run.scenario.task_of_class[run.dataset.train.labels]).max() + (way.buffer_size if way else 0)
             pool = {"images": split.images, "labels": split.labels} | self._columns
-            self._pool = distributed.put({name: engine.pad(array, most) for name, array in pool.items()}, whole)
+            self._pool = distributed.to_global({name: engine.pad(array, most) for name, array in pool.items()}, whole)
             self._files = None
         else:
             spec = train_step.augmentation(run.config, run.method)
@@ -501,18 +501,18 @@ class _Feed:
 
     def _from_pool(self, state: train_step.TrainState, first: int, count: int) -> tuple[train_step.TrainState, dict[str, jax.Array]]:
         start = time.monotonic()
-        rows = distributed.put(self.schedule.chunk(first, count, train_step.CHUNK), train_step.replicated(self._run.mesh))
+        rows = distributed.to_global(self.schedule.chunk(first, count, train_step.CHUNK), train_step.replicated(self._run.mesh))
         self.waited += time.monotonic() - start
-        steps = train_step.compile_steps(self._run.recipe, self._run.mesh)
+        steps = train_step.compile_steps(self._run.step_config, self._run.mesh)
         return steps(state, self._run.params, self._pool, rows, self._fixed, self._key, np.int32(count))
 
     def _from_files(self, state: train_step.TrainState, count: int) -> tuple[train_step.TrainState, list[dict[str, jax.Array]]]:
-        step, terms = train_step.compile_step(self._run.recipe, self._run.mesh), []
+        step, terms = train_step.compile_step(self._run.step_config, self._run.mesh), []
         for _ in range(count):
             start = time.monotonic()
             batch, rows = next(self._files)
             batch |= {name: column[rows] for name, column in self._columns.items()}
-            batch = distributed.put_local(batch, train_step.by_row(self._run.mesh))
+            batch = distributed.local_to_global(batch, train_step.by_row(self._run.mesh))
             self.waited += time.monotonic() - start
             state, now = step(state, self._run.params, batch | self._fixed, self._key)
             terms.append(now)
@@ -526,7 +526,7 @@ def _continued(run: Run, task: int, state: train_step.TrainState) -> tuple[train
         kept = run.store.load_training(task, state, train_step.replicated(run.mesh))
     except UserError as error:
         problem = error
-    if distributed.highest(problem is not None)[0]:  # in any of the processes: they go on together
+    if distributed.all_max(problem is not None)[0]:  # in any of the processes: they go on together
         aside = run.store.set_aside_training()
         problem = problem or "Another process could not read it."
         run.console.print(f"The kept training state can't be used and is now in {aside}; task {task + 1} starts again. {problem}")
@@ -563,7 +563,7 @@ def evaluate_stage(run: Run, model: engine.Model) -> tuple[dict[str, list[protoc
     with _progress(run.console) as progress:
         bar = progress.add_task(f"Evaluate {seen}/{run.config.tasks}", total=seen)
         for task in model.tasks:
-            if distributed.highest(run.stop.is_set())[0]:
+            if distributed.all_max(run.stop.is_set())[0]:
                 raise Preempted(f"Stopped while evaluating after task {seen}; the same command continues")
             split = run.test_set(task)
             rows = protocols.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
@@ -662,7 +662,7 @@ def _sigterm() -> Iterator[threading.Event]:
 
 @contextmanager
 def _tensorboard(config: Config, root: Path) -> Iterator[Callable[..., None]]:
-    if not config.tensorboard or not distributed.first():
+    if not config.tensorboard or not distributed.is_primary():
         yield lambda *_: None
         return
     try:

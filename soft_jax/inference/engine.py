@@ -62,12 +62,12 @@ class Batching:
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """`rows` padded with zeros to `size` and split over the devices."""
-        return distributed.put(pad(rows, size), train_step.by_row(self.mesh))
+        return distributed.to_global(pad(rows, size), train_step.by_row(self.mesh))
 
     def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
         """`function` of all rows, called on pieces. The rows of its results must not depend on each other."""
         out = [(function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))]
-        return np.concatenate([distributed.fetch(values)[:count] for values, count in out])
+        return np.concatenate([distributed.to_host(values)[:count] for values, count in out])
 
 
 def pad(rows: np.ndarray, length: int) -> np.ndarray:
@@ -229,7 +229,7 @@ def encode(
         parts.append(part)
         query.append((q, stop - start))
     tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
-    return tokens, np.concatenate([distributed.fetch(q)[:count] for q, count in query]) if queried else None
+    return tokens, np.concatenate([distributed.to_host(q)[:count] for q, count in query]) if queried else None
 
 
 def gather_tokens(parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching) -> jax.Array:
@@ -295,7 +295,7 @@ def alpha_gradients(
 def _products(model: Model, gradient: dict[str, identity.Factors], tasks: list[int], padded: int) -> np.ndarray:
     """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so that no weights outlive their use."""
     weights = tuple(model.weights[task] for task in tasks)
-    return distributed.fetch(identity.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
+    return distributed.to_host(identity.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
 
 
 def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:
@@ -317,7 +317,7 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
     The last two matter under the interleaved prefix layout only. Images of one task share its weights; without masks all do.
     """
     out = np.empty((len(pairs), model.method.classes), at_least_float32(tokens.dtype))
-    group = pairs[:, 0] if model.method.reparam else np.zeros(len(pairs), int)
+    group = pairs[:, 0] if model.method.reparametrization else np.zeros(len(pairs), int)
     pending: list[tuple[np.ndarray, jax.Array]] = []
     for task in model.weights.order(np.unique(group).tolist()):
         if pending and task not in model.weights:
@@ -330,7 +330,7 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
             columns = batching.put(pairs[chosen], size)
             pending.append((chosen, _logits(model.method, model.backbone, weights, model.prompts, model.shared, part, columns)))
     for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
-        out[chosen] = distributed.fetch(values)[: len(chosen)]
+        out[chosen] = distributed.to_host(values)[: len(chosen)]
     return out
 
 
@@ -351,11 +351,11 @@ def prototype_id(model: Model, posterior: np.ndarray) -> np.ndarray:
     return np.asarray(model.tasks)[by_task[:, model.tasks].argmax(axis=1)]
 
 
-def among_known(model: Model, logits: np.ndarray) -> np.ndarray:
+def mask_to_seen(model: Model, logits: np.ndarray) -> np.ndarray:
     """`logits` `[N, classes]` with -inf for every class that is no task's of `model.tasks`."""
     return np.where(np.isin(model.task_of_class, model.tasks)[None], logits, -np.inf)
 
 
-def within_tasks(model: Model, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+def mask_to_task(model: Model, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
     """`logits` `[N, classes]` with -inf for every class that is not of the image's task, `tasks` int `[N]`."""
     return np.where(model.task_of_class[None] == tasks[:, None], logits, -np.inf)

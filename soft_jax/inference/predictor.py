@@ -182,9 +182,9 @@ class Predictor:
         if posterior is not None:
             logits = posterior + logits
         if given is not None or posterior is not None:
-            logits = engine.within_tasks(self.model, logits, tasks)
+            logits = engine.mask_to_task(self.model, logits, tasks)
         else:
-            logits = engine.among_known(self.model, logits)
+            logits = engine.mask_to_seen(self.model, logits)
         classes = logits.argmax(axis=1)
         if given is None and not self.model.method.by_task:
             tasks = self.model.task_of_class[classes]

@@ -4,7 +4,7 @@ A `Method` is put together from three parts, each of which may be absent:
 
 - prompts: DualPrompt's prefixes or L2P's pool (`prompts`);
 - a reparametrisation of chosen weights, a task's own (`reparam`: soft masks, WSN, SoftNet, LoRA, adapters);
-- what is kept from older tasks (`retention`: PGP, EWC, LwF; `rehearsal`: DER++, iCaRL, BiC).
+- what is kept from older tasks (`regularization`: PGP, EWC, LwF; `rehearsal`: DER++, iCaRL, BiC).
 
 A config's `method` joins their names: "dualprompt+softtf", "l2p+pgp+softtf", "lora". "head" trains the classifier alone, "ft" the whole
 network. Joint training, the upper bound of any method, is the method with one task of all classes.
@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from soft_jax import pytrees
-from soft_jax.config import FINE_TUNED, WAYS, Config
+from soft_jax.config import FINE_TUNED, STRATEGIES, Config
 from soft_jax.errors import UserError
 from soft_jax.methods import prompts, reparametrization
-from soft_jax.methods.regularization import Way
+from soft_jax.methods.regularization import ContinualStrategy
 from soft_jax.methods.rehearsal import Rehearsal
-from soft_jax.methods.reparametrization import Reparam
+from soft_jax.methods.reparametrization import Reparametrization
 from soft_jax.models.vit import Prefix, ViT, ViTConfig
 
 Adapter = pytrees.Tree
@@ -47,8 +47,8 @@ class Method:
 
     vit: ViTConfig
     classes: int
-    reparam: Reparam | None = None
-    retention: Way | None = None
+    reparam: Reparametrization | None = None
+    strategy: ContinualStrategy | None = None
     e_layers: tuple[int, ...] = ()
     e_length: int = 0
     g_layers: tuple[int, ...] = ()
@@ -62,17 +62,17 @@ class Method:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Paths of the backbone's kernels that a task replaces by its own; Gradient ID superposes those."""
-        return self.reparam.kernels if self.reparam else ()
+        return self.reparametrization.kernels if self.reparametrization else ()
 
     @property
     def by_task(self) -> bool:
         """Whether a task has anything of its own, so that an image's task has to be identified."""
-        return self.reparam is not None or self.e_length > 0
+        return self.reparametrization is not None or self.e_length > 0
 
     @property
     def rehearsal(self) -> Rehearsal | None:
         """The way of keeping images of older tasks, if the method has one."""
-        return self.retention if isinstance(self.retention, Rehearsal) else None
+        return self.strategy if isinstance(self.strategy, Rehearsal) else None
 
     @property
     def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -82,7 +82,7 @@ class Method:
     @property
     def first_task_layer(self) -> int:
         """The first layer whose output depends on the task: everything before it is computed once for all tasks."""
-        return min([*self.e_layers, *(self.reparam.changed_layers if self.reparam else ())], default=self.vit.depth)
+        return min([*self.e_layers, *(self.reparametrization.changed_layers if self.reparametrization else ())], default=self.vit.depth)
 
     @property
     def prompt_tokens(self) -> int:
@@ -103,8 +103,8 @@ class Method:
     def init_adapter(self, key: jax.Array, backbone: pytrees.Tree) -> Adapter:
         """A task's adapter as it is drawn; `begin` tells what its training starts from."""
         adapter = self.init_prompts(key)
-        if self.reparam:
-            adapter[self.reparam.slot] = self.reparam.init(jax.random.split(key, 3)[2], backbone)
+        if self.reparametrization:
+            adapter[self.reparametrization.adapter_key] = self.reparametrization.init(jax.random.split(key, 3)[2], backbone)
         return adapter
 
     def init_shared(self, key: jax.Array, backbone: pytrees.Tree) -> Shared:
@@ -126,11 +126,11 @@ class Method:
 
     def init_memory(self, shared: Shared) -> pytrees.Tree:
         """What is kept of older tasks before the first, `shared` being as it is then; empty where nothing is."""
-        return self.retention.init(self, shared) if self.retention else {}
+        return self.regularization.init(self, shared) if self.strategy else {}
 
-    def recall(self, memory: pytrees.Tree, shared: Shared) -> tuple[pytrees.Tree, Shared]:
+    def before_task(self, memory: pytrees.Tree, shared: Shared) -> tuple[pytrees.Tree, Shared]:
         """What a task's steps get as `memory`, and the shared part that they start from, both being as stored after the task before."""
-        return self.retention.recall(memory, shared) if self.retention else (memory, shared)
+        return self.regularization.before_task(memory, shared) if self.strategy else (memory, shared)
 
     def _prompt_shape(self, layers: tuple[int, ...], length: int) -> tuple[int, ...]:
         return (len(layers), 2, length, self.vit.heads, self.vit.head_dim)
@@ -149,23 +149,23 @@ class Method:
 
     def weights(self, backbone: pytrees.Tree, adapter: Adapter) -> pytrees.Tree:
         """The parameters that the task of `adapter` changes or adds, θ ⊙ m for masks, by their place in the backbone's tree."""
-        return self.reparam.weights(backbone, adapter[self.reparam.slot]) if self.reparam else {}
+        return self.reparametrization.weights(backbone, adapter[self.reparametrization.adapter_key]) if self.reparametrization else {}
 
     def pack(self, adapter: Adapter) -> Adapter:
         """A trained adapter as the store keeps it."""
-        if not self.reparam:
+        if not self.reparametrization:
             return adapter
-        return adapter | {self.reparam.slot: self.reparam.pack(adapter[self.reparam.slot])}
+        return adapter | {self.reparametrization.adapter_key: self.reparametrization.pack(adapter[self.reparametrization.adapter_key])}
 
     def unpack(self, packed: Adapter, backbone: pytrees.Tree) -> Adapter:
         """The adapter, or the part of it, that `pack` gave."""
-        if not self.reparam or self.reparam.slot not in packed:
+        if not self.reparametrization or self.reparametrization.adapter_key not in packed:
             return packed
-        return packed | {self.reparam.slot: self.reparam.unpack(packed[self.reparam.slot], backbone)}
+        return packed | {self.reparametrization.adapter_key: self.reparametrization.unpack(packed[self.reparametrization.adapter_key], backbone)}
 
     def fixed(self, adapter: Adapter) -> int:
         """How many of an adapter's numbers are kept but never trained."""
-        return pytrees.count(adapter[self.reparam.slot].get("minor", {})) if self.reparam else 0
+        return pytrees.count(adapter[self.reparametrization.adapter_key].get("minor", {})) if self.reparametrization else 0
 
     def shared_prefix(self, shared: Shared) -> dict[int, jax.Array]:
         """The prefixes that all tasks have: DualPrompt's G-prompt."""
@@ -230,18 +230,18 @@ def begin(initial: Adapter, previous: Adapter | None) -> Adapter:
 def method_from_config(config: Config, vit: ViTConfig, classes: int) -> Method:
     """The method that `config` names. Raises UserError for a layer that the ViT does not have, or a rank that it can't have."""
     parts = config.method.split("+")
-    layered = ["mask_layers"] if set(parts) & reparametrization.KINDS.keys() else []
+    layered = ["mask_layers"] if set(parts) & reparametrization.REPARAMETRIZATIONS.keys() else []
     for field in layered + (["e_prompt_layers", "g_prompt_layers"] if "dualprompt" in parts else []):
         for layer in getattr(config, field):
             if not 1 <= layer <= vit.depth:
                 raise UserError(f"{field}: layer {layer} is not one of {config.backbone}'s layers 1 to {vit.depth}")
     settings = {}
     for part in parts:
-        if part in reparametrization.KINDS:
-            settings["reparam"] = reparametrization.KINDS[part](config, _from_zero(config.mask_layers))
-            reparametrization.check(settings["reparam"], vit)
-        elif part in WAYS:
-            settings["retention"] = WAYS[part].from_config(config)
+        if part in reparametrization.REPARAMETRIZATIONS:
+            settings["reparametrization"] = reparametrization.REPARAMETRIZATIONS[part](config, _from_zero(config.mask_layers))
+            reparametrization.check(settings["reparametrization"], vit)
+        elif part in STRATEGIES:
+            settings["strategy"] = STRATEGIES[part].from_config(config)
         elif part == "dualprompt":
             settings |= {"e_layers": _from_zero(config.e_prompt_layers), "e_length": config.e_prompt_length}
             settings |= {"g_layers": _from_zero(config.g_prompt_layers), "g_length": config.g_prompt_length}

@@ -1,7 +1,7 @@
 """What a method keeps from older tasks so that training the next one harms them less: PGP, EWC, LwF.
 
 Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with each task: `init` before the first,
-`update` after each. `recall` makes of it what the training step gets as an argument, for `loss` and `project`. Those that keep images of
+`update` after each. `before_task` makes of it what the training step gets as an argument, for `loss` and `project`. Those that keep images of
 older tasks are in `rehearsal`.
 """
 
@@ -29,7 +29,7 @@ AT_ONCE = 32
 Batch = Mapping[str, Any]
 
 
-class Way:
+class ContinualStrategy:
     """What a way does unless it says otherwise. `fine_tunes`: it stands alone and trains the whole network; else it joins a prompt method.
 
     `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in [0, 1] `[N, H, W, 3]`, `labels` int `[N]`
@@ -57,7 +57,7 @@ class Way:
         """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
         return grads
 
-    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """What a task's steps get as `memory`, and the shared part that they start from, from what is stored: both as they are."""
         return memory, shared
 
@@ -67,7 +67,7 @@ class Way:
 
 
 @dataclasses.dataclass(frozen=True)
-class PGP(Way):
+class PGP(ContinualStrategy):
     """Prompt Gradient Projection (Qiao et al., 2024): prompts move at right angles to what older tasks' images ask them.
 
     For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq; its value half moves freely, as in the
@@ -158,7 +158,7 @@ def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarr
 
 
 @dataclasses.dataclass(frozen=True)
-class EWC(Way):
+class EWC(ContinualStrategy):
     """Elastic Weight Consolidation (Kirkpatrick et al., 2017), online: + λ/2 Σ F (θ − θ*)² over everything trained.
 
     F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended. All weights are shared: forgetting
@@ -178,7 +178,7 @@ class EWC(Way):
         """Nothing to hold on to: F = 0."""
         return {"fisher": jax.tree.map(jnp.zeros_like, shared)}
 
-    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """With θ* as `anchor`."""
         return memory | {"anchor": shared}, shared
 
@@ -209,7 +209,7 @@ def _fisher(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, i
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(Way):
+class Distillation(ContinualStrategy):
     """The old network's answers on the batch's images, kept for the old classes.
 
     + λ T² KL between the softmaxes at temperature T = 2 over the classes of older tasks.
@@ -224,7 +224,7 @@ class Distillation(Way):
         """No class is old."""
         return {"seen": jnp.zeros(method.classes, bool)}
 
-    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """With the old network as `shared`."""
         return memory | {"shared": shared}, shared
 
@@ -262,4 +262,4 @@ class LwF(Distillation):
 
 
 # A way by the name it has in a config's `method`.
-KINDS: dict[str, type[Way]] = {"pgp": PGP, "ewc": EWC, "lwf": LwF}
+REGULARIZATION: dict[str, type[ContinualStrategy]] = {"pgp": PGP, "ewc": EWC, "lwf": LwF}

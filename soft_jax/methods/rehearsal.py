@@ -1,6 +1,6 @@
 """Rehearsal: images of older tasks, the exemplars, that are trained on again beside the new ones: DER++, iCaRL, BiC.
 
-These are `retention`'s ways that keep, beside arrays, which images of the training set are their exemplars: rows of that set, equally many
+These are strategies that keep, beside arrays, which images of the training set are their exemplars: rows of that set, equally many
 of every class seen (`exemplars` // classes), so a continued run needs the same set, which it checks. All of them train the whole network,
 with the cross entropy over all classes seen: they forget as fine-tuning does wherever so few images, which they come to know by heart, do
 not speak for the rest. They are the paper's rehearsal baselines on this backbone, under this project's optimizer and crops; where the
@@ -16,7 +16,7 @@ import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.errors import UserError
-from soft_jax.methods.regularization import Batch, Distillation, Way
+from soft_jax.methods.regularization import Batch, ContinualStrategy, Distillation
 
 if TYPE_CHECKING:
     from soft_jax.config import Config
@@ -41,7 +41,7 @@ class Reviewed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rehearsal(Way):
+class Rehearsal(ContinualStrategy):
     """What the three share. `joined`: exemplars are images of an epoch like the task's own; else every batch gets as many more of them.
 
     Memory: `{"rows": int32 [exemplars]}`, -1 where there are none yet, and each one's own.
@@ -49,28 +49,28 @@ class Rehearsal(Way):
 
     joined: ClassVar[bool] = True
     least: ClassVar[int] = 1  # exemplars of a class
-    exemplars: int
+    buffer_size: int
 
     @classmethod
     def from_config(cls, config: "Config") -> Self:
         """With as many exemplars as `config` says."""
-        return cls(exemplars=config.exemplars)
+        return cls(buffer_size=config.buffer_size)
 
     def check(self, classes: int) -> None:
         """Raise UserError where there are too few exemplars for so many classes."""
-        if self.exemplars < self.least * classes:
-            raise UserError(f"exemplars: {self.exemplars} is below {self.least * classes}, {self.least} for each of {classes} classes")
+        if self.buffer_size < self.least * classes:
+            raise UserError(f"buffer_size: {self.buffer_size} is below {self.least * classes}, {self.least} for each of {classes} classes")
 
     def share(self, seen: np.ndarray) -> int:
         """How many exemplars each class has when those of `seen` bool `[classes]` have been learned."""
-        return self.exemplars // int(seen.sum())
+        return self.buffer_size // int(seen.sum())
 
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """Those of a task's `rows`, in random order, that are not trained on; `labels` are theirs, `seen` counts the task's classes in."""
         return rows[:0]
 
-    def considered(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Those of a task's `rows`, in random order, that `remember` chooses from, in that order; arguments as in `held_out`."""
+    def candidate_indices(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """Those of a task's `rows`, in random order, that `update_buffer` chooses from, in that order; arguments as in `held_out`."""
         return rows[first_of_each(labels, self.share(seen))]
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -81,7 +81,7 @@ class Rehearsal(Way):
         """`columns` of `count` images of a task and the exemplars after them."""
         return {}
 
-    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The memory after a task, and what of its network is stored and classifies; `shared` is as it was trained."""
         raise NotImplementedError
 
@@ -126,7 +126,7 @@ class DERpp(Rehearsal):
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No exemplars."""
-        return {"rows": np.full(self.exemplars, -1, np.int32), "logits": np.zeros((self.exemplars, method.classes), np.float32)}
+        return {"rows": np.full(self.buffer_size, -1, np.int32), "logits": np.zeros((self.buffer_size, method.classes), np.float32)}
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Whether an image is an exemplar (1 or 0), and its logits of then."""
@@ -146,13 +146,13 @@ class DERpp(Rehearsal):
         squares = jnp.mean((logits - batch["then"]) ** 2, axis=1)
         return self.alpha / 2 * jnp.sum(jnp.where(weights > 0, squares * weights, 0)) / jnp.maximum(weights.sum(), 1)
 
-    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """Some of the new images at random, with their logits of now; fewer of the old. The network as it is."""
         old = np.asarray(memory["rows"]) >= 0
         logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
         kept = first_of_each(known.labels, self.share(known.seen))
-        room = np.zeros((self.exemplars - len(kept), logits.shape[1]))
-        rows = _padded(known.rows[kept], self.exemplars)
+        room = np.zeros((self.buffer_size - len(kept), logits.shape[1]))
+        rows = _padded(known.rows[kept], self.buffer_size)
         return {"rows": rows, "logits": np.concatenate([logits[kept], room]).astype(np.float32)}, shared
 
 
@@ -170,17 +170,17 @@ class ICaRL(Distillation, Rehearsal):
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
-        return super().init(method, shared) | {"rows": np.full(self.exemplars, -1, np.int32), "head": shared["head"]}
+        return super().init(method, shared) | {"rows": np.full(self.buffer_size, -1, np.int32), "head": shared["head"]}
 
-    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The network with its trained classifier, as the old one and to start from."""
-        return super().recall(memory, shared | {"head": memory["head"]})
+        return super().before_task(memory, shared | {"head": memory["head"]})
 
-    def considered(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    def candidate_indices(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """All: herding is towards their mean."""
         return rows
 
-    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier.
 
         A class without exemplars, since it has no images or is not learned yet, has no mean, and never wins.
@@ -196,7 +196,7 @@ class ICaRL(Distillation, Rehearsal):
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
         bias = np.where(np.isin(np.arange(len(means)), known.labels[kept]), 0, -np.inf).astype(np.float32)
         served = {"kernel": means.T.astype(np.float32), "bias": bias}
-        rows = _padded(known.rows[kept], self.exemplars)
+        rows = _padded(known.rows[kept], self.buffer_size)
         return {"seen": known.seen, "rows": rows, "head": shared["head"]}, shared | {"head": served}
 
 
@@ -226,12 +226,12 @@ class BiC(Distillation, Rehearsal):
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
-        empty = np.full(self.exemplars, -1, np.int32)
+        empty = np.full(self.buffer_size, -1, np.int32)
         return super().init(method, shared) | {"rows": empty, "validation": empty, "head": shared["head"]}
 
-    def recall(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The corrected network as the old one, and that before the correction to start from."""
-        return super().recall(memory, shared)[0], shared | {"head": memory["head"]}
+        return super().before_task(memory, shared)[0], shared | {"head": memory["head"]}
 
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The first of each class: a tenth of its exemplars, or of its images where those are fewer; none of a class of one image."""
@@ -249,7 +249,7 @@ class BiC(Distillation, Rehearsal):
         old, seen = (mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"]))
         return term / self.temperature**2 * old / jnp.maximum(seen - old, 1)
 
-    def remember(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
         """Some of the new images at random, fewer of the old; the network with α and β in its classifier."""
         count = max(1, self.share(known.seen) // 10)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
@@ -257,7 +257,7 @@ class BiC(Distillation, Rehearsal):
         held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], known.seen))
         validation = np.flatnonzero(held)[first_of_each(known.labels[held], count)]
         kept = np.flatnonzero(~held)[first_of_each(known.labels[~held], self.share(known.seen) - count)]
-        rows = {"rows": _padded(known.rows[kept], self.exemplars), "validation": _padded(known.rows[validation], self.exemplars)}
+        rows = {"rows": _padded(known.rows[kept], self.buffer_size), "validation": _padded(known.rows[validation], self.buffer_size)}
         served = shared["head"]
         if (known.seen & ~known.new).any():
             served = _corrected(served, known.new, *bias(known, validation))
@@ -291,4 +291,4 @@ def _corrected(head: pytrees.Tree, new: np.ndarray, alpha: float, beta: float) -
 
 
 # A way by the name it has in a config's `method`.
-KINDS: dict[str, type[Rehearsal]] = {"derpp": DERpp, "icarl": ICaRL, "bic": BiC}
+REHEARSAL: dict[str, type[Rehearsal]] = {"derpp": DERpp, "icarl": ICaRL, "bic": BiC}

@@ -2,7 +2,7 @@
 
 Each class is one kind: `slot` names its arrays in an adapter, `init` draws them, `weights` turns them into parameters that take the
 place of the backbone's (`kernels`), or stand beside them (`Bottleneck`). Products and sums are taken in float32: bfloat16 steps by 0.004
-near 1, which is where masks are. To add a kind, write its class here and its line in `KINDS`.
+near 1, which is where masks are. To add a kind, write its class here and its line in `REPARAMETRIZATIONS`.
 
 Of every kind, nothing of an old task's arrays changes later, so none of them forgets by itself: see `methods` for what does.
 """
@@ -68,13 +68,13 @@ def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
     return jax.tree.map(jnp.multiply, kernels, masks)
 
 
-class Reparam:
+class Reparametrization:
     """What a kind does unless it says otherwise. `slot` names its arrays in an adapter, `kernels` the parameters that they replace.
 
     `rank` is that of its matrices; 0: they are of any rank.
     """
 
-    slot: ClassVar[str]
+    adapter_key: ClassVar[str]
     kernels: tuple[str, ...]
     rank = 0
 
@@ -93,13 +93,13 @@ class Reparam:
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftMask(Reparam):
+class SoftMask(Reparametrization):
     """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1) is the published code's.
 
     `stored_as` and `stored_rank` say how the store keeps masks (`packing`).
     """
 
-    slot: ClassVar[str] = "mask"
+    adapter_key: ClassVar[str] = "mask"
     kernels: tuple[str, ...]
     init_as: str = "uniform"
     stored_as: str = "float32"
@@ -128,7 +128,7 @@ class SoftMask(Reparam):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def top_share(scores: jax.Array, keep: int) -> jax.Array:
+def top_k_mask(scores: jax.Array, keep: int) -> jax.Array:
     """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores themselves (straight-through).
 
     Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so the lowest that is kept is found bit by
@@ -166,27 +166,27 @@ def _highest(kind: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Ar
     return jax.lax.fori_loop(0, 8 * kind.itemsize, raised, kind.type(0))
 
 
-@top_share.defjvp
+@top_k_mask.defjvp
 def _straight_through(keep, primals, tangents):
-    return top_share(primals[0], keep), tangents[0]
+    return top_k_mask(primals[0], keep), tangents[0]
 
 
-def kept(share: float, size: int) -> int:
+def num_kept(share: float, size: int) -> int:
     """How many of `size` weights the top `share` is: at least 1."""
     return max(1, round(share * size))
 
 
 @dataclasses.dataclass(frozen=True)
-class BinaryMask(Reparam):
-    """WSN (Kang et al., 2022): scores s, and the top share `keep` of |s| in each kernel as a binary mask, straight-through to |s|.
+class BinaryMask(Reparametrization):
+    """WSN (Kang et al., 2022): scores s, and the top share `density` of |s| in each kernel as a binary mask, straight-through to |s|.
 
     With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10)) as in the published code, instead of 0.
     They are drawn with the task and not trained. The store keeps a bit a weight, and of the small values those that are used.
     """
 
-    slot: ClassVar[str] = "scores"
+    adapter_key: ClassVar[str] = "scores"
     kernels: tuple[str, ...]
-    keep: float = 0.9
+    density: float = 0.9
     soft: bool = False
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
@@ -199,7 +199,7 @@ class BinaryMask(Reparam):
         return own
 
     def _binary(self, own: pytrees.Tree) -> pytrees.Tree:
-        return jax.tree.map(lambda scores: top_share(jnp.abs(scores), kept(self.keep, scores.size)), own["scores"])
+        return jax.tree.map(lambda scores: top_k_mask(jnp.abs(scores), num_kept(self.density, scores.size)), own["scores"])
 
     def masks(self, own: pytrees.Tree) -> pytrees.Tree:
         """The masks that the scores stand for."""
@@ -233,18 +233,18 @@ class BinaryMask(Reparam):
         return own
 
     def _dropped(self, mask: jax.Array) -> jax.Array:
-        return jnp.flatnonzero(mask == 0, size=mask.size - kept(self.keep, mask.size))
+        return jnp.flatnonzero(mask == 0, size=mask.size - num_kept(self.density, mask.size))
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA(Reparam):
+class LoRA(Reparametrization):
     """LoRA (Hu et al., 2022): W + 8 A B, rank `rank`, for q, k, v each by itself and `proj`, `fc1`, `fc2` whole.
 
     8 is alpha / rank of the published baseline (32 / 4), at every rank of Table 7; its dropout of 0.1 on the way in is left out.
     B starts at 0: a new task starts as the backbone, to the bit.
     """
 
-    slot: ClassVar[str] = "lora"
+    adapter_key: ClassVar[str] = "lora"
     SCALE: ClassVar[float] = 8.0
     kernels: tuple[str, ...]
     rank: int = 4
@@ -276,14 +276,14 @@ class LoRA(Reparam):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bottleneck(Reparam):
+class Bottleneck(Reparametrization):
     """Adapter (Houlsby et al., 2019), placed as the published baseline's: x + up(GELU(down x)) behind fc1 and behind fc2, no biases.
 
     The published ones are never trained (they require no gradient); these are. `up` starts at 0: a new task starts as the backbone.
     They stand beside the backbone's parameters, under the names that `vit.Mlp` looks for, so there is nothing to superpose for Gradient ID.
     """
 
-    slot: ClassVar[str] = "bottleneck"
+    adapter_key: ClassVar[str] = "bottleneck"
     kernels: ClassVar[tuple[str, ...]] = ()
     layers: tuple[int, ...]
     rank: int = 4
@@ -310,22 +310,22 @@ class Bottleneck(Reparam):
 
 
 def _lora(c, layers):
-    weights = c.mask_weights.split("+")
+    weights = c.target_modules.split("+")
     parts = (0, 2) if "qv" in weights else (0, 1, 2)
     return LoRA(kernel_paths(weights, layers), c.rank, parts)
 
 
 # A kind by the name it has in a config's `method`, from the config's settings and its layers, counted from 0.
-KINDS = {
-    "softtf": lambda c, layers: SoftMask(kernel_paths(c.mask_weights.split("+"), layers), c.mask_init, c.mask_storage, c.rank),
-    "wsn": lambda c, layers: BinaryMask(kernel_paths(c.mask_weights.split("+"), layers), c.keep),
-    "softnet": lambda c, layers: BinaryMask(kernel_paths(c.mask_weights.split("+"), layers), c.keep, soft=True),
+REPARAMETRIZATIONS = {
+    "softtf": lambda c, layers: SoftMask(kernel_paths(c.target_modules.split("+"), layers), c.mask_init, c.mask_storage, c.rank),
+    "wsn": lambda c, layers: BinaryMask(kernel_paths(c.target_modules.split("+"), layers), c.density),
+    "softnet": lambda c, layers: BinaryMask(kernel_paths(c.target_modules.split("+"), layers), c.density, soft=True),
     "lora": _lora,
     "adapter": lambda c, layers: Bottleneck(layers, c.rank),
 }
 
 
-def check(reparam: Reparam, vit: ViTConfig) -> None:
+def check(reparam: Reparametrization, vit: ViTConfig) -> None:
     """Raise UserError where a rank that is used is larger than the layer is wide."""
     if reparam.rank > vit.dim:
         raise UserError(f"rank: {reparam.rank} is above the backbone's width, {vit.dim}")

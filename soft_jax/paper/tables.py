@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from soft_jax.config import FREE, Config
+from soft_jax.config import RUNTIME_FIELDS, Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import report
 from soft_jax.store.folder import Reader
@@ -68,12 +68,12 @@ METHODS = {
     "DualPrompt-PGP": {"method": "dualprompt+pgp"},
     "DualPrompt-Soft-TF": {"method": "dualprompt+softtf"},
     "DualPrompt-PGP-Soft-TF": {"method": "dualprompt+pgp+softtf"},
-    "DualPrompt-WSN c=90%": {"method": "dualprompt+wsn", "keep": 0.9},
-    "DualPrompt-SoftNet c=90%": {"method": "dualprompt+softnet", "keep": 0.9},
-    "DualPrompt-LoRA r=4": {"method": "dualprompt+lora", "mask_weights": "qv+proj", "rank": 4},
+    "DualPrompt-WSN c=90%": {"method": "dualprompt+wsn", "density": 0.9},
+    "DualPrompt-SoftNet c=90%": {"method": "dualprompt+softnet", "density": 0.9},
+    "DualPrompt-LoRA r=4": {"method": "dualprompt+lora", "target_modules": "qv+proj", "rank": 4},
     "DualPrompt-Adapter r=4": {"method": "dualprompt+adapter", "rank": 4},
     "Soft-TF": {"method": "softtf"},
-    "LoRA r=4": {"method": "lora", "mask_weights": "qv+proj", "rank": 4},
+    "LoRA r=4": {"method": "lora", "target_modules": "qv+proj", "rank": 4},
     "Upper bound of FT": {"method": "ft", "tasks": 1} | WHOLE_NETWORK,
     "Upper bound of DualPrompt": {"method": "dualprompt", "tasks": 1},
     "Upper bound of Soft-TF": {"method": "dualprompt+softtf", "tasks": 1},
@@ -90,7 +90,7 @@ LAYERS = {f"DualPrompt-Soft-TF-L[{layer}]": _SOFTTF | {"mask_layers": (layer,)} 
 
 # What is masked in a layer, under the paper's names for it.
 WEIGHTS = {
-    f"DualPrompt-Soft-TF-{which} {name}": _SOFTTF | {"mask_layers": layers, "mask_weights": weights}
+    f"DualPrompt-Soft-TF-{which} {name}": _SOFTTF | {"mask_layers": layers, "target_modules": weights}
     for which, layers in (("L[12]", (12,)), ("L[10,11,12]", (10, 11, 12)))
     for name, weights in (("only ATTN", "qkv"), ("w/o FF", "qkv+proj"), ("w/ FF", "qkv+proj+mlp"))
 }
@@ -124,7 +124,7 @@ def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
     if name.startswith("CLIP") or name == "DER+MCG":
         return None
     if name in WHOLE:
-        exemplars = {"exemplars": row["exemplars"]} if row.get("exemplars") else {}
+        exemplars = {"buffer_size": row["exemplars"]} if row.get("exemplars") else {}
         return {"method": WHOLE[name]} | exemplars | WHOLE_NETWORK
     if name.startswith("Upper bound of "):
         hosted = name.removeprefix("Upper bound of ")
@@ -140,11 +140,11 @@ def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
             settings["mask_layers"] = tuple(range(1, 13)) if part == "adapter" else layers or (10, 11, 12)
     settings["e_prompt_layers"] = (10, 11, 12) if "mask_layers" in settings and layers != (3, 4, 5) else (3, 4, 5)
     if "lora" in parts:
-        settings["mask_weights"] = "qv+proj"
+        settings["target_modules"] = "qv+proj"
     elif "softtf" in parts or "wsn" in parts:
-        settings["mask_weights"] = "qkv" if name.endswith(" q,k,v") else "qkv+proj"
+        settings["target_modules"] = "qkv" if name.endswith(" q,k,v") else "qkv+proj"
     if found := re.search(r" c=(\d+)%", name):
-        settings["keep"] = int(found[1]) / 100
+        settings["density"] = int(found[1]) / 100
     if found := re.search(r" r=(\d+)", name):
         settings["rank"] = int(found[1])
     return settings | {"method": "+".join(parts)} | _qualified(row)
@@ -246,7 +246,7 @@ def fixed(row: Row) -> dict[str, Any]:
 
 def folder_of(config: Config) -> str:
     """The run's folder below the table's workdir: its method, what tells it apart, a digest of all its settings, and its seed."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in {*FREE, "name", "seed"}}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in {*RUNTIME_FIELDS, "name", "seed"}}
     settings |= {field: getattr(config, field) for field in told_apart(config.dataset) if getattr(config, field)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.method}-{config.dataset}-{config.tasks}x-{digest}/seed{config.seed}"

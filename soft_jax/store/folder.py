@@ -63,7 +63,7 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
         with _checkpointer(named) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)))
     except Exception as error:  # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
-        if distributed.first():
+        if distributed.is_primary():
             clean(path.parent)
         raise UserError(
             f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are as they were; "
@@ -209,10 +209,10 @@ class Store(Reader):
         """Make the folder, or open it. Raises UserError when it can't be written, or another process runs in it."""
         super().__init__(workdir)
         self._locked = None
-        distributed.agreed(self._open)
+        distributed.run_on_all(self._open)
 
     def _open(self) -> None:
-        if not distributed.first():
+        if not distributed.is_primary():
             if not self.tasks.is_dir():
                 raise UserError(f"workdir: {self.root}, which the first process opened, is not there for another; take one that all see")
             return
@@ -258,8 +258,8 @@ class Store(Reader):
         """Make the folder this run's: `identity` is what makes it this one. Raises UserError as `compare` does."""
         self.compare(identity)
         self.identity = json.loads(json.dumps(identity))
-        distributed.wait()  # all have compared
-        if distributed.first():
+        distributed.barrier()  # all have compared
+        if distributed.is_primary():
             write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
 
     def save_task(self, task: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
@@ -270,7 +270,7 @@ class Store(Reader):
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
         """Keep the state of task `task` after `step` steps and `seconds` of training in the place of the one before."""
         path = self.training / f"{task:03d}-{step:06d}"
-        if not distributed.highest(path.exists())[0]:
+        if not distributed.all_max(path.exists())[0]:
             save(path, {"state": state}, {"task": task, "step": step, "seconds": seconds})
         self._keep_only(path)
 
@@ -285,19 +285,19 @@ class Store(Reader):
     def set_aside_training(self) -> Path:
         """Move every kept training state out of the way, never to be read again; returns where to."""
         aside = self.root / "damaged"
-        if distributed.first():
+        if distributed.is_primary():
             aside.mkdir(exist_ok=True)
             for path in self._states():
                 os.replace(path, aside / f"{path.name}-{time.time_ns()}")
-        distributed.wait()
+        distributed.barrier()
         return aside
 
     def _states(self) -> list[Path]:
         return sorted(path for path in self.training.iterdir() if re.fullmatch(r"\d+-\d+", path.name))
 
     def _keep_only(self, path: Path | None) -> None:
-        if distributed.first():
+        if distributed.is_primary():
             for other in self._states():
                 if other != path:
                     shutil.rmtree(other)
-        distributed.wait()
+        distributed.barrier()

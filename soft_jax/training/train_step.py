@@ -23,18 +23,18 @@ Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StepConfig:
     """Everything static of a training step. `learning_rate` is the optimizer's own; `augment` None takes images as they are.
 
-    With `fixed_query` a batch brings its q(x) along; else it is that of the augmented images.
+    With `cache_queries` a batch brings its q(x) along; else it is that of the augmented images.
     """
 
     method: Method
     learning_rate: float
     clip_norm: float = 1.0
-    pull: float = 1.0
+    key_loss_weight: float = 1.0
     augment: Augment | None = None
-    fixed_query: bool = False
+    cache_queries: bool = False
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam(0.9, 0.999, eps 1e-8) with a constant learning rate."""
@@ -56,18 +56,18 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def recipe_from_config(config: Config, method: Method, on_device: bool = True) -> Recipe:
-    """The recipe that `config` asks for; the learning rate is scaled by batch size / 256.
+def step_config_from(config: Config, method: Method, on_device: bool = True) -> StepConfig:
+    """The step_config that `config` asks for; the learning rate is scaled by batch size / 256.
 
     `on_device`: whether images are augmented in the step; those of files are before it.
     """
-    return Recipe(
+    return StepConfig(
         method=method,
         learning_rate=config.learning_rate * config.batch_size / 256,
         clip_norm=config.clip_norm,
-        pull=config.pull,
+        key_loss_weight=config.key_loss_weight,
         augment=augmentation(config, method) if on_device else None,
-        fixed_query=config.fixed_query,
+        cache_queries=config.cache_queries,
     )
 
 
@@ -76,10 +76,10 @@ def augmentation(config: Config, method: Method) -> Augment:
     return Augment(method.vit.image_size, config.crop_scale, config.crop_ratio, config.flip)
 
 
-def init_state(recipe: Recipe, adapter: Adapter, shared: Shared) -> TrainState:
+def init_state(step_config: StepConfig, adapter: Adapter, shared: Shared) -> TrainState:
     """The state before a task's first step; the optimizer starts anew with each task."""
     trainable = {"adapter": adapter, "shared": shared}
-    return TrainState(jnp.zeros((), jnp.int32), trainable, recipe.optimizer().init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, step_config.optimizer().init(trainable))
 
 
 def stream(seed: int, name: str, task: int) -> jax.Array:
@@ -88,7 +88,7 @@ def stream(seed: int, name: str, task: int) -> jax.Array:
 
 
 def loss_fn(
-    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, recipe: Recipe
+    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, step_config: StepConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of weight 1 (Soft-TF, section 3).
 
@@ -97,10 +97,10 @@ def loss_fn(
 
     `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for padding, which
     stands at the end), `class_mask` bool `[classes]`, the task's classes (with rehearsal all seen), `memory`, the method's `columns`, and
-    `query` `[B, dim]` where the recipe says so.
+    `query` `[B, dim]` where the step_config says so.
     The second result names the terms.
     """
-    method, weights = recipe.method, batch["weights"]
+    method, weights = step_config.method, batch["weights"]
     images, total = batch["images"], weights.sum()
 
     def mean(x):
@@ -109,7 +109,7 @@ def loss_fn(
     adapter, shared = trainable["adapter"], trainable["shared"]
     query, selected, pulled = None, None, jnp.zeros(len(weights), weights.dtype)
     if method.by_task or method.pool_size:
-        query = batch["query"] if recipe.fixed_query else jax.lax.stop_gradient(method.query(backbone, images))
+        query = batch["query"] if step_config.cache_queries else jax.lax.stop_gradient(method.query(backbone, images))
     if method.by_task:
         pulled += prompts.similarity(query.astype(adapter["key"].dtype), adapter["key"][None])[:, 0]
     if method.pool_size:
@@ -122,47 +122,47 @@ def loss_fn(
     masked = jnp.where(batch["class_mask"][None], logits, -jnp.inf)
     cross_entropy = mean(optax.softmax_cross_entropy_with_integer_labels(masked, batch["labels"]))
     key_similarity = mean(pulled)
-    loss = cross_entropy - recipe.pull * key_similarity
-    if method.retention:
-        loss += method.retention.loss(batch["memory"], method, trainable, backbone, batch, logits)
+    loss = cross_entropy - step_config.key_loss_weight * key_similarity
+    if method.strategy:
+        loss += method.strategy.loss(batch["memory"], method, trainable, backbone, batch, logits)
     hits = mean((masked.argmax(axis=-1) == batch["labels"]).astype(weights.dtype))
     terms = {"loss": loss, "cross_entropy": cross_entropy, "key_similarity": key_similarity, "accuracy": hits}
     return loss, terms | {"logits": logits} | ({} if query is None else {"query": query})
 
 
 def gradients(
-    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, recipe: Recipe
+    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, step_config: StepConfig
 ) -> tuple[pytrees.Tree, dict[str, Any]]:
     """Gradients of every trained array, clipped to a global norm, then projected where the method does; with `loss_fn`'s terms and
     `grad_norm` (before clipping).
 
-    Where `batch["hold_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then leaves it as it is, to the bit.
+    Where `batch["freeze_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then leaves it as it is, to the bit.
     Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_` does (Optax divides by the norm alone).
     """
-    grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, recipe)
+    grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, step_config)
     if "g_prompt" in grads["shared"]:
-        g_prompt = jnp.where(batch["hold_g_prompt"], 0, grads["shared"]["g_prompt"])
+        g_prompt = jnp.where(batch["freeze_g_prompt"], 0, grads["shared"]["g_prompt"])
         grads = grads | {"shared": grads["shared"] | {"g_prompt": g_prompt}}
     norm = optax.tree.norm(grads)
-    scale = jnp.minimum(recipe.clip_norm / (norm + 1e-6), 1)
+    scale = jnp.minimum(step_config.clip_norm / (norm + 1e-6), 1)
     grads = jax.tree.map(lambda g: g * scale, grads)
-    if recipe.method.retention:
-        grads = recipe.method.retention.project(batch["memory"], recipe.method, grads)
+    if step_config.method.strategy:
+        grads = step_config.method.strategy.project(batch["memory"], step_config.method, grads)
     return grads, terms | {"grad_norm": norm}
 
 
 def train_step(
-    state: TrainState, backbone: pytrees.Tree, batch: Batch, key: jax.Array, *, recipe: Recipe
+    state: TrainState, backbone: pytrees.Tree, batch: Batch, key: jax.Array, *, step_config: StepConfig
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on uint8 images: augment, query, gradients, Adam. `key` is the task's augmentation stream.
 
     Returns the new state and the scalars `loss`, `cross_entropy`, `key_similarity`, `accuracy` and `grad_norm`.
     """
     images = batch["images"]
-    if recipe.augment is not None:
-        images = augment(jax.random.fold_in(key, state.step), images, recipe.augment)
-    grads, terms = gradients(state.trainable, backbone, {**batch, "images": to_unit(images, batch["weights"].dtype)}, recipe)
-    updates, opt_state = recipe.optimizer().update(grads, state.opt_state, state.trainable)
+    if step_config.augment is not None:
+        images = augment(jax.random.fold_in(key, state.step), images, step_config.augment)
+    grads, terms = gradients(state.trainable, backbone, {**batch, "images": to_unit(images, batch["weights"].dtype)}, step_config)
+    updates, opt_state = step_config.optimizer().update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     return TrainState(state.step + 1, trainable, opt_state), {name: terms[name] for name in TERMS}
 
@@ -176,7 +176,7 @@ def train_steps(
     key: jax.Array,
     count: jax.Array,
     *,
-    recipe: Recipe,
+    step_config: StepConfig,
     sharding: NamedSharding,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`count` times `train_step`, on images that are on the devices already.
@@ -190,7 +190,7 @@ def train_steps(
         fixed: the rest of a batch, the same for every step.
         key: the task's augmentation stream.
         count: int, at most CHUNK.
-        recipe: everything static.
+        step_config: everything static.
         sharding: of a batch.
 
     Returns:
@@ -202,7 +202,7 @@ def train_steps(
         rows = jax.lax.with_sharding_constraint(batches["rows"][index], sharding)
         taken = {name: jax.lax.with_sharding_constraint(array[rows], sharding) for name, array in pool.items()}
         batch = {**taken, **fixed, "weights": jax.lax.with_sharding_constraint(batches["weights"][index], sharding)}
-        state, now = train_step(state, backbone, batch, key, recipe=recipe)
+        state, now = train_step(state, backbone, batch, key, step_config=step_config)
         return state, {name: terms[name].at[index].set(now[name]) for name in TERMS}
 
     return jax.lax.fori_loop(0, count, step, (state, {name: jnp.zeros(CHUNK, batches["weights"].dtype) for name in TERMS}))
@@ -229,27 +229,27 @@ def by_row(mesh: Mesh) -> NamedSharding:
 
 
 @functools.cache
-def compile_step(recipe: Recipe, mesh: Mesh) -> Any:
+def compile_step(step_config: StepConfig, mesh: Mesh) -> Any:
     """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
     whole, rows = replicated(mesh), by_row(mesh)
-    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "hold_g_prompt": whole, "memory": whole}
-    batch |= dict.fromkeys(recipe.method.columns, rows) | ({"query": rows} if recipe.fixed_query else {})
-    step = functools.partial(train_step, recipe=recipe)
+    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "freeze_g_prompt": whole, "memory": whole}
+    batch |= dict.fromkeys(step_config.method.columns, rows) | ({"query": rows} if step_config.cache_queries else {})
+    step = functools.partial(train_step, step_config=step_config)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)
 
 
 @functools.cache
-def compile_steps(recipe: Recipe, mesh: Mesh) -> Any:
+def compile_steps(step_config: StepConfig, mesh: Mesh) -> Any:
     """`train_steps` jitted over `mesh`, the state donated: every device holds the whole pool and works on its rows of each batch."""
-    steps = functools.partial(train_steps, recipe=recipe, sharding=by_row(mesh))
+    steps = functools.partial(train_steps, step_config=step_config, sharding=by_row(mesh))
     return jax.jit(steps, donate_argnums=0, in_shardings=replicated(mesh), out_shardings=replicated(mesh))
 
 
 @functools.cache
-def compile_init(recipe: Recipe, mesh: Mesh) -> Any:
+def compile_init(step_config: StepConfig, mesh: Mesh) -> Any:
     """`init_state` jitted over `mesh`, of copies: a step donates its state, and others hold the adapter and the shared part."""
 
     def init(adapter, shared):
-        return init_state(recipe, *jax.tree.map(jnp.copy, (adapter, shared)))
+        return init_state(step_config, *jax.tree.map(jnp.copy, (adapter, shared)))
 
     return jax.jit(init, in_shardings=replicated(mesh), out_shardings=replicated(mesh))
