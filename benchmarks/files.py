@@ -1,7 +1,7 @@
 """Whether files come as fast as they are used: python -m benchmarks.files
 
-Writes JPEG files of photographs' size, smooth with some noise, and takes batches of them as training does, decoded, cropped and resized to
-224 pixels; against the same work in one thread.
+Writes JPEG files of photographs' size, smooth with some noise, and takes batches of them as
+training does, decoded, cropped and resized to 224 pixels; against the same work in one thread.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from soft_jax.data.augmentation import Augment, augment_file
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=240)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=8)
@@ -27,13 +29,17 @@ def main() -> None:
     rng, contents = np.random.default_rng(0), []
     for _ in range(arguments.files):
         width, height = rng.integers(300, 600, 2).tolist()
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (height, width, 3))
         file = io.BytesIO()
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         contents.append(file.getvalue())
     count, spec = len(contents), Augment(224)
-    files = sources.EncodedImages(contents.__getitem__, str, [""] * count, np.zeros(count, np.int32), np.arange(count))
+    files = sources.EncodedImages(
+        contents.__getitem__, str, [""] * count, np.zeros(count, np.int32), np.arange(count)
+    )
     start = time.perf_counter()
     for index in range(count):
         augment_file(rng, Image.fromarray(files.image(index)), spec)
@@ -45,8 +51,19 @@ def main() -> None:
     taken = sum(len(batch["labels"]) for batch, _ in feed)
     together = taken / (time.perf_counter() - start)
     print(f"{np.mean([len(c) for c in contents]) / 1024:.0f} KiB a file, {os.cpu_count()} cores")
-    print(f"one thread: {alone:.0f} images/s; the pipeline: {together:.0f} images/s, {together / alone:.2f} ×")
-    print(json.dumps({"one_thread": alone, "pipeline": together, "bytes": float(np.mean([len(c) for c in contents]))}))
+    print(
+        f"one thread: {alone:.0f} images/s; the pipeline: {together:.0f} images/s, "
+        f"{together / alone:.2f} ×"
+    )
+    print(
+        json.dumps(
+            {
+                "one_thread": alone,
+                "pipeline": together,
+                "bytes": float(np.mean([len(c) for c in contents])),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

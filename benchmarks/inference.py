@@ -1,7 +1,8 @@
 """What inference costs, as ratios measured side by side in one run: python -m benchmarks.inference
 
-Alternatives take turns, and a ratio is the median over the rounds. Masks are drawn at random and nothing is trained: only times and
-memory are of interest. ViT-B/16 without its file: python -m benchmarks.inference --backbone=vit_b16 --random
+Alternatives take turns, and a ratio is the median over the rounds. Masks are drawn at random and
+nothing is trained: only times and memory are of interest. ViT-B/16 without its file: python -m
+benchmarks.inference --backbone=vit_b16 --random
 """
 
 import argparse
@@ -37,26 +38,46 @@ FEATURES = 2000
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="vit_ti8_32")
-    parser.add_argument("--random", action="store_true", help="draw the backbone instead of loading it")
+    parser.add_argument(
+        "--random", action="store_true", help="draw the backbone instead of loading it"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--mask-weights", default="qkv+proj", help="joined by +: qkv, proj, mlp")
     parser.add_argument("--images", type=int, default=256, help="of one request")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tasks", type=int, nargs=2, default=(10, 100), help="the few and the many that are compared")
+    parser.add_argument(
+        "--tasks",
+        type=int,
+        nargs=2,
+        default=(10, 100),
+        help="the few and the many that are compared",
+    )
     parser.add_argument("--memory-tasks", type=int, nargs="*", default=(10, 50, 200))
-    parser.add_argument("--budget-tasks", type=int, default=10, help="whose θ ⊙ m the budget of the memory measurement holds")
+    parser.add_argument(
+        "--budget-tasks",
+        type=int,
+        default=10,
+        help="whose θ ⊙ m the budget of the memory measurement holds",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     if arguments.child:
         return _memory_of(arguments)
-    print(f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, {arguments.images} images a request")
+    print(
+        f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, "
+        f"{arguments.images} images a request"
+    )
     few, many = arguments.tasks
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+        lambda event, *_, **__: (
+            compiled.append(event) if event.endswith("backend_compile_duration") else None
+        )
     )
     requests = {count: Requests(arguments, count) for count in (few, many)}
     _dispatch(requests[few], arguments.rounds)
@@ -69,13 +90,19 @@ def main() -> None:
 
 def random_backbone(vit: ViTConfig) -> pytrees.Tree:
     """Frozen parameters as they are drawn, on the devices."""
-    return jax.jit(ViT(vit).init)(jax.random.key(0), np.zeros((1, vit.image_size, vit.image_size, 3), np.float32))["params"]
+    return jax.jit(ViT(vit).init)(
+        jax.random.key(0), np.zeros((1, vit.image_size, vit.image_size, 3), np.float32)
+    )["params"]
 
 
 def _method(arguments: argparse.Namespace, classes: int) -> tuple[Method, dict]:
-    config = Config(backbone=arguments.backbone, target_modules=arguments.target_modules, dtype=arguments.dtype)
+    config = Config(
+        backbone=arguments.backbone, target_modules=arguments.target_modules, dtype=arguments.dtype
+    )
     if arguments.random:
-        vit = dataclasses.replace(backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
+        vit = dataclasses.replace(
+            backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype
+        )
         params = random_backbone(vit)
     else:
         loaded = backbones.load(arguments.backbone, "", 0, arguments.dtype)
@@ -92,14 +119,20 @@ class Requests:
         whole = train_step.replicated(self.batching.mesh)
         params = jax.device_put(params, whole)
         size = method.vit.image_size
-        self.images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
+        self.images = (
+            np.random.default_rng(0)
+            .integers(0, 256, (arguments.images, size, size, 3))
+            .astype(np.uint8)
+        )
         draw = jax.jit(method.init_adapter)
         self.adapters = [draw(jax.random.key(task), params) for task in range(count)]
         query = engine.queries(method, params, self.images, self.batching, prepared=True)
         # Keys towards single images, so that tasks share the images out.
         keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
         projection = prototypes.projection(0, method.vit.dim, FEATURES)
-        drawn = np.random.default_rng(1).normal(0, 1e-2, (FEATURES, method.classes)).astype(np.float32)
+        drawn = (
+            np.random.default_rng(1).normal(0, 1e-2, (FEATURES, method.classes)).astype(np.float32)
+        )
         classifier = prototypes.Classifier(projection, drawn, np.ones(method.classes, bool))
         self.model = engine.Model(
             method=method,
@@ -130,25 +163,37 @@ class Requests:
     def batch_prompt(self) -> None:
         """The published batches, each by the majority of its images' nearest keys."""
         model, batches = self.model, protocols.Batches(len(self.images), BATCH)
-        tokens, query = engine.encode(model, self.images, self.batching, queried=True, prepared=True)
+        tokens, query = engine.encode(
+            model, self.images, self.batching, queried=True, prepared=True
+        )
         nearest = engine.key_similarity(model, query, self.batching).argmax(axis=1)
         voted = identity.majority(nearest, batches.index, self.count)
         engine.logits(model, tokens, engine.alone(voted), self.batching)
 
     def batch_gradient(self) -> None:
-        """The published batches, each by ∂H/∂α on its first images; only those need q(x), for the vote on the E-prompt."""
+        """The published batches, each by ∂H/∂α on its first images; only those need q(x), for
+        the vote on the E-prompt.
+        """
         model, batches = self.model, protocols.Batches(len(self.images), BATCH)
         tokens, _ = engine.encode(model, self.images, self.batching, queried=False, prepared=True)
         shots = np.flatnonzero(batches.position < SHOTS)
         nearest = np.zeros(len(self.images), int)
-        query = engine.queries(model.method, model.backbone, self.images[shots], self.batching, prepared=True)
+        query = engine.queries(
+            model.method, model.backbone, self.images[shots], self.batching, prepared=True
+        )
         nearest[shots] = engine.key_similarity(model, query, self.batching).argmax(axis=1)
-        gradients = protocols.batch_alpha_gradients(model, tokens, nearest, batches, SHOTS, self.batching)
-        engine.logits(model, tokens, engine.alone(gradients.argmin(axis=1)[batches.index]), self.batching)
+        gradients = protocols.batch_alpha_gradients(
+            model, tokens, nearest, batches, SHOTS, self.batching
+        )
+        engine.logits(
+            model, tokens, engine.alone(gradients.argmin(axis=1)[batches.index]), self.batching
+        )
 
 
 def compare(rounds: int, **alternatives: Callable[[], None]) -> dict[str, float]:
-    """Seconds of each, the median of `rounds` in which they take turns; and by "a/b" the median of the rounds' ratios."""
+    """Seconds of each, the median of `rounds` in which they take turns; and by "a/b" the median
+    of the rounds' ratios.
+    """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(rounds + 1):
         for name, function in alternatives.items():
@@ -156,29 +201,54 @@ def compare(rounds: int, **alternatives: Callable[[], None]) -> dict[str, float]
             function()
             if turn:  # the first compiles
                 times[name].append(time.perf_counter() - start)
-    ratios = {f"{a}/{b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)) for a in times for b in times if a != b}
+    ratios = {
+        f"{a}/{b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+        for a in times
+        for b in times
+        if a != b
+    }
     return {name: statistics.median(values) for name, values in times.items()} | ratios
 
 
 def _dispatch(requests: Requests, rounds: int) -> None:
     one = np.zeros(len(requests.images), int)
-    times = compare(rounds, one=lambda: requests.given(one), mixed=lambda: requests.given(requests.mix))
-    print(f"\nThroughput, images of {requests.count} tasks mixed against one task's, tasks given: {times['one/mixed']:.2f}")
+    times = compare(
+        rounds, one=lambda: requests.given(one), mixed=lambda: requests.given(requests.mix)
+    )
+    print(
+        f"\nThroughput, images of {requests.count} tasks mixed against one task's, tasks given: "
+        f"{times['one/mixed']:.2f}"
+    )
     print(f"  {len(one) / times['one']:.0f} and {len(one) / times['mixed']:.0f} images/s")
 
 
 def _identification(requests: dict[int, Requests], rounds: int) -> None:
     few, many = requests.values()
-    ways = {name: lambda r, name=name: r.per_sample(name) for name in ("prompt", "gradient", "prototype")}
+    ways = {
+        name: lambda r, name=name: r.per_sample(name)
+        for name in ("prompt", "gradient", "prototype")
+    }
     ways |= {"batch_prompt": Requests.batch_prompt, "batch_gradient": Requests.batch_gradient}
-    times = compare(rounds, **{f"{name}@{r.count}": lambda way=way, r=r: way(r) for name, way in ways.items() for r in (few, many)})
+    times = compare(
+        rounds,
+        **{
+            f"{name}@{r.count}": lambda way=way, r=r: way(r)
+            for name, way in ways.items()
+            for r in (few, many)
+        },
+    )
     print("\nTime of a request, identification and prediction")
     for name in ways:
         base = "batch_prompt" if name.startswith("batch") else "prompt"
         print(
             f"  {name:15s} T={few.count}: {times[f'{name}@{few.count}']:.3f} s"
-            + (f", {times[f'{name}@{few.count}/{base}@{few.count}']:.2f} × {base}" if name != base else "")
-            + f"; T={many.count}: {times[f'{name}@{many.count}/{name}@{few.count}']:.2f} × T={few.count}"
+            + (
+                f", {times[f'{name}@{few.count}/{base}@{few.count}']:.2f} × {base}"
+                if name != base
+                else ""
+            )
+            + f"; T={many.count}: {times[f'{name}@{many.count}/{name}@{few.count}']:.2f} × "
+            f"T={few.count}"
         )
 
 
@@ -190,44 +260,84 @@ def _compilations(requests: Requests, compiled: list[str]) -> None:
         compiled.clear()
         for _ in range(20):
             count = rng.integers(1, len(requests.images) + 1)
-            predictor.predict_prepared(requests.images[:count], rng.integers(0, requests.count, count) if name == "oracle" else None)
+            predictor.predict_prepared(
+                requests.images[:count],
+                rng.integers(0, requests.count, count) if name == "oracle" else None,
+            )
         print(f"  {name}: {len(compiled)}")
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    print(f"\nPeak memory of a process that answers a mixed request, θ ⊙ m of {arguments.budget_tasks} tasks in the budget")
+    print(
+        "\nPeak memory of a process that answers a mixed request, θ ⊙ m of "
+        f"{arguments.budget_tasks} tasks in the budget"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for count in arguments.memory_tasks:
             workdir = Path(folder) / str(count)
             _write_run(arguments, workdir, count)
             for name in ("prompt", "gradient"):
-                command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], f"--child={workdir}:{name}"]
-                row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-                text = ", ".join(f"{key} {value / 2**20:.0f} MiB" for key, value in row.items() if value)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.inference",
+                    *sys.argv[1:],
+                    f"--child={workdir}:{name}",
+                ]
+                row = json.loads(
+                    subprocess.run(
+                        command, check=True, capture_output=True, text=True
+                    ).stdout.splitlines()[-1]
+                )
+                text = ", ".join(
+                    f"{key} {value / 2**20:.0f} MiB" for key, value in row.items() if value
+                )
                 print(f"  {name}, {count} tasks: {text}", flush=True)
 
 
 def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None:
     """A workdir as a run would leave it, with masks that nobody trained."""
     method, params = _method(arguments, classes=10 * count)
-    config = Config(backbone=arguments.backbone, target_modules=arguments.target_modules, dtype=arguments.dtype, tasks=count)
+    config = Config(
+        backbone=arguments.backbone,
+        target_modules=arguments.target_modules,
+        dtype=arguments.dtype,
+        tasks=count,
+    )
     shared, draw = method.init_shared(jax.random.key(1), params), jax.jit(method.init_adapter)
     with closing(Store(workdir)) as store:
         store.claim(dataclasses.asdict(config) | {"backbone_sha256": "0" * 64})
         for task in range(count):
             classes = list(range(10 * task, 10 * task + 10))
-            manifest = {"classes": classes, "class_names": list(map(str, classes)), "config": dataclasses.asdict(config)}
-            store.save_task(task, {"adapter": draw(jax.random.key(task), params), "shared": shared}, manifest)
+            manifest = {
+                "classes": classes,
+                "class_names": list(map(str, classes)),
+                "config": dataclasses.asdict(config),
+            }
+            store.save_task(
+                task, {"adapter": draw(jax.random.key(task), params), "shared": shared}, manifest
+            )
 
 
 def _memory_of(arguments: argparse.Namespace) -> None:
     workdir, _, task_id_ = arguments.child.rpartition(":")
     method, params = _method(arguments, classes=1)
-    backbones.load = lambda *_: backbones.Backbone(arguments.backbone, method.vit, jax.device_get(params), "0" * 64)
+    backbones.load = lambda *_: backbones.Backbone(
+        arguments.backbone, method.vit, jax.device_get(params), "0" * 64
+    )
     each = engine.TaskWeights(method, params, dict, 0).bytes_each
-    predictor = Predictor.load(workdir, task_id=task_id_, cache_bytes=arguments.budget_tasks * each, batch_size=arguments.images)
+    predictor = Predictor.load(
+        workdir,
+        task_id=task_id_,
+        cache_bytes=arguments.budget_tasks * each,
+        batch_size=arguments.images,
+    )
     size = method.vit.image_size
-    images = np.random.default_rng(0).integers(0, 256, (arguments.images, size, size, 3)).astype(np.uint8)
+    images = (
+        np.random.default_rng(0)
+        .integers(0, 256, (arguments.images, size, size, 3))
+        .astype(np.uint8)
+    )
     given = np.arange(arguments.images) % len(predictor.model.tasks)
     before = high_water()
     predictor.predict_prepared(images, given)
@@ -240,8 +350,14 @@ def _memory_of(arguments: argparse.Namespace) -> None:
 
 
 def high_water(pid: int | str = "self") -> int:
-    """Peak memory of a process in bytes; getrusage's would count what the parent process held when it forked."""
-    return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """Peak memory of a process in bytes; getrusage's would count what the parent process held
+    when it forked.
+    """
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What grows with the number of tasks: python -m benchmarks.tasks --output=DIR
 
-A run of many small tasks (random images, a small random ViT) through `continual`'s own loop. After every task the newest alone is
-evaluated: evaluating all of them, as a run does for its accuracy matrix, is by definition as many evaluations as there are tasks. At some
-numbers of tasks the run is opened again by a fresh process, as a continued run would. Writes `tasks.png` into DIR.
+A run of many small tasks (random images, a small random ViT) through `continual`'s own loop. After
+every task the newest alone is evaluated: evaluating all of them, as a run does for its accuracy
+matrix, is by definition as many evaluations as there are tasks. At some numbers of tasks the run is
+opened again by a fresh process, as a continued run would. Writes `tasks.png` into DIR.
 """
 
 import argparse
@@ -40,9 +41,13 @@ class Opened(Exception):
 
 def main() -> None:
     """Run, measure, print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", type=int, default=500)
-    parser.add_argument("--resume-at", type=int, nargs="*", default=(10, 50, 100, 200, 300, 400, 499))
+    parser.add_argument(
+        "--resume-at", type=int, nargs="*", default=(10, 50, 100, 200, 300, 400, 499)
+    )
     parser.add_argument("--output", default=".")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,7 +64,11 @@ def main() -> None:
         def after_task(run: loop.Run, manifests: list) -> None:
             count, now = len(manifests), time.monotonic()
             seconds = manifests[-1]["seconds"] | {"whole": now - last[0]}
-            disk = sum(path.stat().st_size for path in (workdir / "tasks" / f"{count - 1:03d}").rglob("*") if path.is_file())
+            disk = sum(
+                path.stat().st_size
+                for path in (workdir / "tasks" / f"{count - 1:03d}").rglob("*")
+                if path.is_file()
+            )
             rows.append({"tasks": count, "seconds": seconds, "disk": disk, "memory": _resident()})
             if count in arguments.resume_at:
                 resumed.append({"tasks": count} | _opened_by_another(workdir, folder, arguments))
@@ -72,11 +81,17 @@ def main() -> None:
     _draw(rows, resumed, Path(arguments.output) / "tasks.png")
     first, last_rows = rows[5:55], rows[-50:]
     for name in ("whole", "train", "statistics", "evaluate"):
-        early, late = (float(np.median([row["seconds"][name] for row in part])) for part in (first, last_rows))
+        early, late = (
+            float(np.median([row["seconds"][name] for row in part])) for part in (first, last_rows)
+        )
         print(f"{name}: {early:.3f} s a task early, {late:.3f} s late, {late / early:.2f} ×")
     print(
         json.dumps(
-            {"disk a task": [rows[5]["disk"], rows[-1]["disk"]], "memory": [rows[5]["memory"], rows[-1]["memory"]], "resumed": resumed}
+            {
+                "disk a task": [rows[5]["disk"], rows[-1]["disk"]],
+                "memory": [rows[5]["memory"], rows[-1]["memory"]],
+                "resumed": resumed,
+            }
         )
     )
     return None
@@ -93,7 +108,9 @@ def _images(tasks: int) -> sources.Dataset:
 
     def split(count: int) -> sources.InMemoryImages:
         labels = np.repeat(np.arange(classes, dtype=np.int32), count)
-        return sources.InMemoryImages(rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels)
+        return sources.InMemoryImages(
+            rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels
+        )
 
     return sources.Dataset(split(TRAIN), split(TEST), tuple(map(str, range(classes))))
 
@@ -101,7 +118,9 @@ def _images(tasks: int) -> sources.Dataset:
 def _newest_alone(run: loop.Run, model) -> tuple[dict[str, list[protocols.Row]], float]:
     start, task = time.monotonic(), model.tasks[-1]
     split = run.test_set(task)
-    rows = protocols.evaluate_task(model, split.images, split.labels, run.query(task), task, run.settings)
+    rows = protocols.evaluate_task(
+        model, split.images, split.labels, run.query(task), task, run.settings
+    )
     return {protocol: [row] for protocol, row in rows.items()}, time.monotonic() - start
 
 
@@ -110,13 +129,25 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def _opened_by_another(workdir: Path, folder: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds and peak memory of a fresh process that opens what is stored; of a copy, since the run holds its folder."""
+def _opened_by_another(
+    workdir: Path, folder: str, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds and peak memory of a fresh process that opens what is stored; of a copy, since the
+    run holds its folder.
+    """
     copy = Path(folder) / "copy"
     shutil.copytree(workdir, copy, copy_function=os.link)
     (copy / ".lock").unlink()  # a link to the run's own
-    command = [sys.executable, "-m", "benchmarks.tasks", f"--tasks={arguments.tasks}", f"--child={copy}"]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.tasks",
+        f"--tasks={arguments.tasks}",
+        f"--child={copy}",
+    ]
+    answer = subprocess.run(
+        command, check=True, capture_output=True, text=True
+    ).stdout.splitlines()[-1]
     shutil.rmtree(copy)
     return json.loads(answer)
 
@@ -138,14 +169,18 @@ def _draw(rows: list[dict], resumed: list[dict], path: Path) -> None:
     figure = Figure(figsize=(16, 4), layout="constrained")
     time_axes, disk_axes, memory_axes, resume_axes = figure.subplots(1, 4)
     for name in ("whole", "train", "statistics", "evaluate"):
-        time_axes.plot(tasks[1:], [row["seconds"][name] for row in rows[1:]], linewidth=0.8, label=name)
+        time_axes.plot(
+            tasks[1:], [row["seconds"][name] for row in rows[1:]], linewidth=0.8, label=name
+        )
     time_axes.set(title="seconds of a task", xlabel="task", ylim=(0, None))
     time_axes.legend()
     disk_axes.plot(tasks, [row["disk"] / 2**20 for row in rows])
     disk_axes.set(title="MiB on disk of a task", xlabel="task", ylim=(0, None))
     memory_axes.plot(tasks, [row["memory"] / 2**20 for row in rows])
     memory_axes.set(title="MiB of memory of the run", xlabel="tasks", ylim=(0, None))
-    resume_axes.plot([row["tasks"] for row in resumed], [row["seconds"] for row in resumed], marker="o")
+    resume_axes.plot(
+        [row["tasks"] for row in resumed], [row["seconds"] for row in resumed], marker="o"
+    )
     resume_axes.set(title="seconds to open a run", xlabel="tasks", ylim=(0, None))
     figure.savefig(path, dpi=80)
 

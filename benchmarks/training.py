@@ -1,13 +1,17 @@
-"""What a training step costs, against the published PyTorch code and the device's own limit: python -m benchmarks.training
+"""What a training step costs, against the published PyTorch code and the device's own limit:
+python -m benchmarks.training
 
-DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12], the tenth of ten tasks' worth of classes; the images are random.
-The published code runs in its own interpreter, which needs PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
+DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12], the tenth of ten tasks' worth
+of classes; the images are random. The published code runs in its own interpreter, which needs
+PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
 
     python -m benchmarks.training --published=CHECKOUT --torch=/path/to/its/python
-    python -m benchmarks.training --backbone=vit_b16 --steps=1 --rounds=3 --published=CHECKOUT --torch=/path/to/its/python
+    python -m benchmarks.training --backbone=vit_b16 --steps=1 --rounds=3 --published=CHECKOUT
+    --torch=/path/to/its/python
 
-Alternatives take turns, a ratio is the median over the rounds. The published steps get images that are on the device already; ours crop,
-resize and flip theirs in the step. Without --published, ours in three ways.
+Alternatives take turns, a ratio is the median over the rounds. The published steps get images that
+are on the device already; ours crop, resize and flip theirs in the step. Without --published, ours
+in three ways.
 """
 
 import argparse
@@ -37,15 +41,21 @@ SIDE = 4096  # of the square matrices whose product is taken for the device's pe
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="vit_ti8_32", choices=published.SIZES)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--steps", type=int, default=16, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--published", help="a checkout of ihaeyong/Soft-TF")
-    parser.add_argument("--torch", default="python3", help="the interpreter that has its requirements")
-    parser.add_argument("--autocast", action="store_true", help="the published code under bfloat16 autocast")
+    parser.add_argument(
+        "--torch", default="python3", help="the interpreter that has its requirements"
+    )
+    parser.add_argument(
+        "--autocast", action="store_true", help="the published code under bfloat16 autocast"
+    )
     parser.add_argument("--device", default="cpu", help="the published code's: cpu or cuda")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
@@ -58,10 +68,16 @@ def main() -> None:
 def _ours(arguments: argparse.Namespace) -> None:
     """Our ways to run steps, in turns."""
     ours = Steps(arguments, cache_queries=False)
-    ways = {"ours": ours.many, "ours, a step a call": ours.one_by_one, "ours, cache_queries": Steps(arguments, cache_queries=True).many}
+    ways = {
+        "ours": ours.many,
+        "ours, a step a call": ours.one_by_one,
+        "ours, cache_queries": Steps(arguments, cache_queries=True).many,
+    }
     peak, times = peak_flops(arguments.dtype), compare(arguments.rounds, **ways)
     print(
-        f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, {arguments.backbone}, {arguments.dtype}, ", end=""
+        f"{jax.devices()[0].device_kind} × {len(jax.devices())}, jax {jax.__version__}, "
+        f"{arguments.backbone}, {arguments.dtype}, ",
+        end="",
     )
     print(f"batch {arguments.batch}; {ours.flops / 1e9:.1f} GFLOP a step; ", end="")
     print(f"product of {SIDE} × {SIDE} matrices {peak / 1e9:.0f} GFLOP/s")
@@ -70,7 +86,10 @@ def _ours(arguments: argparse.Namespace) -> None:
     for name in ways:
         row[name] = times[name] / arguments.steps
         share = "" if "fixed" in name else f", {ours.flops / row[name] / peak:.0%} of the peak"
-        print(f"  {name:22s} {_speed(arguments, row[name])}{share}; {times.get(f'{name}/ours', 1.0):.2f} × ours")
+        print(
+            f"  {name:22s} {_speed(arguments, row[name])}{share}; "
+            f"{times.get(f'{name}/ours', 1.0):.2f} × ours"
+        )
     print(json.dumps(row))
 
 
@@ -79,20 +98,43 @@ def _speed(arguments: argparse.Namespace, seconds: float) -> str:
 
 
 def _against_published(arguments: argparse.Namespace) -> None:
-    """Ours and theirs in turns of whole processes: on a small machine the memory of one slows the other, idle as it is."""
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("backbone", "dtype", "batch", "steps")]
-    command, ratios, memory = [sys.executable, "-m", "benchmarks.training", "--rounds=2", *options], [], []
+    """Ours and theirs in turns of whole processes: on a small machine the memory of one slows
+    the other, idle as it is.
+    """
+    options = [
+        f"--{name}={getattr(arguments, name)}" for name in ("backbone", "dtype", "batch", "steps")
+    ]
+    command, ratios, memory = (
+        [sys.executable, "-m", "benchmarks.training", "--rounds=2", *options],
+        [],
+        [],
+    )
     for _ in range(arguments.rounds):
-        ours = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        ours = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[
+                -1
+            ]
+        )
         theirs = Published(arguments)
-        seconds = statistics.median(theirs.many() for _ in range(3)) / arguments.steps  # the first is a warm-up, and the slowest
+        seconds = (
+            statistics.median(theirs.many() for _ in range(3)) / arguments.steps
+        )  # the first is a warm-up, and the slowest
         memory.append((ours["memory"], theirs.close()))
         ratios.append(seconds / ours["ours"])
-        print(f"  ours      {_speed(arguments, ours['ours'])}, {ours['gflop'] / ours['ours'] / ours['peak_gflops']:.0%} of the peak")
+        print(
+            f"  ours      {_speed(arguments, ours['ours'])}, "
+            f"{ours['gflop'] / ours['ours'] / ours['peak_gflops']:.0%} of the peak"
+        )
         print(f"  published {_speed(arguments, seconds)}; {ratios[-1]:.2f} × ours", flush=True)
-    print(f"published / ours: {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f} ({theirs.about})")
+    print(
+        f"published / ours: {statistics.median(ratios):.2f}, from {min(ratios):.2f} to "
+        f"{max(ratios):.2f} ({theirs.about})"
+    )
     ours, theirs_ = (max(column) / 2**20 for column in zip(*memory, strict=True))
-    print(f"peak memory of the process: ours (all three ways) {ours:.0f} MiB, published {theirs_:.0f} MiB")
+    print(
+        f"peak memory of the process: ours (all three ways) {ours:.0f} MiB, published "
+        f"{theirs_:.0f} MiB"
+    )
     print(json.dumps({"ratios": ratios, "memory": memory, "about": theirs.about}))
 
 
@@ -100,32 +142,63 @@ class Steps:
     """Our steps of one task on random images."""
 
     def __init__(self, arguments: argparse.Namespace, cache_queries: bool):
-        settings = {"backbone": arguments.backbone, "dtype": arguments.dtype, "target_modules": "qkv+proj+mlp", "cache_queries": cache_queries}
+        settings = {
+            "backbone": arguments.backbone,
+            "dtype": arguments.dtype,
+            "target_modules": "qkv+proj+mlp",
+            "cache_queries": cache_queries,
+        }
         config = Config(batch_size=arguments.batch, **settings)
-        vit = dataclasses.replace(backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype)
+        vit = dataclasses.replace(
+            backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype
+        )
         method = method_from_config(config, vit, published.CLASSES)
-        self.step_config, self.mesh, self.count = train_step.step_config_from(config, method), train_step.data_mesh(), arguments.steps
+        self.step_config, self.mesh, self.count = (
+            train_step.step_config_from(config, method),
+            train_step.data_mesh(),
+            arguments.steps,
+        )
         self.whole = train_step.replicated(self.mesh)
         self.params = jax.device_put(random_backbone(vit), self.whole)
-        adapter, shared = method.init_adapter(jax.random.key(1), self.params), method.init_shared(jax.random.key(2), self.params)
+        adapter, shared = (
+            method.init_adapter(jax.random.key(1), self.params),
+            method.init_shared(jax.random.key(2), self.params),
+        )
         self.state = train_step.compile_init(self.step_config, self.mesh)(adapter, shared)
         self.key = jax.device_put(jax.random.key(3), self.whole)
         rng = np.random.default_rng(0)
         # As CIFAR-100: 32 pixels, resized in the step.
-        images, labels = rng.integers(0, 256, (5000, 32, 32, 3)).astype(np.uint8), rng.integers(0, 10, 5000).astype(np.int32)
+        images, labels = (
+            rng.integers(0, 256, (5000, 32, 32, 3)).astype(np.uint8),
+            rng.integers(0, 10, 5000).astype(np.int32),
+        )
         self.pool = {"images": images, "labels": labels}
         if cache_queries:
             self.pool["query"] = rng.normal(size=(5000, vit.dim)).astype(vit.dtype)
         self.on_device = jax.device_put(self.pool, self.whole)
         self.schedule = batches.BatchSampler(0, 0, 5000, 1000, arguments.batch, self.mesh.size)
-        fixed = {"class_mask": np.arange(published.CLASSES) < 10, "freeze_g_prompt": np.bool_(False), "memory": {}}
+        fixed = {
+            "class_mask": np.arange(published.CLASSES) < 10,
+            "freeze_g_prompt": np.bool_(False),
+            "memory": {},
+        }
         self.fixed, self.done = jax.device_put(fixed, self.whole), 0
 
     def many(self) -> None:
         """All steps in one call, as training runs them on images that fit the device."""
-        rows = jax.device_put(self.schedule.chunk(self.done, self.count, train_step.CHUNK), self.whole)
+        rows = jax.device_put(
+            self.schedule.chunk(self.done, self.count, train_step.CHUNK), self.whole
+        )
         steps = train_step.compile_steps(self.step_config, self.mesh)
-        self.state, terms = steps(self.state, self.params, self.on_device, rows, self.fixed, self.key, np.int32(self.count))
+        self.state, terms = steps(
+            self.state,
+            self.params,
+            self.on_device,
+            rows,
+            self.fixed,
+            self.key,
+            np.int32(self.count),
+        )
         self._finish(terms)
 
     def one_by_one(self) -> None:
@@ -144,10 +217,18 @@ class Steps:
 
     @property
     def flops(self) -> float:
-        """Of a step, as XLA counts them in the program as it is written; crops and Adam are in it."""
+        """Of a step, as XLA counts them in the program as it is written; crops and Adam are in
+        it.
+        """
         rows, weights_ = self.schedule.batch(0)
-        batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_} | self.fixed
-        lowered = train_step.compile_step(self.step_config, self.mesh).lower(self.state, self.params, batch, self.key)
+        batch = (
+            {name: array[rows] for name, array in self.pool.items()}
+            | {"weights": weights_}
+            | self.fixed
+        )
+        lowered = train_step.compile_step(self.step_config, self.mesh).lower(
+            self.state, self.params, batch, self.key
+        )
         return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
 
 
@@ -156,9 +237,18 @@ class Published:
 
     def __init__(self, arguments: argparse.Namespace):
         script = Path(published.__file__)
-        command = [arguments.torch, str(script), arguments.published, arguments.backbone, str(arguments.batch), arguments.device]
+        command = [
+            arguments.torch,
+            str(script),
+            arguments.published,
+            arguments.backbone,
+            str(arguments.batch),
+            arguments.device,
+        ]
         command += ["--autocast"] if arguments.autocast else []
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.about, self.steps = json.loads(self.process.stdout.readline()), arguments.steps
 
     def many(self) -> float:
@@ -178,7 +268,9 @@ class Published:
 def peak_flops(dtype: str) -> float:
     """FLOP/s of a product of large square matrices of `dtype` on one device, the best of five."""
     a = jnp.ones((SIDE, SIDE), dtype)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision="default" if dtype == "bfloat16" else "highest"))
+    product = jax.jit(
+        lambda a: jnp.matmul(a, a, precision="default" if dtype == "bfloat16" else "highest")
+    )
     product(a).block_until_ready()
     times = []
     for _ in range(5):

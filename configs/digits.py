@@ -1,7 +1,8 @@
-"""The embedded default: handwritten digits (scikit-learn's, 5 tasks of 2 classes) on the bundled ViT-Ti/8 at 32 pixels.
+"""The embedded default: handwritten digits (scikit-learn's, 5 tasks of 2 classes) on the bundled
+ViT-Ti/8 at 32 pixels.
 
-`python launch.py` runs it in under 2 minutes on two cores, with nothing to download. It stands for no published row.
-Digits are not flipped, and their crops keep most of the image.
+`python launch.py` runs it in under 2 minutes on two cores, with nothing to download. It stands for
+no published row. Digits are not flipped, and their crops keep most of the image.
 """
 
 from soft_jax.config import config_dict, parse_argument

@@ -1,4 +1,6 @@
-"""Where files are kept between runs. It imports nothing of ours: the command lines need it before jax is imported."""
+"""Where files are kept between runs. It imports nothing of ours: the command lines need it
+before jax is imported.
+"""
 
 import os
 from pathlib import Path

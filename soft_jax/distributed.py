@@ -1,6 +1,8 @@
-"""Several processes, one a host, running one program: what each of them holds of an array, and what they have to agree on.
+"""Several processes, one a host, running one program: what each of them holds of an array, and
+what they have to agree on.
 
-With one process every function here is its plain counterpart. All processes must call them in the same order.
+With one process every function here is its plain counterpart. All processes must call them in the
+same order.
 """
 
 import hashlib
@@ -19,9 +21,10 @@ from soft_jax.errors import UserError
 def join(others: str) -> None:
     """Meet the other processes of this program; before anything else of jax is used.
 
-    `others` is "auto" where jax finds them itself (TPU pods, Slurm, Open MPI, Kubernetes), or "HOST:PORT,INDEX,COUNT": where process 0
-    listens, which one this is, and how many there are. Raises UserError when it can't be read, or no cluster is found; processes that wait
-    for others in vain are ended by jax after five minutes.
+    `others` is "auto" where jax finds them itself (TPU pods, Slurm, Open MPI, Kubernetes), or
+    "HOST:PORT,INDEX,COUNT": where process 0 listens, which one this is, and how many there are.
+    Raises UserError when it can't be read, or no cluster is found; processes that wait for others
+    in vain are ended by jax after five minutes.
     """
     try:
         if others == "auto":
@@ -29,8 +32,14 @@ def join(others: str) -> None:
         else:
             address, index, count = others.split(",")
             jax.distributed.initialize(address, int(count), int(index))
-    except (ValueError, RuntimeError) as error:  # not three parts, no numbers, no cluster found, nobody there
-        raise UserError(f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", the same COUNT for all') from error
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # not three parts, no numbers, no cluster found, nobody there
+        raise UserError(
+            f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", the '
+            "same COUNT for all"
+        ) from error
 
 
 def is_primary() -> bool:
@@ -39,7 +48,9 @@ def is_primary() -> bool:
 
 
 def to_global(tree: Any, sharding: Sharding) -> Any:
-    """Arrays that every process has whole, placed by `sharding`. Nothing is sent: each process copies its devices' part."""
+    """Arrays that every process has whole, placed by `sharding`. Nothing is sent: each process
+    copies its devices' part.
+    """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
@@ -55,7 +66,9 @@ def to_global(tree: Any, sharding: Sharding) -> Any:
 
 
 def local_to_global(tree: Any, sharding: Sharding) -> Any:
-    """Arrays of which each process has its own rows, in the processes' order, as global arrays split by `sharding`."""
+    """Arrays of which each process has its own rows, in the processes' order, as global arrays
+    split by `sharding`.
+    """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
@@ -79,7 +92,9 @@ Result = TypeVar("Result")
 
 
 def run_on_all(function: Callable[[], Result]) -> Result:
-    """`function()` in the first process, which may make files that the others find, then in the others. A UserError in any ends all."""
+    """`function()` in the first process, which may make files that the others find, then in the
+    others. A UserError in any ends all.
+    """
     result, problem = None, None
     for turn in (True, False):
         if is_primary() == turn:
@@ -88,7 +103,9 @@ def run_on_all(function: Callable[[], Result]) -> Result:
             except UserError as error:
                 problem = error
         if all_max(problem is not None)[0]:
-            raise problem or UserError("another process of this run can't go on; its output says why")
+            raise problem or UserError(
+                "another process of this run can't go on; its output says why"
+            )
     return result
 
 
@@ -97,7 +114,10 @@ def check_equal(settings: Mapping[str, Any]) -> None:
     number = int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:7], 16)
     most, least = all_max(number, -number)
     if most != -least:
-        raise UserError("distributed: the processes were given different settings, data or backbones; give all the same command and files")
+        raise UserError(
+            "distributed: the processes were given different settings, data or backbones; give all "
+            "the same command and files"
+        )
 
 
 def barrier() -> None:

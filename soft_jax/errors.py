@@ -2,4 +2,6 @@
 
 
 class UserError(Exception):
-    """Something outside the program is wrong: the message names it, says what was expected and what to do."""
+    """Something outside the program is wrong: the message names it, says what was expected and
+    what to do.
+    """

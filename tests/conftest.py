@@ -23,7 +23,9 @@ from soft_jax.models import backbones
 from soft_jax.models.vit import ViT, ViTConfig
 
 # A busy machine is slow, not wrong.
-hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("patient")
 
 TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=48)
@@ -31,7 +33,9 @@ TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=
 LAYERS = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
 
 
-def soft_masks(init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)) -> reparametrization.SoftMask:
+def soft_masks(
+    init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)
+) -> reparametrization.SoftMask:
     return reparametrization.SoftMask(reparametrization.kernel_paths(weights, layers), init_as)
 
 
@@ -50,23 +54,39 @@ def tiny_method(**changes) -> Method:
 
 @pytest.fixture(scope="session")
 def backbone():
-    """Random frozen parameters of the tiny ViT, spread wide enough that nothing is nearly linear."""
+    """Random frozen parameters of the tiny ViT, spread wide enough that nothing is nearly
+    linear.
+    """
     rng, images = np.random.default_rng(0), np.zeros((1, 16, 16, 3), np.float32)
-    shapes = jax.eval_shape(ViT(TINY).init, jax.random.key(0), images)["params"]  # drawn by NumPy, which compiles nothing
+    shapes = jax.eval_shape(ViT(TINY).init, jax.random.key(0), images)[
+        "params"
+    ]  # drawn by NumPy, which compiles nothing
 
     def draw(path, like):
         mean = 1 if path[-1].key == "scale" else 0
-        return jax.numpy.asarray(rng.normal(mean, 0.3 if path[-1].key == "kernel" else 0.2, like.shape), like.dtype)
+        return jax.numpy.asarray(
+            rng.normal(mean, 0.3 if path[-1].key == "kernel" else 0.2, like.shape), like.dtype
+        )
 
     return jax.tree.map_with_path(draw, shapes)
 
 
 @contextmanager
 def tiny_world(backbone, patch):
-    """Runs and predictors get the tiny backbone and the first 80 training and test digits, which are given, until `patch` is undone."""
+    """Runs and predictors get the tiny backbone and the first 80 training and test digits, which
+    are given, until `patch` is undone.
+    """
     digits = sources.load("digits")
-    few = sources.Dataset(*(sources.InMemoryImages(s.images[:80], s.labels[:80]) for s in (digits.train, digits.test)), digits.class_names)
-    patch.setattr(backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, backbone, "0" * 64))
+    few = sources.Dataset(
+        *(
+            sources.InMemoryImages(s.images[:80], s.labels[:80])
+            for s in (digits.train, digits.test)
+        ),
+        digits.class_names,
+    )
+    patch.setattr(
+        backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, backbone, "0" * 64)
+    )
     patch.setattr(sources, "load", lambda *_: few)
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
         yield few
@@ -74,14 +94,18 @@ def tiny_world(backbone, patch):
 
 @pytest.fixture
 def digits(backbone, monkeypatch):
-    """`tiny_world` around one test, by its own patches: those of another would be undone in another order, and some come back."""
+    """`tiny_world` around one test, by its own patches: those of another would be undone in
+    another order, and some come back.
+    """
     with tiny_world(backbone, monkeypatch) as few:
         yield few
 
 
 @pytest.fixture
 def fast_compile():
-    """For tests of definitions on tiny models, where compiling is most of the time; not for those of bits."""
+    """For tests of definitions on tiny models, where compiling is most of the time; not for
+    those of bits.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

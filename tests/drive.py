@@ -1,7 +1,8 @@
 """Run `launch.py` and strike at one moment: python -m tests.drive MOMENT ARGS...
 
-MOMENT is one of: none; kill-step:TASK:STEP, kill-save:FOLDER (just before Orbax commits it), kill-evaluate:CALL;
-term-step:TASK:STEP (SIGTERM); nan-step:TASK:STEP (the loss that is read is not a number). Tasks, steps and calls from 0.
+MOMENT is one of: none; kill-step:TASK:STEP, kill-save:FOLDER (just before Orbax commits it),
+kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); nan-step:TASK:STEP (the loss that is read is not
+a number). Tasks, steps and calls from 0.
 """
 
 import os
@@ -35,7 +36,11 @@ def strike(moment: str) -> None:
         return evaluate_task(*args, **kwargs)
 
     def at_rename(event, args):
-        if event == "os.rename" and "orbax-checkpoint-tmp" in str(args[0]) and str(args[1]).rstrip("/").endswith(where[0]):
+        if (
+            event == "os.rename"
+            and "orbax-checkpoint-tmp" in str(args[0])
+            and str(args[1]).rstrip("/").endswith(where[0])
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kind.endswith("-step"):

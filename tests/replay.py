@@ -1,6 +1,8 @@
-"""Replay a float64 trace of the published PyTorch code through our own functions: python -m tests.replay FILE.npz
+"""Replay a float64 trace of the published PyTorch code through our own functions: python -m
+tests.replay FILE.npz
 
-Prints the largest absolute error of each quantity. Sizes, layers, tasks and batches come from the trace.
+Prints the largest absolute error of each quantity. Sizes, layers, tasks and batches come from the
+trace.
 """
 
 import json
@@ -24,12 +26,22 @@ from soft_jax.training import train_step
 def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> Method:
     """The method that a trace ran; the masked weights are those it has masks for."""
     c = meta["config"]
-    vit = ViTConfig(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"], int(c["dim"] * c["mlp_ratio"]), "float64")
+    vit = ViTConfig(
+        c["image_size"],
+        c["patch_size"],
+        c["dim"],
+        c["depth"],
+        c["heads"],
+        int(c["dim"] * c["mlp_ratio"]),
+        "float64",
+    )
     masked = [key.split("/")[1] for key in trace if key.startswith("init/blocks.")]
     return Method(
         vit=vit,
         classes=c["classes"],
-        reparametrization=reparametrization.SoftMask(tuple(_mask_path(name) for name in masked)) if masked else None,
+        reparametrization=reparametrization.SoftMask(tuple(_mask_path(name) for name in masked))
+        if masked
+        else None,
         e_layers=tuple(c["e_layers"]),
         e_length=c["e_length"],
         g_layers=tuple(c["g_layers"]),
@@ -44,26 +56,44 @@ def _mask_path(name: str) -> str:
 
 
 def adapter_of(arrays: Mapping[str, np.ndarray], task: int) -> Adapter:
-    """Task `task`'s adapter from a trace's arrays (names without their `init/` or `after_task{t}/`)."""
-    adapter = {"key": arrays["e_prompt.prompt_key"][task], "prompt": arrays["e_prompt.prompt"][:, :, task]}
-    masks = {_mask_path(name): arrays[name][task].T for name in arrays if name.endswith("ones_weight")}
+    """Task `task`'s adapter from a trace's arrays (names without their `init/` or
+    `after_task{t}/`).
+    """
+    adapter = {
+        "key": arrays["e_prompt.prompt_key"][task],
+        "prompt": arrays["e_prompt.prompt"][:, :, task],
+    }
+    masks = {
+        _mask_path(name): arrays[name][task].T for name in arrays if name.endswith("ones_weight")
+    }
     return adapter | ({"mask": pytrees.unflatten(masks)} if masks else {})
 
 
 def shared_of(arrays: Mapping[str, np.ndarray]) -> Shared:
     """The shared part from a trace's arrays."""
-    return {"g_prompt": arrays["g_prompt"], "head": {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]}}
+    return {
+        "g_prompt": arrays["g_prompt"],
+        "head": {"kernel": arrays["head.weight"].T, "bias": arrays["head.bias"]},
+    }
 
 
-def model_of(method, backbone, shared, adapters, tasks, task_of_class, budget=2**30, **others) -> engine.Model:
+def model_of(
+    method, backbone, shared, adapters, tasks, task_of_class, budget=2**30, **others
+) -> engine.Model:
     """A model of adapters that are all in memory."""
-    keys, prompts = (jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt"))
+    keys, prompts = (
+        jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt")
+    )
     weights_ = engine.TaskWeights(method, backbone, adapters.__getitem__, budget)
-    return engine.Model(method, backbone, shared, keys, prompts, weights_, tasks, task_of_class, **others)
+    return engine.Model(
+        method, backbone, shared, keys, prompts, weights_, tasks, task_of_class, **others
+    )
 
 
 def replay(path: str | Path) -> dict[str, float]:
-    """Largest absolute error of each quantity of the trace at `path`; ids and accuracies included. Needs float64 enabled."""
+    """Largest absolute error of each quantity of the trace at `path`; ids and accuracies
+    included. Needs float64 enabled.
+    """
     with np.load(path) as file:
         trace = {key: file[key] for key in file.files}
     meta = json.loads(str(trace["meta"]))
@@ -99,7 +129,9 @@ def replay(path: str | Path) -> dict[str, float]:
             "memory": {},
         }
 
-    settings = protocols.Settings(mesh, c["eval_batch"], (c["shots"],), eval_batch_size=c["eval_batch"] * c["eval_batches"])
+    settings = protocols.Settings(
+        mesh, c["eval_batch"], (c["shots"],), eval_batch_size=c["eval_batch"] * c["eval_batches"]
+    )
     vote_gradient = protocols.vote_gradient(c["shots"])
     published = {
         protocols.VOTE_PROMPT: "prompt_id",
@@ -113,17 +145,23 @@ def replay(path: str | Path) -> dict[str, float]:
         state = train_step.init_state(step_config, adapters[task], shared)
         if task == 0:
             batch = batch_of(0, 0)
-            first, terms = train_step.gradients(state.trainable, params, batch | {"images": batch["images"] / 255}, step_config)
+            first, terms = train_step.gradients(
+                state.trainable, params, batch | {"images": batch["images"] / 255}, step_config
+            )
             compare("first_query", terms["query"], trace["first_query"])
             compare("first_logits", terms["logits"], trace["first_logits"])
             theirs = _under(trace, "first_grad/")
-            compare_trees("first_grad", first, {"adapter": adapter_of(theirs, 0), "shared": shared_of(theirs)})
+            compare_trees(
+                "first_grad", first, {"adapter": adapter_of(theirs, 0), "shared": shared_of(theirs)}
+            )
         for index in range(c["steps"]):
             state, terms = step(state, params, batch_of(task, index), jax.random.key(0))
             for name in ("loss", "cross_entropy", "key_similarity", "grad_norm"):
                 compare(name, terms[name], trace[name][count])
             count += 1
-        adapters[task], shared = jax.device_get((state.trainable["adapter"], state.trainable["shared"]))
+        adapters[task], shared = jax.device_get(
+            (state.trainable["adapter"], state.trainable["shared"])
+        )
         theirs = _under(trace, f"after_task{task}/")
         compare_trees("trained_arrays", shared, shared_of(theirs))
         for seen in range(task + 1):
@@ -134,7 +172,9 @@ def replay(path: str | Path) -> dict[str, float]:
             labels = trace["eval_labels"][seen].reshape(-1)
             query = engine.queries(method, params, images, settings.batching)
             answers = protocols.answer(model, images, query, seen, settings)
-            for protocol, row in protocols.evaluate_task(model, images, labels, query, seen, settings).items():
+            for protocol, row in protocols.evaluate_task(
+                model, images, labels, query, seen, settings
+            ).items():
                 if name := published.get(protocol):
                     accuracy[name][seen, task] = 100 * row.correct / row.total
             batches = slice(0, None, c["eval_batch"])
@@ -142,13 +182,23 @@ def replay(path: str | Path) -> dict[str, float]:
                 if protocol not in answers.task_ids:
                     continue
                 name = protocols[protocol]
-                compare(f"{name}s", answers.task_ids[protocol][batches], trace[f"{name}s"][task, seen])
+                compare(
+                    f"{name}s", answers.task_ids[protocol][batches], trace[f"{name}s"][task, seen]
+                )
                 if task == c["tasks"] - 1:
                     ours = answers.logits[protocol].reshape(c["eval_batches"], c["eval_batch"], -1)
                     for index in range(c["eval_batches"]):
-                        compare(f"eval_logits_{name}", ours[index], trace[f"eval_logits_{name}/{seen}/{index}"])
+                        compare(
+                            f"eval_logits_{name}",
+                            ours[index],
+                            trace[f"eval_logits_{name}/{seen}/{index}"],
+                        )
             for gradients in answers.alpha_gradients.values():
-                compare("alpha_gradients", gradients, trace["alpha_gradients"][task, seen, :, : task + 1])
+                compare(
+                    "alpha_gradients",
+                    gradients,
+                    trace["alpha_gradients"][task, seen, :, : task + 1],
+                )
     for name, matrix in accuracy.items():
         if f"accuracy_{name}" in trace:
             compare(f"accuracy_{name}", matrix, trace[f"accuracy_{name}"])
@@ -164,7 +214,9 @@ def replay(path: str | Path) -> dict[str, float]:
 
 
 def _under(trace: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {key.removeprefix(prefix): array for key, array in trace.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): array for key, array in trace.items() if key.startswith(prefix)
+    }
 
 
 if __name__ == "__main__":

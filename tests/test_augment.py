@@ -5,7 +5,15 @@ import pytest
 from PIL import Image
 
 from soft_jax.data import sources
-from soft_jax.data.augmentation import DRAWS, Augment, augment, augment_file, crop_and_resize, draw_crop, prepare_test
+from soft_jax.data.augmentation import (
+    DRAWS,
+    Augment,
+    augment,
+    augment_file,
+    crop_and_resize,
+    draw_crop,
+    prepare_test,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +29,12 @@ def test_crop_and_resize_is_pillows(images, crop, size):
     top, left, height, width = crop
     for image in images:
         box = (left, top, left + width, top + height)
-        theirs = np.asarray(Image.fromarray(image).crop(box).resize((size, size), Image.BILINEAR), np.int32)
+        theirs = np.asarray(
+            Image.fromarray(image).crop(box).resize((size, size), Image.BILINEAR), np.int32
+        )
         ours = np.asarray(crop_and_resize(image, jnp.array(crop), size), np.int32)
-        # Exact halves may go either way (Pillow's weights are 22-bit integers), in each of the two passes.
+        # Exact halves may go either way (Pillow's weights are 22-bit integers), in each of the two
+        # passes.
         assert np.abs(ours - theirs).max() <= 2
 
 
@@ -35,7 +46,9 @@ def test_random_crops_are_pillows(images, rng):
         height, width = rng.integers(1, 33, 2)
         top, left = rng.integers(0, 33 - height), rng.integers(0, 33 - width)
         box = (left, top, left + width, top + height)
-        theirs = np.asarray(Image.fromarray(image).crop(box).resize((32, 32), Image.BILINEAR), np.int32)
+        theirs = np.asarray(
+            Image.fromarray(image).crop(box).resize((32, 32), Image.BILINEAR), np.int32
+        )
         ours = np.asarray(resize(image, jnp.array([top, left, height, width]), 32), np.int32)
         assert np.abs(ours - theirs).max() <= 1
         differ.append((ours != theirs).mean())
@@ -47,7 +60,11 @@ def test_test_resize_is_pillows(shape, size):
     """Short side to 256/224 of the size, bicubic, then the centre."""
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
     short = int(256 / 224 * size)
-    height, width = (short, short * shape[1] // shape[0]) if shape[0] <= shape[1] else (short * shape[0] // shape[1], short)
+    height, width = (
+        (short, short * shape[1] // shape[0])
+        if shape[0] <= shape[1]
+        else (short * shape[0] // shape[1], short)
+    )
     resized = Image.fromarray(image).resize((width, height), Image.BICUBIC)
     top, left = round((height - size) / 2), round((width - size) / 2)
     theirs = np.asarray(resized.crop((left, top, left + size, top + size)), np.int32)
@@ -81,7 +98,9 @@ def test_crops_are_drawn_as_torchvision_draws_them():
 
 
 def test_crop_that_never_fits_is_the_centre():
-    crop = draw_crop(jax.random.uniform(jax.random.key(0), (DRAWS,)), 10, 40, (0.9, 1.0), (1.0, 1.0))
+    crop = draw_crop(
+        jax.random.uniform(jax.random.key(0), (DRAWS,)), 10, 40, (0.9, 1.0), (1.0, 1.0)
+    )
     np.testing.assert_array_equal(crop, [0, 15, 10, 10])
 
 
@@ -105,7 +124,9 @@ def test_each_image_has_its_own_key(images):
 
 def test_a_crop_stays_inside_where_draws_are_at_their_ends():
     for draw in (0.0, 1 - 2**-24):
-        top, left, height, width = draw_crop(jnp.full(DRAWS, draw, jnp.float32), 300, 500, (0.05, 1.0), (3 / 4, 4 / 3))
+        top, left, height, width = draw_crop(
+            jnp.full(DRAWS, draw, jnp.float32), 300, 500, (0.05, 1.0), (3 / 4, 4 / 3)
+        )
         assert top >= 0
         assert left >= 0
         assert top + height <= 300
@@ -126,5 +147,9 @@ def test_a_file_is_augmented_as_an_array_is(images):
         assert np.abs(ours - theirs).max() <= 2
         differ.append((ours != theirs).mean())
     assert np.mean(differ) < 0.02
-    same = augment_file(np.random.default_rng(0), Image.fromarray(images[0]), Augment(32, (1, 1), (1, 1), flip=False))
+    same = augment_file(
+        np.random.default_rng(0),
+        Image.fromarray(images[0]),
+        Augment(32, (1, 1), (1, 1), flip=False),
+    )
     np.testing.assert_array_equal(same, images[0])

@@ -20,7 +20,11 @@ def test_an_epoch_sees_every_image_once():
     orders = []
     for epoch in range(3):
         every = [plan.batch(3 * epoch + index) for index in range(3)]
-        assert [weights.tolist() for _, weights in every] == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]
+        assert [weights.tolist() for _, weights in every] == [
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+        ]
         seen = np.concatenate([rows[weights > 0] for rows, weights in every])
         assert sorted(seen) == list(range(11))
         orders.append(tuple(seen))
@@ -49,7 +53,13 @@ def files(rng):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=95)
         contents.append(file.getvalue())
-    return sources.EncodedImages(contents.__getitem__, lambda i: f"file {i}", [""] * 11, np.arange(11, dtype=np.int32) % 4, np.arange(11))
+    return sources.EncodedImages(
+        contents.__getitem__,
+        lambda i: f"file {i}",
+        [""] * 11,
+        np.arange(11, dtype=np.int32) % 4,
+        np.arange(11),
+    )
 
 
 SPEC = Augment(16)
@@ -74,7 +84,10 @@ def test_files_come_by_the_schedule(files):
         blue = batch["images"][real][..., 2].mean(axis=(1, 2))
         assert np.abs(blue - 20 * rows[real]).max() < 10
     # The same image looks another way in another epoch.
-    first, second = (next(b["images"][i] for b in part for i in range(4) if b["rows"][i] == 7) for part in (every[:3], every[3:6]))
+    first, second = (
+        next(b["images"][i] for b in part for i in range(4) if b["rows"][i] == 7)
+        for part in (every[:3], every[3:6])
+    )
     assert (first != second).any()
 
 
@@ -84,21 +97,34 @@ def test_files_from_any_step_are_those_of_the_whole(files, first):
     whole, rest = (everything(batches.from_files(plan, files, SPEC, start)) for start in (0, first))
     assert len(rest) == plan.steps - first
     for a, b in zip(whole[first:], rest, strict=True):
-        assert {name: array.tobytes() for name, array in a.items()} == {name: array.tobytes() for name, array in b.items()}
+        assert {name: array.tobytes() for name, array in a.items()} == {
+            name: array.tobytes() for name, array in b.items()
+        }
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_a_batch_out(files, processes):
     plan = schedule()
     whole = everything(batches.from_files(plan, files, SPEC, 2))
-    parts = [everything(batches.from_files(plan, files, SPEC, 2, process, processes)) for process in range(processes)]
+    parts = [
+        everything(batches.from_files(plan, files, SPEC, 2, process, processes))
+        for process in range(processes)
+    ]
     for step, batch in enumerate(whole):
         for name, array in batch.items():
-            np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
+            np.testing.assert_array_equal(
+                np.concatenate([part[step][name] for part in parts]), array
+            )
 
 
 def test_a_file_that_can_not_be_read_is_named(files):
     damaged = files.take(np.array([3, 4, 5]))
-    broken = sources.EncodedImages(lambda i: b"GIF89a" if i == 4 else files.read(i), files.names, files.digests, damaged.labels, damaged.order)
+    broken = sources.EncodedImages(
+        lambda i: b"GIF89a" if i == 4 else files.read(i),
+        files.names,
+        files.digests,
+        damaged.labels,
+        damaged.order,
+    )
     with pytest.raises(UserError, match=r"dataset: file 4 can't be read .*; restore it"):
         everything(batches.from_files(schedule(count=3), broken, SPEC, 0))

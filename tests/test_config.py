@@ -19,25 +19,59 @@ def get_config(name, argument=None):
 def test_the_papers_settings():
     """Settings table and Table 7's row L[10,11,12] q,k,v,proj."""
     c = get_config("vit_cil")
-    assert (c.dataset, c.tasks, c.epochs, c.batch_size, c.learning_rate, c.seed) == ("cifar100", 10, 20, 24, 0.03, 59)
-    assert (c.backbone, c.image_size, c.method, c.clip_norm, c.pull) == ("vit_b16", 0, "dualprompt+softtf", 1.0, 1.0)
+    assert (c.dataset, c.tasks, c.epochs, c.batch_size, c.learning_rate, c.seed) == (
+        "cifar100",
+        10,
+        20,
+        24,
+        0.03,
+        59,
+    )
+    assert (c.backbone, c.image_size, c.method, c.clip_norm, c.pull) == (
+        "vit_b16",
+        0,
+        "dualprompt+softtf",
+        1.0,
+        1.0,
+    )
     assert (c.mask_layers, c.target_modules, c.mask_init) == ((10, 11, 12), "qkv+proj", "uniform")
-    assert (c.e_prompt_layers, c.e_prompt_length, c.g_prompt_layers, c.g_prompt_length) == ((10, 11, 12), 5, (1, 2), 5)
-    assert (c.crop_scale, c.crop_ratio, c.flip, c.prefix_layout) == ((0.05, 1.0), (0.75, 4 / 3), True, "separate")
+    assert (c.e_prompt_layers, c.e_prompt_length, c.g_prompt_layers, c.g_prompt_length) == (
+        (10, 11, 12),
+        5,
+        (1, 2),
+        5,
+    )
+    assert (c.crop_scale, c.crop_ratio, c.flip, c.prefix_layout) == (
+        (0.05, 1.0),
+        (0.75, 4 / 3),
+        True,
+        "separate",
+    )
     assert c.benchmark == "c100_10"
 
 
 def test_layers_of_prompts_that_a_method_does_not_have():
     for method in ("softtf", "l2p+softtf", "adapter"):
-        assert get_config("vit_cil", f"method={method},layers=1-12").mask_layers == tuple(range(1, 13))
+        assert get_config("vit_cil", f"method={method},layers=1-12").mask_layers == tuple(
+            range(1, 13)
+        )
 
 
 def test_variants():
     c = get_config("vit_cil", "tasks=20,method=dualprompt,layers=3-5")
-    assert (c.tasks, c.seed, c.method, c.mask_layers, c.e_prompt_layers) == (20, 42, "dualprompt", (3, 4, 5), (3, 4, 5))
+    assert (c.tasks, c.seed, c.method, c.mask_layers, c.e_prompt_layers) == (
+        20,
+        42,
+        "dualprompt",
+        (3, 4, 5),
+        (3, 4, 5),
+    )
     assert get_config("vit_cil", "tasks=20,seed=7").seed == 7
     assert get_config("vit_cil", "layers=3+5+7-9").mask_layers == (3, 5, 7, 8, 9)
-    assert get_config("vit_cil", "learning_rate=1,flip=false,crop_scale=0.5-1").crop_scale == (0.5, 1.0)
+    assert get_config("vit_cil", "learning_rate=1,flip=false,crop_scale=0.5-1").crop_scale == (
+        0.5,
+        1.0,
+    )
     assert get_config("digits").dataset == "digits"
 
 
@@ -62,20 +96,36 @@ def test_bad_arguments(argument, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "coda"}, "method: 'coda' is unknown; known are adapter, bic, derpp, dualprompt, ewc, ft, head, icarl, l2p, lora, lwf"),
-        ({"method": "ft+pgp"}, "method: 'ft\\+pgp': head, ft, ewc, lwf, derpp, icarl, bic stand alone"),
+        (
+            {"method": "coda"},
+            "method: 'coda' is unknown; known are adapter, bic, derpp, dualprompt, ewc, ft, head, "
+            "icarl, l2p, lora, lwf",
+        ),
+        (
+            {"method": "ft+pgp"},
+            "method: 'ft\\+pgp': head, ft, ewc, lwf, derpp, icarl, bic stand alone",
+        ),
         ({"method": "lora+lora"}, "a part is named once"),
         ({"method": "dualprompt+softtf+lora"}, "names both softtf and lora; one of them at most"),
         ({"method": "pgp+softtf"}, "pgp projects prompts, so it needs one of dualprompt, l2p"),
         ({"target_modules": "qv"}, "target_modules: 'qv' is for lora"),
         ({"target_modules": "qkv+qkv"}, "names weights twice"),
-        ({"mask_storage": "int3"}, "mask_storage: 'int3' is unknown; known are float32, int8, int4, lowrank"),
-        ({"mask_storage": "int8", "method": "dualprompt+wsn"}, "mask_storage: 'dualprompt\\+wsn' has no soft masks"),
+        (
+            {"mask_storage": "int3"},
+            "mask_storage: 'int3' is unknown; known are float32, int8, int4, lowrank",
+        ),
+        (
+            {"mask_storage": "int8", "method": "dualprompt+wsn"},
+            "mask_storage: 'dualprompt\\+wsn' has no soft masks",
+        ),
         ({"cache_queries": True, "method": "ft"}, "cache_queries: 'ft' asks nothing of q"),
         ({"density": 0.0}, "density: 0.0 is not a share above 0"),
         ({"top_k": 11}, "top_k: 11 is above pool_size, 10"),
         ({"rank": 0}, "rank: 0 is below 1"),
-        ({"target_modules": "qkv+ffn"}, "target_modules: 'ffn' is unknown; join any of qkv, qv, proj, mlp"),
+        (
+            {"target_modules": "qkv+ffn"},
+            "target_modules: 'ffn' is unknown; join any of qkv, qv, proj, mlp",
+        ),
         ({"mask_init": "zeros"}, "mask_init: 'zeros' is unknown"),
         ({"prefix_layout": "x"}, "prefix_layout: 'x' is unknown"),
         ({"dtype": "float16"}, "dtype: 'float16' is unknown"),

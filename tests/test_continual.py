@@ -26,7 +26,9 @@ from tests.conftest import LAYERS, tiny_method
 
 @pytest.fixture
 def run(rng):
-    """A run over 4 classes in 2 tasks, without backbone or method: 11 training and 6 test images a task."""
+    """A run over 4 classes in 2 tasks, without backbone or method: 11 training and 6 test images
+    a task.
+    """
     labels = np.arange(22, dtype=np.int32) % 4
     split = sources.InMemoryImages(rng.integers(0, 256, (22, 4, 4, 3), dtype=np.uint8), labels)
     test = sources.InMemoryImages(split.images[:12], labels[:12])
@@ -47,7 +49,11 @@ def run(rng):
 
 def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
     calls, run = [], dataclasses.replace(run, method=tiny_method())
-    monkeypatch.setattr(engine, "queries", lambda method, params, images, *_: calls.append(len(images)) or images.sum((1, 2)))
+    monkeypatch.setattr(
+        engine,
+        "queries",
+        lambda method, params, images, *_: calls.append(len(images)) or images.sum((1, 2)),
+    )
     for _ in range(3):
         assert run.query(0).shape == (6, 3)
         run.query(1)
@@ -57,18 +63,34 @@ def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
 @pytest.fixture
 def small(digits, tmp_path):
     """`prepare` for the tiny world in two tasks, with batches that four devices don't divide."""
-    config = Config(dataset="digits", tasks=2, batch_size=6, epochs=1, eval_batch_size=16, prototype_features=50, **LAYERS)
+    config = Config(
+        dataset="digits",
+        tasks=2,
+        batch_size=6,
+        epochs=1,
+        eval_batch_size=16,
+        prototype_features=50,
+        **LAYERS,
+    )
 
     def prepare(devices=4, **changes):
         with closing(Store(tmp_path / f"on{devices}")) as store:
             mesh = train_step.data_mesh(jax.devices()[:devices])
-            return loop.prepare(dataclasses.replace(config, **changes), store, Console(quiet=True), threading.Event(), mesh)
+            return loop.prepare(
+                dataclasses.replace(config, **changes),
+                store,
+                Console(quiet=True),
+                threading.Event(),
+                mesh,
+            )
 
     return prepare
 
 
 def run_two_tasks(run):
-    """Both tasks as `loop.run` trains them: adapters and model after each task, and the rows of the last stage."""
+    """Both tasks as `loop.run` trains them: adapters and model after each task, and the rows of
+    the last stage.
+    """
     learned, shared, adapters, models = loop.TaskBank(run), run.initial_shared(), [], []
     for task in range(2):
         adapter = begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
@@ -81,8 +103,12 @@ def run_two_tasks(run):
 
 
 def test_the_same_run_on_one_and_on_four_devices(small):
-    (adapters, models, rows), (adapters_4, models_4, rows_4) = (run_two_tasks(small(devices)) for devices in (1, 4))
-    ours, theirs = (jax.device_get((a, m[-1].shared)) for a, m in ((adapters, models), (adapters_4, models_4)))
+    (adapters, models, rows), (adapters_4, models_4, rows_4) = (
+        run_two_tasks(small(devices)) for devices in (1, 4)
+    )
+    ours, theirs = (
+        jax.device_get((a, m[-1].shared)) for a, m in ((adapters, models), (adapters_4, models_4))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, theirs)
     for protocol, by_task in rows.items():
         for row, row_4 in zip(by_task, rows_4[protocol], strict=True):
@@ -96,17 +122,26 @@ def test_an_old_task_keeps_its_key_and_prompt_while_a_new_one_trains(small):
     learned.add(0, run.initial_adapter(0), loop.task_statistics(run, 0))
     model = learned.model(run.initial_shared())
     first = jax.device_get((model.keys[0], model.prompts[0]))
-    state, _ = loop.train_task(run, 1, begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared(), {})
+    state, _ = loop.train_task(
+        run, 1, begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared(), {}
+    )
     learned.add(1, state.trainable["adapter"], loop.task_statistics(run, 1))
     later = learned.model(state.trainable["shared"])
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((later.keys[0], later.prompts[0])), first)
-    drawn, trained = (pytrees.flatten(jax.device_get(a)) for a in (run.initial_adapter(1), state.trainable["adapter"]))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get((later.keys[0], later.prompts[0])), first
+    )
+    drawn, trained = (
+        pytrees.flatten(jax.device_get(a))
+        for a in (run.initial_adapter(1), state.trainable["adapter"])
+    )
     assert all((trained[path] != drawn[path]).any() for path in drawn)
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_only_the_g_prompt_drifts(small, held):
-    """With the G-prompt held after the first task, a later task changes no logit of an older one's classes, to the bit."""
+    """With the G-prompt held after the first task, a later task changes no logit of an older
+    one's classes, to the bit.
+    """
     run = small(freeze_g_prompt=held)
     _, (first, second), _ = run_two_tasks(run)
     batching = run.settings.batching
@@ -117,7 +152,9 @@ def test_only_the_g_prompt_drifts(small, held):
         pairs = engine.alone(np.zeros(len(images), int))
         logits.append(engine.logits(model, tokens, pairs, batching)[:, run.scenario.class_mask(0)])
     assert (logits[0] == logits[1]).all() == held
-    assert (np.asarray(first.shared["g_prompt"]) == np.asarray(second.shared["g_prompt"])).all() == held
+    assert (
+        np.asarray(first.shared["g_prompt"]) == np.asarray(second.shared["g_prompt"])
+    ).all() == held
 
 
 def test_a_new_prompt_starts_as_the_old_one_and_its_key_does_not(small):
@@ -131,22 +168,30 @@ def test_a_new_prompt_starts_as_the_old_one_and_its_key_does_not(small):
 
 def test_too_little_memory_says_what_to_do(digits, tmp_path, monkeypatch):
     def full(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd a table of them.")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd a table of them."
+        )
 
     monkeypatch.setattr(loop, "train_task", full)
     config = Config(dataset="digits", tasks=2, method="head")
     with pytest.raises(
-        UserError, match=r"^batch_size: .* too little memory \(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\.\)\. Take"
+        UserError,
+        match=r"^batch_size: .* too little memory \(RESOURCE_EXHAUSTED: Out of memory allocating 9 "
+        r"bytes\.\)\. Take",
     ):
         loop.run(config, tmp_path, Console(quiet=True))
 
 
 def test_sigterm_saves_at_once(small):
-    """Between two scheduled saves: the state of the step it stopped at is kept, and training goes on from there."""
+    """Between two scheduled saves: the state of the step it stopped at is kept, and training
+    goes on from there.
+    """
     run = small()
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     seen = []
-    stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set() or seen.append(step))
+    stopping = dataclasses.replace(
+        run, log=lambda group, step, values: run.stop.set() or seen.append(step)
+    )
     with pytest.raises(loop.Preempted, match="Stopped after step") as stopped:
         loop.train_task(stopping, 0, adapter, shared, {})
     done = int(str(stopped.value).split()[3])
@@ -169,8 +214,12 @@ def test_sigterm_is_answered_while_training_images_are_looked_at(small, monkeypa
     rows = run.members(0)
     np.testing.assert_allclose(run.features(rows, run.params), whole, atol=1e-5)
     calls, ask = [], engine.queries
-    monkeypatch.setattr(engine, "queries", lambda *a, **k: run.stop.set() or calls.append(a) or ask(*a, **k))
-    with pytest.raises(loop.Preempted, match="Stopped while looking at training images; the same command continues"):
+    monkeypatch.setattr(
+        engine, "queries", lambda *a, **k: run.stop.set() or calls.append(a) or ask(*a, **k)
+    )
+    with pytest.raises(
+        loop.Preempted, match="Stopped while looking at training images; the same command continues"
+    ):
         loop.task_statistics(dataclasses.replace(run, train_queries={}), 0)
     assert len(calls) == 1
 
@@ -190,7 +239,9 @@ def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
         rows, weights = plan.batch(step)
         batch = {"images": split.images[rows], "labels": split.labels[rows], "weights": weights}
         key = train_step.stream(run.config.seed, "augment", 0)
-        step_by_step, terms = train_step.compile_step(run.step_config, run.mesh)(step_by_step, run.params, batch | fixed, key)
+        step_by_step, terms = train_step.compile_step(run.step_config, run.mesh)(
+            step_by_step, run.params, batch | fixed, key
+        )
         assert seen[step] == (step, {name: float(value) for name, value in terms.items()})
     assert len(seen) == plan.steps
     jax.tree.map(np.testing.assert_array_equal, state, step_by_step)
@@ -214,14 +265,26 @@ def from_files(small, monkeypatch):
             file = io.BytesIO()
             Image.fromarray(np.pad(image, ((0, index % 5), (0, 0), (0, 0)))).save(file, "PNG")
             contents.append(file.getvalue())
-        return sources.EncodedImages(contents.__getitem__, str, list(map(str, contents)), split.labels, np.arange(len(contents)))
+        return sources.EncodedImages(
+            contents.__getitem__,
+            str,
+            list(map(str, contents)),
+            split.labels,
+            np.arange(len(contents)),
+        )
 
-    monkeypatch.setattr(sources, "load", lambda *_: sources.Dataset(as_files(held.train), as_files(held.test), held.class_names))
+    monkeypatch.setattr(
+        sources,
+        "load",
+        lambda *_: sources.Dataset(as_files(held.train), as_files(held.test), held.class_names),
+    )
     return small
 
 
 def test_a_run_on_files_goes_on_where_it_was(from_files):
-    """Stopped within an epoch and continued: the bits of a run that was not; and the same on one device and on four."""
+    """Stopped within an epoch and continued: the bits of a run that was not; and the same on one
+    device and on four.
+    """
     run = from_files()
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set())
@@ -236,7 +299,11 @@ def test_a_run_on_files_goes_on_where_it_was(from_files):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     one = from_files(1)
     alone, _ = loop.train_task(one, 0, one.initial_adapter(0), one.initial_shared(), {})
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.trainable, jax.device_get(alone.trainable))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        state.trainable,
+        jax.device_get(alone.trainable),
+    )
 
 
 def test_exemplars_come_from_files_too(from_files):
@@ -272,14 +339,20 @@ def test_files_are_evaluated_as_images_in_memory(small, from_files):
 
 @pytest.mark.parametrize("stored", ["memory", "files"])
 def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
-    """It is asked for once a task, for training and statistics together, and the key moves towards it alone."""
+    """It is asked for once a task, for training and statistics together, and the key moves
+    towards it alone.
+    """
     make = request.getfixturevalue("small" if stored == "memory" else "from_files")
     calls, ask = [], engine.queries
-    monkeypatch.setattr(engine, "queries", lambda *args, **kwargs: calls.append(1) or ask(*args, **kwargs))
+    monkeypatch.setattr(
+        engine, "queries", lambda *args, **kwargs: calls.append(1) or ask(*args, **kwargs)
+    )
     run = make(cache_queries=True)
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     logged = []
-    logging = dataclasses.replace(run, log=lambda group, step, values: logged.append(values["key_similarity"]))
+    logging = dataclasses.replace(
+        run, log=lambda group, step, values: logged.append(values["key_similarity"])
+    )
     loop.train_task(logging, 0, adapter, shared, {})
     loop.task_statistics(run, 0)
     assert len(calls) == 1
@@ -304,7 +377,9 @@ def test_a_run_that_ended_lets_go_of_its_workdir(tmp_path):
 
 
 def test_steps_are_counted_where_only_compiled_programs_can_be(small, monkeypatch):
-    """As on GPUs and TPUs; and a backend that can't count leaves the figure out instead of ending the run."""
+    """As on GPUs and TPUs; and a backend that can't count leaves the figure out instead of
+    ending the run.
+    """
     written = small().step_flops
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
     assert 0.2 * written < small().step_flops < 2 * written

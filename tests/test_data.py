@@ -18,7 +18,10 @@ class TinyColors(tfds.core.GeneratorBasedBuilder):
     shape = (8, 8, 3)
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=list("abcd"))}
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=list("abcd")),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, _):
@@ -33,13 +36,19 @@ class TinyColors(tfds.core.GeneratorBasedBuilder):
 
 
 class ImagenetR(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """ImageNet-R as TFDS has it: one split, and labels that are 200 of 1,000; here two, in images of many shapes."""
+    """ImageNet-R as TFDS has it: one split, and labels that are 200 of 1,000; here two, in
+    images of many shapes.
+    """
 
     VERSION = tfds.builder_cls("imagenet_r").VERSION
     name = "imagenet_r"
 
     def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=1000), "file_name": tfds.features.Text()}
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(num_classes=1000),
+            "file_name": tfds.features.Text(),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, _):
@@ -48,20 +57,38 @@ class ImagenetR(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self):
         for i in range(24):
             image = np.full((20 + i, 30, 3), 10 * i, np.uint8)
-            yield i, {"image": io.BytesIO(encoded(image, "JPEG")), "label": (7, 930)[i % 2], "file_name": str(i)}
+            yield (
+                i,
+                {
+                    "image": io.BytesIO(encoded(image, "JPEG")),
+                    "label": (7, 930)[i % 2],
+                    "file_name": str(i),
+                },
+            )
 
 
 class TinyBirds(TinyColors):
     """As CUB-200: images of many shapes, and a second one each, which nothing here needs."""
 
     def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=list("abcd")), "mask": tfds.features.Image()}
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=list("abcd")),
+            "mask": tfds.features.Image(),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _generate_examples(self, count):
         for i in range(count):
             image = io.BytesIO(encoded(np.full((8 + i, 8, 3), 20 * i, np.uint8), "PNG"))
-            yield i, {"image": image, "label": i % 4, "mask": io.BytesIO(b"no picture: never to be decoded")}
+            yield (
+                i,
+                {
+                    "image": image,
+                    "label": i % 4,
+                    "mask": io.BytesIO(b"no picture: never to be decoded"),
+                },
+            )
 
 
 def encoded(image, kind):
@@ -89,9 +116,14 @@ def test_tfds_set(prepared):
 
 
 def test_cifar100_from_its_archive(tmp_path, monkeypatch):
-    """The public archive's binary format, downloaded and prepared without TensorFlow, as TFDS's own cifar100."""
+    """The public archive's binary format, downloaded and prepared without TensorFlow, as TFDS's
+    own cifar100.
+    """
     rng = np.random.default_rng(0)
-    records = {name: rng.integers(0, 20, (count, 3074), np.uint8) for name, count in (("train", 30), ("test", 10))}
+    records = {
+        name: rng.integers(0, 20, (count, 3074), np.uint8)
+        for name, count in (("train", 30), ("test", 10))
+    }
     files = {f"{name}.bin": array.tobytes() for name, array in records.items()}
     files["fine_label_names.txt"] = "".join(f"fine{i}\n" for i in range(100)).encode()
     files["coarse_label_names.txt"] = "".join(f"coarse{i}\n" for i in range(20)).encode()
@@ -106,8 +138,14 @@ def test_cifar100_from_its_archive(tmp_path, monkeypatch):
     assert dataset.class_names[7] == "fine7"
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         theirs = records[name][:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        there = {(label, image.tobytes()) for label, image in zip(split.labels.tolist(), split.images, strict=True)}
-        assert there == {(label, image.tobytes()) for label, image in zip(records[name][:, 1].tolist(), theirs, strict=True)}
+        there = {
+            (label, image.tobytes())
+            for label, image in zip(split.labels.tolist(), split.images, strict=True)
+        }
+        assert there == {
+            (label, image.tobytes())
+            for label, image in zip(records[name][:, 1].tolist(), theirs, strict=True)
+        }
     again = sources.load("cifar100", str(tmp_path / "data"))  # prepared now
     np.testing.assert_array_equal(again.test.images, dataset.test.images)
 
@@ -129,7 +167,10 @@ def test_images_of_many_shapes_stay_files(tmp_path):
     names = tfds.builder("imagenet_r", data_dir=tmp_path).info.features["label"].names
     assert dataset.class_names == (names[7], names[930])
     assert isinstance(dataset.train, sources.EncodedImages)
-    assert [np.bincount(split.labels).tolist() for split in (dataset.train, dataset.test)] == [[9, 9], [3, 3]]
+    assert [np.bincount(split.labels).tolist() for split in (dataset.train, dataset.test)] == [
+        [9, 9],
+        [3, 3],
+    ]
     seen = []
     for split in (dataset.train, dataset.test):
         for index, label in enumerate(split.labels):
@@ -145,7 +186,16 @@ def test_images_of_many_shapes_stay_files(tmp_path):
     assert dataset.test.prepared(np.arange(0), 16).shape == (0, 16, 16, 3)
     few = dataset.first(2, 1)
     assert np.bincount(few.train.labels).tolist() == [2, 2]
-    assert len({dataset.fingerprint, few.fingerprint, sources.load("imagenet_r", str(tmp_path)).fingerprint}) == 2
+    assert (
+        len(
+            {
+                dataset.fingerprint,
+                few.fingerprint,
+                sources.load("imagenet_r", str(tmp_path)).fingerprint,
+            }
+        )
+        == 2
+    )
 
 
 def test_only_what_is_learned_from_is_decoded(tmp_path):
@@ -160,16 +210,27 @@ def folder(tmp_path):
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
-                (tmp_path / split / name / f"{i}.png").write_bytes(encoded(np.full((8, 8, 3), 100 * label + i, np.uint8), "PNG"))
+                (tmp_path / split / name / f"{i}.png").write_bytes(
+                    encoded(np.full((8, 8, 3), 100 * label + i, np.uint8), "PNG")
+                )
     return tmp_path
 
 
 def test_folder(folder):
     dataset = sources.load("folder", str(folder))
     assert dataset.class_names == ("cat", "dog")
-    assert dataset.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]  # of one shape: in memory
+    assert dataset.train.images[:, 0, 0, 0].tolist() == [
+        0,
+        1,
+        2,
+        100,
+        101,
+        102,
+    ]  # of one shape: in memory
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    (folder / "train/cat/odd.jpg").write_bytes(encoded(np.zeros((9, 8), np.uint8), "JPEG"))  # another shape, and grey
+    (folder / "train/cat/odd.jpg").write_bytes(
+        encoded(np.zeros((9, 8), np.uint8), "JPEG")
+    )  # another shape, and grey
     odd = sources.load("folder", str(folder))
     assert isinstance(odd.train, sources.EncodedImages)
     assert isinstance(odd.test, sources.InMemoryImages)
@@ -185,7 +246,9 @@ def test_large_sets_stay_files(folder, monkeypatch):
 
 
 def test_a_picture_is_learned_as_it_is_predicted(folder):
-    """Upright, on white, whatever the file says; and a damaged one is named at once, not when it is first needed."""
+    """Upright, on white, whatever the file says; and a damaged one is named at once, not when it
+    is first needed.
+    """
     turned = Image.fromarray(np.arange(8 * 9 * 3, dtype=np.uint8).reshape(8, 9, 3))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -193,10 +256,14 @@ def test_a_picture_is_learned_as_it_is_predicted(folder):
     Image.new("RGBA", (8, 9), (0, 0, 0, 0)).save(folder / "train/dog/clear.png")
     split = sources.load("folder", str(folder)).train
     there = {images.prepare(path, 0, 8).tobytes() for path in (folder / "train").rglob("*.png")}
-    assert {images.prepare(split.image(index), 0, 8).tobytes() for index in range(len(split.labels))} == there
+    assert {
+        images.prepare(split.image(index), 0, 8).tobytes() for index in range(len(split.labels))
+    } == there
     whole = encoded(np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8), "JPEG")
     (folder / "train/dog/cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"dataset: .*train/dog/cut.jpg can't be read .*; restore it"):
+    with pytest.raises(
+        UserError, match=r"dataset: .*train/dog/cut.jpg can't be read .*; restore it"
+    ):
         sources.load("folder", str(folder))
 
 
@@ -221,8 +288,12 @@ def test_tiny_imagenet(tmp_path):
             (root / "train" / name / "images" / f"{name}_{i}.JPEG").write_bytes(image)
     (root / "val/images").mkdir(parents=True)
     for i in range(3):
-        (root / f"val/images/val_{i}.JPEG").write_bytes(encoded(np.full((64, 64, 3), 9 * i, np.uint8), "JPEG"))
-    (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\nval_2.JPEG\tn02\t0\t0\t9\t9\n")
+        (root / f"val/images/val_{i}.JPEG").write_bytes(
+            encoded(np.full((64, 64, 3), 9 * i, np.uint8), "JPEG")
+        )
+    (root / "val/val_annotations.txt").write_text(
+        "val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\nval_2.JPEG\tn02\t0\t0\t9\t9\n"
+    )
     with pytest.raises(UserError, match=r"no Tiny-ImageNet at .*wnids.txt"):
         sources.load("tiny_imagenet", str(tmp_path))
     (root / "wnids.txt").write_text("\n".join(names))
@@ -246,7 +317,11 @@ def test_set_that_can_not_be_had(tmp_path, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(TinyColors, "download_and_prepare", refuse)
-    with pytest.raises(UserError, match=r"no prepared tiny_colors at .*ConnectionError: no route to host.*--config.data_dir=DIR"):
+    with pytest.raises(
+        UserError,
+        match=r"no prepared tiny_colors at .*ConnectionError: no route to "
+        r"host.*--config.data_dir=DIR",
+    ):
         sources.load("tiny_colors", str(tmp_path))
 
 

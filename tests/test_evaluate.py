@@ -24,7 +24,10 @@ COUNT = 37
 def make_adapters(backbone, method):
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(3)]
     if method.reparametrization:  # spread, so that tasks disagree
-        adapters = [a | {"mask": jax.tree.map(lambda m, t=t: m * (1 + t), a["mask"])} for t, a in enumerate(adapters)]
+        adapters = [
+            a | {"mask": jax.tree.map(lambda m, t=t: m * (1 + t), a["mask"])}
+            for t, a in enumerate(adapters)
+        ]
     return adapters
 
 
@@ -35,11 +38,15 @@ def make_model(backbone, method, adapters, seen=3, **others):
 
 
 def run_settings(batch_size=8, eval_batch_size=16, shots=(5, 0), devices=4):
-    return protocols.Settings(train_step.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size)
+    return protocols.Settings(
+        train_step.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size
+    )
 
 
 def keys_that_split(query):
-    """Three keys, each towards one image from the mean of all, such that every task is some images' nearest."""
+    """Three keys, each towards one image from the mean of all, such that every task is some
+    images' nearest.
+    """
     towards = query - query.mean(axis=0)
     for chosen in itertools.combinations(range(COUNT), 3):
         nearest = np.asarray(prompts.similarity(query, towards[list(chosen)])).argmax(axis=1)
@@ -54,13 +61,19 @@ def world(backbone):
     rng, method = np.random.default_rng(5), tiny_method()
     images = rng.integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
     query = engine.queries(method, backbone, images, run_settings().batching)
-    adapters = [a | {"key": key} for a, key in zip(make_adapters(backbone, method), keys_that_split(query), strict=True)]
+    adapters = [
+        a | {"key": key}
+        for a, key in zip(make_adapters(backbone, method), keys_that_split(query), strict=True)
+    ]
     projection = prototypes.projection(0, 24, 40)
     sums = prototypes.Sums(6, projection)
     for task in range(3):
         labels = 2 * task + np.arange(COUNT) % 2
         part = slice(task, None, 3)
-        sums.add((2 * task, 2 * task + 1), prototypes.statistics(query[part], labels[part], (2 * task, 2 * task + 1), projection))
+        sums.add(
+            (2 * task, 2 * task + 1),
+            prototypes.statistics(query[part], labels[part], (2 * task, 2 * task + 1), projection),
+        )
     return make_model(backbone, method, adapters, prototypes=sums.solve()), adapters, images, query
 
 
@@ -68,7 +81,9 @@ def by_hand(model, adapter, image, sources=None):
     """One image through one task, the plain way."""
     batch = image[None].astype(np.float32) / 255
     tokens = model.method.trunk(model.backbone, model.shared, batch)
-    return np.asarray(model.method.logits(model.backbone, adapter, model.shared, tokens, sources))[0]
+    return np.asarray(model.method.logits(model.backbone, adapter, model.shared, tokens, sources))[
+        0
+    ]
 
 
 def gradient_by_hand(model, adapters, image, nearest):
@@ -76,8 +91,13 @@ def gradient_by_hand(model, adapters, image, nearest):
     tokens = model.method.trunk(model.backbone, model.shared, image[None].astype(np.float32) / 255)
 
     def entropy(alpha):
-        mask = jax.tree.map(lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *[a["mask"] for a in adapters])
-        logits = model.method.logits(model.backbone, adapters[nearest] | {"mask": mask}, model.shared, tokens)
+        mask = jax.tree.map(
+            lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)),
+            *[a["mask"] for a in adapters],
+        )
+        logits = model.method.logits(
+            model.backbone, adapters[nearest] | {"mask": mask}, model.shared, tokens
+        )
         return identity.entropy_of_top(logits, 2).sum()
 
     return np.asarray(jax.grad(entropy)(jax.numpy.full(3, 1 / 3)))
@@ -101,7 +121,10 @@ def test_every_protocol_against_a_plain_loop(world):
             assert logits.shape == (COUNT, 6)
             expected = by_hand(model, adapters[answers.task_ids[protocol][i]], images[i])
             np.testing.assert_allclose(logits[i], expected, atol=2e-4, err_msg=protocol)
-        assert answers.task_ids[protocols.PER_SAMPLE_GRADIENT][i] == gradient_by_hand(model, adapters, images[i], nearest[i]).argmin()
+        assert (
+            answers.task_ids[protocols.PER_SAMPLE_GRADIENT][i]
+            == gradient_by_hand(model, adapters, images[i], nearest[i]).argmin()
+        )
     assert len(set(answers.task_ids[protocols.PER_SAMPLE_GRADIENT].tolist())) > 1
 
 
@@ -114,13 +137,19 @@ def test_prototypes_name_the_task_and_weigh_the_logits(world):
     np.testing.assert_array_equal(tasks, by_task.argmax(axis=1))
     assert len(set(tasks.tolist())) == 3
     scores = answers.scores[protocols.PROTOTYPE]
-    expected = (posterior + answers.logits[protocols.PROTOTYPE]).reshape(COUNT, 3, 2)[np.arange(COUNT), tasks]
-    np.testing.assert_allclose(scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, rtol=1e-5, atol=1e-5)
+    expected = (posterior + answers.logits[protocols.PROTOTYPE]).reshape(COUNT, 3, 2)[
+        np.arange(COUNT), tasks
+    ]
+    np.testing.assert_allclose(
+        scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, rtol=1e-5, atol=1e-5
+    )
     assert np.isinf(scores).sum() == 4 * COUNT
 
 
 def test_images_are_counted_exactly(world):
-    """37 images in batches of 8: the last one holds 5; under oracle only the task's classes can win."""
+    """37 images in batches of 8: the last one holds 5; under oracle only the task's classes can
+    win.
+    """
     model, _, images, query = world
     labels = np.full(COUNT, 2)
     answers = protocols.answer(model, images, query, 1, run_settings())
@@ -133,7 +162,10 @@ def test_images_are_counted_exactly(world):
     logits = answers.logits[protocols.ORACLE]
     assert rows[protocols.ORACLE].correct == (logits[:, 2] > logits[:, 3]).sum()
     assert rows[protocols.ORACLE].task_correct == COUNT
-    assert rows[protocols.PER_SAMPLE].correct == (answers.logits[protocols.PER_SAMPLE].argmax(axis=1) == 2).sum()
+    assert (
+        rows[protocols.PER_SAMPLE].correct
+        == (answers.logits[protocols.PER_SAMPLE].argmax(axis=1) == 2).sum()
+    )
 
 
 def test_unseen_tasks_and_classes_only_under_batch_vote(world):
@@ -150,18 +182,27 @@ def test_unseen_tasks_and_classes_only_under_batch_vote(world):
 @given(data=strategies.data())
 @settings(max_examples=15)
 def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
-    """Any choice of the images, in any order, under any batch size: the same task and class for each."""
+    """Any choice of the images, in any order, under any batch size: the same task and class for
+    each.
+    """
     model, _, images, query = world
     whole = protocols.answer(model, images, query, 0, run_settings())
-    chosen = np.array(data.draw(strategies.lists(strategies.integers(0, COUNT - 1), min_size=1, max_size=COUNT)))
+    chosen = np.array(
+        data.draw(strategies.lists(strategies.integers(0, COUNT - 1), min_size=1, max_size=COUNT))
+    )
     batching = run_settings(
-        batch_size=data.draw(strategies.sampled_from([3, 8])), eval_batch_size=data.draw(strategies.sampled_from([16, 64]))
+        batch_size=data.draw(strategies.sampled_from([3, 8])),
+        eval_batch_size=data.draw(strategies.sampled_from([16, 64])),
     )
     alone = engine.queries(model.method, model.backbone, images[chosen], batching.batching)
-    part = protocols.answer(model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching)
+    part = protocols.answer(
+        model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching
+    )
     for protocol in (protocols.PER_SAMPLE, protocols.PER_SAMPLE_GRADIENT, protocols.PROTOTYPE):
         np.testing.assert_array_equal(part.task_ids[protocol], whole.task_ids[protocol][chosen])
-        np.testing.assert_array_equal(part.scores[protocol].argmax(axis=1), whole.scores[protocol][chosen].argmax(axis=1))
+        np.testing.assert_array_equal(
+            part.scores[protocol].argmax(axis=1), whole.scores[protocol][chosen].argmax(axis=1)
+        )
 
 
 def test_one_and_four_devices_agree(world):
@@ -175,14 +216,25 @@ def test_one_and_four_devices_agree(world):
 def test_interleaved_prefixes_follow_the_published_batches(world):
     """An image's prefix depends on its place in its batch, but under per_sample it is alone."""
     model, adapters, images, query = world
-    model = dataclasses.replace(model, method=dataclasses.replace(model.method, prefix_layout="interleaved"))
+    model = dataclasses.replace(
+        model, method=dataclasses.replace(model.method, prefix_layout="interleaved")
+    )
     answers = protocols.answer(model, images, query, 0, run_settings())
     separate = np.array([[0, 1]])
     # The last batch holds images 32 to 36: 34 stands in its middle.
-    for i, sources in ((0, [[0, 0]]), (3, [[0, 0]]), (4, [[1, 1]]), (32, [[0, 0]]), (34, [[0, 1]]), (36, [[1, 1]])):
+    for i, sources in (
+        (0, [[0, 0]]),
+        (3, [[0, 0]]),
+        (4, [[1, 1]]),
+        (32, [[0, 0]]),
+        (34, [[0, 1]]),
+        (36, [[1, 1]]),
+    ):
         expected = by_hand(model, adapters[0], images[i], np.array(sources))
         np.testing.assert_allclose(answers.logits[protocols.ORACLE][i], expected, atol=2e-4)
-        expected = by_hand(model, adapters[answers.task_ids[protocols.PER_SAMPLE][i]], images[i], separate)
+        expected = by_hand(
+            model, adapters[answers.task_ids[protocols.PER_SAMPLE][i]], images[i], separate
+        )
         np.testing.assert_allclose(answers.logits[protocols.PER_SAMPLE][i], expected, atol=2e-4)
 
 
@@ -190,7 +242,10 @@ def test_a_test_batch_larger_than_a_chunk(world):
     model, _, images, query = world
     settings_ = run_settings(batch_size=30, eval_batch_size=4)
     assert settings_.batching.chunk == 16
-    large, whole = (protocols.answer(model, images, query, 0, s) for s in (settings_, run_settings(batch_size=30)))
+    large, whole = (
+        protocols.answer(model, images, query, 0, s)
+        for s in (settings_, run_settings(batch_size=30))
+    )
     for protocol in whole.logits:
         np.testing.assert_array_equal(large.task_ids[protocol], whole.task_ids[protocol])
 
@@ -200,9 +255,14 @@ def test_chunks_are_joined(world):
     model, _, images, query = world
     many = run_settings(eval_batch_size=4)
     assert many.chunk == 16
-    pieces, whole = protocols.answer(model, images, query, 0, many), protocols.answer(model, images, query, 0, run_settings())
+    pieces, whole = (
+        protocols.answer(model, images, query, 0, many),
+        protocols.answer(model, images, query, 0, run_settings()),
+    )
     for shots in (5, 0):
-        np.testing.assert_allclose(pieces.alpha_gradients[shots], whole.alpha_gradients[shots], atol=1e-4)
+        np.testing.assert_allclose(
+            pieces.alpha_gradients[shots], whole.alpha_gradients[shots], atol=1e-4
+        )
     for protocol in whole.logits:
         np.testing.assert_array_equal(pieces.task_ids[protocol], whole.task_ids[protocol])
 
@@ -227,14 +287,23 @@ def test_dualprompt_has_no_gradient_id(backbone, rng):
 
 
 def test_bfloat16_names_the_same_tasks(world):
-    """q(x) comes in bfloat16 then, but is compared with the keys in float32: near 1 bfloat16 would tie."""
+    """q(x) comes in bfloat16 then, but is compared with the keys in float32: near 1 bfloat16
+    would tie.
+    """
     model, _, images, query = world
-    low = dataclasses.replace(model, method=dataclasses.replace(model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")))
+    low = dataclasses.replace(
+        model,
+        method=dataclasses.replace(
+            model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")
+        ),
+    )
     with jax.numpy_dtype_promotion("standard"):
         rounded = engine.queries(low.method, low.backbone, images, run_settings().batching)
         answers = protocols.answer(low, images, query.astype(rounded.dtype), 1, run_settings())
     assert rounded.dtype == jax.numpy.bfloat16
-    expected = protocols.answer(model, images, query, 1, run_settings()).task_ids[protocols.PER_SAMPLE]
+    expected = protocols.answer(model, images, query, 1, run_settings()).task_ids[
+        protocols.PER_SAMPLE
+    ]
     assert (answers.task_ids[protocols.PER_SAMPLE] == expected).mean() > 0.9
     similarity = identity.key_similarity(query.astype(rounded.dtype), model.keys)
     assert similarity.dtype == np.float32
@@ -243,5 +312,7 @@ def test_bfloat16_names_the_same_tasks(world):
 
 def test_queries_are_those_of_the_plain_backbone(world):
     model, _, images, query = world
-    expected = ViT(model.method.vit).apply({"params": model.backbone}, images.astype(np.float32) / 255)
+    expected = ViT(model.method.vit).apply(
+        {"params": model.backbone}, images.astype(np.float32) / 255
+    )
     np.testing.assert_allclose(query, expected, atol=1e-4)

@@ -10,7 +10,11 @@ from tests.conftest import tiny_method
 from tests.replay import model_of
 
 
-@given(count=strategies.integers(1, 3000), largest=strategies.integers(1, 600), devices=strategies.sampled_from([1, 2, 4]))
+@given(
+    count=strategies.integers(1, 3000),
+    largest=strategies.integers(1, 600),
+    devices=strategies.sampled_from([1, 2, 4]),
+)
 def test_pieces_cover_every_row_once(count, largest, devices):
     batching = engine.Batching(train_step.data_mesh(jax.devices()[:devices]), largest)
     assert len(batching.sizes) <= 6
@@ -34,7 +38,9 @@ def weights_of(backbone):
 
     def make(budget):
         loads = []
-        cache = engine.TaskWeights(method, backbone, lambda task: loads.append(task) or adapters[task], int(budget * each))
+        cache = engine.TaskWeights(
+            method, backbone, lambda task: loads.append(task) or adapters[task], int(budget * each)
+        )
         assert cache.bytes_each == each
         return cache, loads, adapters
 
@@ -54,7 +60,12 @@ def test_weights_are_made_once_while_they_fit(weights_of, backbone):
     for task in (0, 1, 0, 1):
         effective = cache[task]
         theta = pytrees.select(backbone, pytrees.flatten(effective))
-        jax.tree.map(lambda w, k, m: np.testing.assert_array_equal(w, k * m), effective, theta, adapters[task]["mask"])
+        jax.tree.map(
+            lambda w, k, m: np.testing.assert_array_equal(w, k * m),
+            effective,
+            theta,
+            adapters[task]["mask"],
+        )
     assert loads == [0, 1]
     cache[2]  # in the place of 0, which was used before 1
     assert [task in cache for task in range(3)] == [False, True, True]
@@ -65,7 +76,9 @@ def test_weights_are_made_once_while_they_fit(weights_of, backbone):
 
 
 def test_a_budget_changes_no_answer(backbone, rng):
-    """Tasks read again and again from their source: the same logits, to the bit, and the same gradients over α."""
+    """Tasks read again and again from their source: the same logits, to the bit, and the same
+    gradients over α.
+    """
     method = tiny_method()
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(5)]
     shared = method.init_shared(jax.random.key(9), backbone)
@@ -78,7 +91,13 @@ def test_a_budget_changes_no_answer(backbone, rng):
         tokens, query = engine.encode(model, images, batching, queried=True)
         logits = engine.logits(model, tokens, engine.alone(tasks), batching)
         rows = np.arange(23)[:, None]
-        answers.append((query, logits, engine.alpha_gradients(model, tokens, rows, np.ones((23, 1)), tasks, batching)))
+        answers.append(
+            (
+                query,
+                logits,
+                engine.alpha_gradients(model, tokens, rows, np.ones((23, 1)), tasks, batching),
+            )
+        )
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
     np.testing.assert_allclose(answers[0][2], answers[1][2], atol=1e-6)

@@ -1,4 +1,6 @@
-"""The program as a user runs it: real images, the bundled backbone, and everything that can go wrong on the way."""
+"""The program as a user runs it: real images, the bundled backbone, and everything that can go
+wrong on the way.
+"""
 
 import hashlib
 import json
@@ -48,7 +50,13 @@ def launch(environment):
         program = program if moment is None else ["-m", "tests.drive", moment]
         within = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
         done = subprocess.run(
-            [sys.executable, *program, *args], cwd=ROOT, env=within, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, *program, *args],
+            cwd=ROOT,
+            env=within,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
@@ -66,11 +74,22 @@ def launch_two(environment):
             address = f"localhost:{free.getsockname()[1]}"
         program = [sys.executable, "-m", "tests.drive"]
         alone = environment | {"JAX_NUM_CPU_DEVICES": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": alone}
+        pipes = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "cwd": ROOT,
+            "env": alone,
+        }
         where = [f"--distributed={address},{index},2" for index in range(2)]
-        both = [subprocess.Popen([*program, moment, *args, here], **pipes) for moment, here in zip(moments, where, strict=True)]
+        both = [
+            subprocess.Popen([*program, moment, *args, here], **pipes)
+            for moment, here in zip(moments, where, strict=True)
+        ]
         outputs = [process.communicate(timeout=300)[0] for process in both]
-        assert [process.returncode for process in both] == [expect, expect], outputs[0][-3000:] + outputs[1][-3000:]
+        assert [process.returncode for process in both] == [expect, expect], (
+            outputs[0][-3000:] + outputs[1][-3000:]
+        )
         return outputs
 
     return run
@@ -78,7 +97,10 @@ def launch_two(environment):
 
 def contents(workdir):
     """Hash of every array and the counts of every protocol, by task: all that a run amounts to."""
-    manifests = [json.loads((path / "manifest" / "metadata").read_text()) for path in sorted((workdir / "tasks").iterdir())]
+    manifests = [
+        json.loads((path / "manifest" / "metadata").read_text())
+        for path in sorted((workdir / "tasks").iterdir())
+    ]
     return [(m["sha256"], m["metrics"]) for m in manifests]
 
 
@@ -93,7 +115,12 @@ def test_a_run_and_its_results(finished):
     workdir, output = finished
     for identified in ("Prompt ID", "Gradient ID", "prototype"):
         assert f"CIL per_sample, {identified}" in output
-    for row in ("CIL batch_vote, Prompt ID *", "CIL batch_vote, Gradient ID, 7", "TIL oracle, task given", "Time:"):
+    for row in (
+        "CIL batch_vote, Prompt ID *",
+        "CIL batch_vote, Gradient ID, 7",
+        "TIL oracle, task given",
+        "Time:",
+    ):
         assert row in output
     rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
     assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:6]] == [
@@ -112,22 +139,34 @@ def test_a_run_and_its_results(finished):
     assert rows[-1]["final_average"] > 30  # it learned: chance is 20
     report = (workdir / "report.md").read_text()
     parameters = json.loads((workdir / "tasks/000/manifest/metadata").read_text())["parameters"]
-    # Masks on q,k,v,proj of three layers, an E-prompt of length 5 in them, a key; G-prompts in two layers and the classifier.
+    # Masks on q,k,v,proj of three layers, an E-prompt of length 5 in them, a key; G-prompts in two
+    # layers and the classifier.
     assert parameters["adapter"] == 3 * (192 * 576 + 192 * 192) + 3 * 2 * 5 * 192 + 192
     assert parameters["shared"] == 2 * 2 * 5 * 192 + 192 * 10 + 10
     assert f"{parameters['adapter']:,}" in report
     # Statistics: the upper triangle of a 2,000 × 2,000 matrix and the sums of five classes.
     assert f"{4 * (2000 * 2001 // 2 + 5 * 2000):,} statistics for prototype task identity" in report
-    for picture in ("accuracy_matrix.png", "accuracy_and_forgetting.png", "mask_distance.png", "mask_density.png", "task_confusion.png"):
+    for picture in (
+        "accuracy_matrix.png",
+        "accuracy_and_forgetting.png",
+        "mask_distance.png",
+        "mask_density.png",
+        "task_confusion.png",
+    ):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
         assert picture in report
     manifest = json.loads((workdir / "tasks/001/manifest/metadata").read_text())
     drifts = manifest["weight_drift"]
     assert len(drifts) == 6  # q,k,v and proj of three layers
-    assert all(0 < drift < 0.1 for drift in drifts.values())  # masks from U(0.99, 1), six steps of at most 0.014 each
+    assert all(
+        0 < drift < 0.1 for drift in drifts.values()
+    )  # masks from U(0.99, 1), six steps of at most 0.014 each
     assert manifest["step_flops"] > 1e9
     assert manifest["classes"] == [5, 6, 7, 8, 9]
-    assert manifest["backbone"]["sha256"] == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
+    assert (
+        manifest["backbone"]["sha256"]
+        == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
+    )
     assert manifest["config"]["epochs"] == 1
     assert "jax" in manifest["versions"]
     assert not any("backbone" in path.name for path in (workdir / "tasks/000/adapter").iterdir())
@@ -140,10 +179,25 @@ def test_its_images_are_predicted(finished, launch, tmp_path):
     test = sources.load("digits").test
     for index in range(0, 60, 6):
         Image.fromarray(test.images[index]).save(tmp_path / f"{index:02d}.png")
-    output = launch("predict", str(workdir), str(tmp_path), "--json", "--task-id=prototype", program=("-m", "soft_jax"))
+    output = launch(
+        "predict",
+        str(workdir),
+        str(tmp_path),
+        "--json",
+        "--task-id=prototype",
+        program=("-m", "soft_jax"),
+    )
     rows = [json.loads(line) for line in output.splitlines()]
-    assert [Path(row["file"]).name for row in rows] == [f"{index:02d}.png" for index in range(0, 60, 6)]
-    assert sum(int(row["class"]) == test.labels[index] for row, index in zip(rows, range(0, 60, 6), strict=True)) >= 7
+    assert [Path(row["file"]).name for row in rows] == [
+        f"{index:02d}.png" for index in range(0, 60, 6)
+    ]
+    assert (
+        sum(
+            int(row["class"]) == test.labels[index]
+            for row, index in zip(rows, range(0, 60, 6), strict=True)
+        )
+        >= 7
+    )
     output = launch("predict", str(tmp_path), str(tmp_path), program=("-m", "soft_jax"), expect=1)
     assert output.startswith(f"error: workdir: {tmp_path} holds no run")
     assert len(output.splitlines()) == 1
@@ -167,11 +221,17 @@ def test_a_finished_run_prints_its_table_again(finished, launch):
             ("kill-save:001-000004", "Task 1 continues after step 2"),
             ("kill-evaluate:1", "Task 2 continues after step 2"),
         ),
-        (("kill-save:000-000002", ""), ("kill-save:tasks/000", ""), ("term-step:1:2", "Task 1 continues after step 6")),
+        (
+            ("kill-save:000-000002", ""),
+            ("kill-save:tasks/000", ""),
+            ("term-step:1:2", "Task 1 continues after step 6"),
+        ),
     ],
 )
 def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moments):
-    """SIGKILL in training, in a save and in evaluation, SIGTERM in training: same arrays to the bit, same counts."""
+    """SIGKILL in training, in a save and in evaluation, SIGTERM in training: same arrays to the
+    bit, same counts.
+    """
     for moment, continues in moments:
         ended = 128 + signal.SIGTERM if moment.startswith("term") else -signal.SIGKILL
         output = launch(*SMALL, f"--workdir={tmp_path}", moment=moment, expect=ended)
@@ -184,9 +244,18 @@ def test_killed_and_continued_is_the_same_run(finished, launch, tmp_path, moment
 
 
 def test_two_processes_are_one_run(finished, launch_two, tmp_path):
-    """A device each, killed in training, one of them stopped by SIGTERM, continued: to the bit what one process with two devices does."""
-    launch_two(*SMALL, f"--workdir={tmp_path}", moments=["kill-step:0:2"] * 2, expect=-signal.SIGKILL)
-    first, second = launch_two(*SMALL, f"--workdir={tmp_path}", moments=("none", "term-step:0:3"), expect=128 + signal.SIGTERM)
+    """A device each, killed in training, one of them stopped by SIGTERM, continued: to the bit
+    what one process with two devices does.
+    """
+    launch_two(
+        *SMALL, f"--workdir={tmp_path}", moments=["kill-step:0:2"] * 2, expect=-signal.SIGKILL
+    )
+    first, second = launch_two(
+        *SMALL,
+        f"--workdir={tmp_path}",
+        moments=("none", "term-step:0:3"),
+        expect=128 + signal.SIGTERM,
+    )
     assert "Task 1 continues after step 2" in first
     assert re.search(r"2\s+cpu\s+device", first)
     for output in (first, second):
@@ -206,14 +275,25 @@ def test_what_is_wrong_in_one_process_ends_both(launch_two, tmp_path):
 
 
 def test_eight_devices_are_two(finished, launch, tmp_path):
-    """Another number of devices adds up in another order, and does nothing else: the first task, as it is before its evaluation."""
-    output = launch(*SMALL, f"--workdir={tmp_path}", moment="kill-evaluate:0", devices=8, expect=-signal.SIGKILL)
+    """Another number of devices adds up in another order, and does nothing else: the first task,
+    as it is before its evaluation.
+    """
+    output = launch(
+        *SMALL, f"--workdir={tmp_path}", moment="kill-evaluate:0", devices=8, expect=-signal.SIGKILL
+    )
     assert re.search(r"8\s+cpu\s+device", output)
     (kept,) = (tmp_path / "training").iterdir()
-    like = {"key": jax.ShapeDtypeStruct((192,), np.float32), "prompt": jax.ShapeDtypeStruct((3, 2, 5, 3, 64), np.float32)}
+    like = {
+        "key": jax.ShapeDtypeStruct((192,), np.float32),
+        "prompt": jax.ShapeDtypeStruct((3, 2, 5, 3, 64), np.float32),
+    }
     whole = train_step.replicated(train_step.data_mesh(jax.devices()[:1]))
-    ours = folder.load(kept, {"state": {"trainable": {"adapter": like}}}, whole, part=True)[0]["state"]["trainable"]["adapter"]
-    theirs = folder.Reader(finished[0]).load_task(0, {"adapter": like}, whole, part=True)[0]["adapter"]
+    ours = folder.load(kept, {"state": {"trainable": {"adapter": like}}}, whole, part=True)[0][
+        "state"
+    ]["trainable"]["adapter"]
+    theirs = folder.Reader(finished[0]).load_task(0, {"adapter": like}, whole, part=True)[0][
+        "adapter"
+    ]
     for name in like:
         np.testing.assert_allclose(ours[name], theirs[name], atol=2e-4)
 
@@ -221,7 +301,11 @@ def test_eight_devices_are_two(finished, launch, tmp_path):
 def test_a_damaged_training_state_costs_steps_not_the_run(finished, launch, tmp_path):
     launch(*SMALL, f"--workdir={tmp_path}", moment="kill-step:0:3", expect=-signal.SIGKILL)
     (kept,) = (tmp_path / "training").iterdir()
-    chunk = next(path for path in sorted((kept / "state").rglob("*")) if path.is_file() and "key" in path.parent.name and path.name == "0")
+    chunk = next(
+        path
+        for path in sorted((kept / "state").rglob("*"))
+        if path.is_file() and "key" in path.parent.name and path.name == "0"
+    )
     chunk.write_bytes(chunk.read_bytes()[:-3])
     output = launch(*SMALL, f"--workdir={tmp_path}")
     assert "The kept training state can't be used" in output
@@ -230,7 +314,10 @@ def test_a_damaged_training_state_costs_steps_not_the_run(finished, launch, tmp_
 
 def test_a_loss_that_is_not_finite_stops_the_run(launch, tmp_path):
     output = launch(*SMALL, f"--workdir={tmp_path}", moment="nan-step:1:3", expect=1)
-    assert "error: task 2, step 4: loss is nan; training stopped, finished tasks are as they were" in output
+    assert (
+        "error: task 2, step 4: loss is nan; training stopped, finished tasks are as they were"
+        in output
+    )
     assert len(contents(tmp_path)) == 1
 
 
@@ -241,7 +328,9 @@ def test_a_damaged_task_is_named_and_nothing_is_lost(finished, launch, tmp_path)
     bad[len(bad) // 2] ^= 4
     chunk.write_bytes(bad)
     output = launch(*SMALL, f"--workdir={tmp_path / 'copy'}", expect=1)
-    assert re.search(r"error: .*tasks/000: array adapter/key .*restore this folder from a copy", output)
+    assert re.search(
+        r"error: .*tasks/000: array adapter/key .*restore this folder from a copy", output
+    )
     assert len(contents(tmp_path / "copy")) == 2
 
 
@@ -257,13 +346,25 @@ def test_another_config_is_refused(finished, launch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/digits.py:tasks=3"], "error: tasks: 10 classes can't be divided into 3 equal tasks"),
-        (["--config.mask_layers=(12,13)"], "error: mask_layers: layer 13 is not one of vit_ti8_32's layers 1 to 12"),
+        (
+            ["--config=configs/digits.py:tasks=3"],
+            "error: tasks: 10 classes can't be divided into 3 equal tasks",
+        ),
+        (
+            ["--config.mask_layers=(12,13)"],
+            "error: mask_layers: layer 13 is not one of vit_ti8_32's layers 1 to 12",
+        ),
         (["--config.backbone=vit_b99"], "error: backbone: 'vit_b99' is unknown"),
-        (["--config.backbone_path=/nowhere/x.npz"], "error: backbone_path: no file at /nowhere/x.npz"),
+        (
+            ["--config.backbone_path=/nowhere/x.npz"],
+            "error: backbone_path: no file at /nowhere/x.npz",
+        ),
         (["--config.image_size=30"], "error: image_size: image_size 30 is not a multiple"),
         (["--config.dataset=nonesuch"], "error: dataset: TFDS does not know 'nonesuch'"),
-        (["--config=configs/digits.py:task=3"], "error: --config: config argument: unknown key 'task'"),
+        (
+            ["--config=configs/digits.py:task=3"],
+            "error: --config: config argument: unknown key 'task'",
+        ),
         (["--config=configs/none.py"], "error: --config: "),
         (["--config.epochs=many"], "Flags parsing error: flag --config.epochs=many"),
         (["--config.epoch=3"], 'instead of "epoch"'),

@@ -32,7 +32,9 @@ def test_literal_trees(backbone):
         "head/bias": (6,),
         "head/kernel": (24, 6),
     }
-    assert "mask" not in tiny_method(reparametrization=None).init_adapter(jax.random.key(0), backbone)
+    assert "mask" not in tiny_method(reparametrization=None).init_adapter(
+        jax.random.key(0), backbone
+    )
 
 
 def test_initial_values(backbone):
@@ -43,7 +45,9 @@ def test_initial_values(backbone):
     assert 0.9999 < masks.max() <= 1
     for drawn in (adapter["key"], adapter["prompt"]):
         assert -1 <= drawn.min() < 0 < drawn.max() < 1
-    ones = tiny_method(reparametrization=soft_masks("ones")).init_adapter(jax.random.key(0), backbone)["mask"]
+    ones = tiny_method(reparametrization=soft_masks("ones")).init_adapter(
+        jax.random.key(0), backbone
+    )["mask"]
     assert all((m == 1).all() for m in jax.tree.leaves(ones))
 
 
@@ -58,9 +62,15 @@ def test_mask_multiplies_kernels_and_nothing_else(backbone):
     method = tiny_method()
     adapter = method.init_adapter(jax.random.key(0), backbone)
     params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1), backbone))
-    before, after, masks = pytrees.flatten(backbone), pytrees.flatten(params), pytrees.flatten(adapter["mask"])
+    before, after, masks = (
+        pytrees.flatten(backbone),
+        pytrees.flatten(params),
+        pytrees.flatten(adapter["mask"]),
+    )
     for path, leaf in after.items():
-        np.testing.assert_array_equal(leaf, before[path] * masks[path] if path in masks else before[path])
+        np.testing.assert_array_equal(
+            leaf, before[path] * masks[path] if path in masks else before[path]
+        )
 
 
 def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone, rng):
@@ -74,7 +84,11 @@ def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone
         return jnp.sum(ViT(TINY).apply({"params": params}, images)[:, 0])
 
     mask = jnp.full(theta.shape, 0.995)
-    by_mask = jax.grad(lambda m: loss(pytrees.flatten(reparametrization.masked(backbone, pytrees.unflatten({path: m})))[path]))(mask)
+    by_mask = jax.grad(
+        lambda m: loss(
+            pytrees.flatten(reparametrization.masked(backbone, pytrees.unflatten({path: m})))[path]
+        )
+    )(mask)
     moved = theta * (mask - 0.1 * by_mask) - theta * mask
     np.testing.assert_allclose(moved, -0.1 * theta**2 * jax.grad(loss)(theta * mask), atol=1e-6)
 
@@ -89,7 +103,9 @@ def test_trunk_does_not_depend_on_the_task(backbone, rng):
     logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images))
     params, prefix = method.realize(backbone, adapter, shared)
     features = ViT(TINY).apply({"params": params}, images, prefix)
-    np.testing.assert_allclose(logits, features @ shared["head"]["kernel"] + shared["head"]["bias"][None], atol=1e-5)
+    np.testing.assert_allclose(
+        logits, features @ shared["head"]["kernel"] + shared["head"]["bias"][None], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 6])
@@ -103,14 +119,22 @@ def test_interleaved_sources_are_a_reshape(batch):
 def test_layers_that_the_vit_does_not_have():
     vit = backbones.BACKBONES["vit_ti8_32"].vit
     for field in ("mask_layers", "e_prompt_layers", "g_prompt_layers"):
-        with pytest.raises(UserError, match=f"{field}: layer 13 is not one of vit_b16's layers 1 to 12"):
+        with pytest.raises(
+            UserError, match=f"{field}: layer 13 is not one of vit_b16's layers 1 to 12"
+        ):
             method_from_config(Config(**{field: (13,)}), vit, 10)
 
 
 def test_settings_reach_the_method():
     vit = backbones.BACKBONES["vit_ti8_32"].vit
-    method = method_from_config(Config(mask_layers=(12,), target_modules="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10)
-    assert method.kernels == ("blocks_11/attn/qkv/kernel", "blocks_11/mlp/fc1/kernel", "blocks_11/mlp/fc2/kernel")
+    method = method_from_config(
+        Config(mask_layers=(12,), target_modules="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10
+    )
+    assert method.kernels == (
+        "blocks_11/attn/qkv/kernel",
+        "blocks_11/mlp/fc1/kernel",
+        "blocks_11/mlp/fc2/kernel",
+    )
     assert method.e_layers == (2, 3)
     assert method.g_layers == (0, 1)
     assert method_from_config(Config(method="dualprompt"), vit, 10).kernels == ()

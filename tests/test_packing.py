@@ -18,7 +18,14 @@ from tests.conftest import LAYERS
 
 def masks(shape=(24, 71)):
     drawn = 1 + 0.05 * jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    return {"blocks_2": {"attn": {"qkv": {"kernel": drawn.at[3].set(1).at[5].multiply(40)}, "proj": {"kernel": drawn[:, :8]}}}}
+    return {
+        "blocks_2": {
+            "attn": {
+                "qkv": {"kernel": drawn.at[3].set(1).at[5].multiply(40)},
+                "proj": {"kernel": drawn[:, :8]},
+            }
+        }
+    }
 
 
 @pytest.mark.parametrize(("way", "levels"), [("int8", 127), ("int4", 7)])
@@ -36,7 +43,12 @@ def test_ones_are_ones_and_bytes_are_what_they_should_be(way):
     like = {"a": jnp.ones((24, 71), jnp.float32)}
     packed = packing.pack(like, way, 4)
     np.testing.assert_array_equal(packing.unpack(packed, way, like)["a"], 1)
-    expected = {"float32": 4 * 24 * 71, "int8": 24 * 71 + 4 * 24, "int4": 24 * 36 + 4 * 24, "lowrank": 4 * 4 * (24 + 71)}
+    expected = {
+        "float32": 4 * 24 * 71,
+        "int8": 24 * 71 + 4 * 24,
+        "int4": 24 * 36 + 4 * 24,
+        "lowrank": 4 * 4 * (24 + 71),
+    }
     assert pytrees.nbytes(packed) == expected[way]
 
 
@@ -44,19 +56,37 @@ def test_a_low_rank_mask_is_kept_whole():
     rng = np.random.default_rng(0)
     mask = jnp.asarray(1 + rng.normal(size=(24, 3)) @ rng.normal(size=(3, 71)), jnp.float32)
     for rank, close in ((3, True), (2, False)):
-        back = packing.unpack(packing.pack({"a": mask}, "lowrank", rank), "lowrank", {"a": mask})["a"]
+        back = packing.unpack(packing.pack({"a": mask}, "lowrank", rank), "lowrank", {"a": mask})[
+            "a"
+        ]
         assert np.allclose(back, mask, atol=1e-4) == close
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("settings", [{"mask_storage": "int4"}, {"method": "dualprompt+softnet", "density": 0.7}])
+@pytest.mark.parametrize(
+    "settings", [{"mask_storage": "int4"}, {"method": "dualprompt+softnet", "density": 0.7}]
+)
 def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypatch):
-    """Its figures are those of the stored masks: read again, by the run and by a predictor, they are the ones that were evaluated."""
-    config = Config(dataset="digits", tasks=2, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=40, **LAYERS)
+    """Its figures are those of the stored masks: read again, by the run and by a predictor, they
+    are the ones that were evaluated.
+    """
+    config = Config(
+        dataset="digits",
+        tasks=2,
+        batch_size=10,
+        epochs=1,
+        eval_batch_size=16,
+        prototype_features=40,
+        **LAYERS,
+    )
     config = dataclasses.replace(config, **settings)
     seen = []
     add = loop.TaskBank.add
-    monkeypatch.setattr(loop.TaskBank, "add", lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest))
+    monkeypatch.setattr(
+        loop.TaskBank,
+        "add",
+        lambda self, task, adapter, rest: seen.append(adapter) or add(self, task, adapter, rest),
+    )
     monkeypatch.setattr(loop, "DRAWN_AFTER", 0.0)
     drawn = []
     monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or [])
@@ -69,7 +99,9 @@ def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypat
     labels = digits.test.labels
     right = predictor.predict(digits.test.images, labels // 5).classes == labels
     rows = manifests[-1]["metrics"]["oracle/task_given"]
-    assert [int(right[labels // 5 == task].sum()) for task in range(2)] == [row["correct"] for row in rows]
+    assert [int(right[labels // 5 == task].sum()) for task in range(2)] == [
+        row["correct"] for row in rows
+    ]
     stored = json.loads((tmp_path / "tasks/000/manifest/metadata").read_text())
     assert stored["parameters"]["adapter"] == pytrees.count(seen[0])
     assert stored["bytes"]["adapter"] < pytrees.nbytes(seen[0]) / 2

@@ -1,10 +1,13 @@
-"""What peers' own code computed on given arrays, in float64: Google's L2P, LAMDA-PILOT's DualPrompt, layers of the published PyTorch code.
+"""What peers' own code computed on given arrays, in float64: Google's L2P, LAMDA-PILOT's
+DualPrompt, layers of the published PyTorch code.
 
-`l2p.npz`: google-research/l2p's ViT (its tanh GELU set to the exact one, which the published PyTorch code has) on `google_vit.npz`'s
-checkpoint, one batch of one task with batch-wise selection: loss, its terms and its gradients. `dualprompt_pilot.npz`: LAMDA-PILOT's
-DualPrompt on the same checkpoint, loss, terms and gradients for a batch of the second of three tasks, and that batch's vote and logits in
-a test; it looks prompts up as the published code does, `prefix_layout="interleaved"`. `published_layers.npz`: the published LoRA of q and
-v, the MLP with adapters, and the binary mask of WSN.
+`l2p.npz`: google-research/l2p's ViT (its tanh GELU set to the exact one, which the published
+PyTorch code has) on `google_vit.npz`'s checkpoint, one batch of one task with batch-wise selection:
+loss, its terms and its gradients. `dualprompt_pilot.npz`: LAMDA-PILOT's DualPrompt on the same
+checkpoint, loss, terms and gradients for a batch of the second of three tasks, and that batch's
+vote and logits in a test; it looks prompts up as the published code does,
+`prefix_layout="interleaved"`. `published_layers.npz`: the published LoRA of q and v, the MLP with
+adapters, and the binary mask of WSN.
 """
 
 from pathlib import Path
@@ -26,12 +29,18 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 DATA = Path(__file__).parent / "data"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-FLAX = {"rtol": 1e-6, "atol": 1e-7}  # Google's model takes the variance in one pass and its softmax in float32
+FLAX = {
+    "rtol": 1e-6,
+    "atol": 1e-7,
+}  # Google's model takes the variance in one pass and its softmax in float32
 
 
 @pytest.fixture(autouse=True)
 def _float64():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+    ):  # flax's LayerNorm promotes float64 with float32
         yield
 
 
@@ -43,7 +52,11 @@ def layers():
 
 def their_backbone():
     with np.load(DATA / "google_vit.npz") as file:
-        checkpoint = {key.removeprefix("checkpoint/"): file[key].astype(float) for key in file.files if key.startswith("checkpoint/")}
+        checkpoint = {
+            key.removeprefix("checkpoint/"): file[key].astype(float)
+            for key in file.files
+            if key.startswith("checkpoint/")
+        }
     depth = sum(key.endswith("Dense_0/bias") for key in checkpoint)
     vit = ViTConfig(16, 4, 24, depth, 3, 48, dtype="float64")
     return vit, backbones.convert(checkpoint, vit)[0]
@@ -66,12 +79,20 @@ def test_a_step_of_googles_l2p():
         "class_mask": np.arange(6) < 2,
     }
     step_config = train_step.StepConfig(method, learning_rate=0.01)
-    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": {}, "shared": shared}, backbone, batch, step_config)
+    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)(
+        {"adapter": {}, "shared": shared}, backbone, batch, step_config
+    )
     np.testing.assert_allclose(terms["query"], theirs["query"], **FLAX)
     for name in ("loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **FLAX)
-    for ours, name in ((("pool", "key"), "pool_key"), (("pool", "prompt"), "pool_prompt"), (("head", "kernel"), "head_kernel")):
-        np.testing.assert_allclose(grads["shared"][ours[0]][ours[1]], theirs[f"grad_{name}"], err_msg=name, **FLAX)
+    for ours, name in (
+        (("pool", "key"), "pool_key"),
+        (("pool", "prompt"), "pool_prompt"),
+        (("head", "kernel"), "head_kernel"),
+    ):
+        np.testing.assert_allclose(
+            grads["shared"][ours[0]][ours[1]], theirs[f"grad_{name}"], err_msg=name, **FLAX
+        )
         assert np.abs(theirs[f"grad_{name}"]).max() > 1e-3
 
 
@@ -79,15 +100,31 @@ def test_a_step_of_pilots_dualprompt():
     with np.load(DATA / "dualprompt_pilot.npz") as file:
         theirs = {key: file[key] for key in file.files}
     vit, backbone = their_backbone()
-    layout = {"e_layers": (1, 2), "e_length": 2, "g_layers": (0,), "g_length": 3, "prefix_layout": "interleaved"}
+    layout = {
+        "e_layers": (1, 2),
+        "e_length": 2,
+        "g_layers": (0,),
+        "g_length": 3,
+        "prefix_layout": "interleaved",
+    }
     method = Method(vit, classes=6, **layout)
-    adapters = [{"key": jnp.asarray(key), "prompt": jnp.asarray(theirs["e_prompt"][:, :, task])} for task, key in enumerate(theirs["key"])]
+    adapters = [
+        {"key": jnp.asarray(key), "prompt": jnp.asarray(theirs["e_prompt"][:, :, task])}
+        for task, key in enumerate(theirs["key"])
+    ]
     head = {"kernel": jnp.asarray(theirs["head_kernel"]), "bias": jnp.asarray(theirs["head_bias"])}
     shared = {"head": head, "g_prompt": jnp.asarray(theirs["g_prompt"])}
     task_of_class, count = np.array([0, 0, 1, 1, 2, 2]), len(theirs["labels"])
-    batch = {"images": theirs["images"], "labels": theirs["labels"], "weights": np.ones(count), "class_mask": task_of_class == 1}
+    batch = {
+        "images": theirs["images"],
+        "labels": theirs["labels"],
+        "weights": np.ones(count),
+        "class_mask": task_of_class == 1,
+    }
     step_config = train_step.StepConfig(method, learning_rate=0.001, key_loss_weight=0.1)
-    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)({"adapter": adapters[1], "shared": shared}, backbone, batch, step_config)
+    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)(
+        {"adapter": adapters[1], "shared": shared}, backbone, batch, step_config
+    )
     for name in ("query", "loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **CLOSE)
     for ours, name, expected in (
@@ -103,13 +140,21 @@ def test_a_step_of_pilots_dualprompt():
     (winner,) = set(identity.majority(voted, np.zeros(count, int), 3).tolist())
     assert {winner} == set(theirs["voted"].flatten().tolist()) != {1}
     sources = prompts.prefix_sources("interleaved", jnp.arange(count), jnp.asarray(count))
-    logits = method.logits(backbone, adapters[winner], shared, method.trunk(backbone, shared, theirs["images"]), sources)
+    logits = method.logits(
+        backbone,
+        adapters[winner],
+        shared,
+        method.trunk(backbone, shared, theirs["images"]),
+        sources,
+    )
     np.testing.assert_allclose(logits, theirs["voted_logits"], **CLOSE)
 
 
 def test_the_published_lora(layers):
     """Its matrices are [rank, in] and [out, rank], those of q and of v one below the other."""
-    theirs = {key.removeprefix("lora/"): value for key, value in layers.items() if key.startswith("lora/")}
+    theirs = {
+        key.removeprefix("lora/"): value for key, value in layers.items() if key.startswith("lora/")
+    }
     path = "blocks_0/attn/qkv/kernel"
     kind = reparametrization.LoRA((path,), rank=3, parts=(0, 2))
     backbone = pytrees.unflatten({path: jnp.asarray(theirs["weight"].T)})
@@ -121,20 +166,33 @@ def test_the_published_lora(layers):
 
     def output(a, b):
         own = pytrees.unflatten({f"{path}/a": a, f"{path}/b": b})
-        return theirs["x"] @ pytrees.flatten(kind.weights(backbone, own))[path] + theirs["bias"][None]
+        return (
+            theirs["x"] @ pytrees.flatten(kind.weights(backbone, own))[path] + theirs["bias"][None]
+        )
 
     np.testing.assert_allclose(output(a, b), theirs["y"], **CLOSE)
-    grads = jax.grad(lambda a, b: jnp.sum(output(a, b) * theirs["c"]), (0, 1))(jnp.asarray(a), jnp.asarray(b))
+    grads = jax.grad(lambda a, b: jnp.sum(output(a, b) * theirs["c"]), (0, 1))(
+        jnp.asarray(a), jnp.asarray(b)
+    )
     for ours, expected in zip(grads, split(theirs["grad_a"], theirs["grad_b"]), strict=True):
         np.testing.assert_allclose(ours, expected, **CLOSE)
 
 
 def test_the_published_adapters(layers):
-    theirs = {key.removeprefix("adapter/"): value for key, value in layers.items() if key.startswith("adapter/")}
-    params = {name: {"kernel": theirs[f"{name}.weight"].T, "bias": theirs[f"{name}.bias"]} for name in ("fc1", "fc2")}
+    theirs = {
+        key.removeprefix("adapter/"): value
+        for key, value in layers.items()
+        if key.startswith("adapter/")
+    }
+    params = {
+        name: {"kernel": theirs[f"{name}.weight"].T, "bias": theirs[f"{name}.bias"]}
+        for name in ("fc1", "fc2")
+    }
     for name in ("adapter1", "adapter2"):
         params[name] = {part: theirs[f"{name}.adapter_{part}_proj"].T for part in ("down", "up")}
-    out = Mlp(ViTConfig(16, 4, 24, 1, 3, 48, dtype="float64")).apply({"params": params}, theirs["x"])
+    out = Mlp(ViTConfig(16, 4, 24, 1, 3, 48, dtype="float64")).apply(
+        {"params": params}, theirs["x"]
+    )
     np.testing.assert_allclose(out, theirs["y"], **CLOSE)
 
 
@@ -142,6 +200,8 @@ def test_the_published_adapters(layers):
 def test_the_published_binary_mask(layers, percent):
     scores, c = jnp.asarray(layers["wsn/scores"]), layers["wsn/c"]
     keep = reparametrization.num_kept(percent / 100, scores.size)
-    np.testing.assert_array_equal(reparametrization.top_k_mask(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"])
+    np.testing.assert_array_equal(
+        reparametrization.top_k_mask(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"]
+    )
     grads = jax.grad(lambda s: jnp.sum(reparametrization.top_k_mask(jnp.abs(s), keep) * c))(scores)
     np.testing.assert_array_equal(grads, layers["wsn/grad"])

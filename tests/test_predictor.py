@@ -40,7 +40,15 @@ def _tiny_world(backbone):
 @pytest.fixture(scope="module")
 def workdir(_tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = Config(dataset="digits", tasks=5, batch_size=8, epochs=1, eval_batch_size=16, prototype_features=60, **LAYERS)
+    config = Config(
+        dataset="digits",
+        tasks=5,
+        batch_size=8,
+        epochs=1,
+        eval_batch_size=16,
+        prototype_features=60,
+        **LAYERS,
+    )
     loop.run(config, folder, Console(quiet=True))
     return folder
 
@@ -52,7 +60,9 @@ def test_set(_tiny_world):
 
 @pytest.fixture(scope="module")
 def predictors(workdir):
-    return {task_id: Predictor.load(workdir, task_id=task_id, batch_size=16) for task_id in PROTOCOLS}
+    return {
+        task_id: Predictor.load(workdir, task_id=task_id, batch_size=16) for task_id in PROTOCOLS
+    }
 
 
 def asked(predictor, labels):
@@ -63,14 +73,20 @@ def asked(predictor, labels):
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("task_id", PROTOCOLS)
 def test_predictions_are_what_evaluation_counted(workdir, test_set, predictors, task_id, devices):
-    """One engine: the counts of the run's last evaluation, from mixed images, on one and on four devices."""
+    """One engine: the counts of the run's last evaluation, from mixed images, on one and on four
+    devices.
+    """
     predictor = predictors[task_id]
     if devices == 1:
-        predictor = soft_jax.Predictor.load(workdir, task_id=task_id, batch_size=16, devices=jax.devices()[:1])
+        predictor = soft_jax.Predictor.load(
+            workdir, task_id=task_id, batch_size=16, devices=jax.devices()[:1]
+        )
     order = np.random.default_rng(1).permutation(len(test_set.labels))
     shuffled, labels = test_set.images[order], test_set.labels[order]
     classes, tasks, probabilities = predictor.predict(shuffled, **asked(predictor, labels))
-    rows = json.loads((workdir / "tasks/004/manifest/metadata").read_text())["metrics"][PROTOCOLS[task_id]]
+    rows = json.loads((workdir / "tasks/004/manifest/metadata").read_text())["metrics"][
+        PROTOCOLS[task_id]
+    ]
     for task, row in enumerate(rows):
         own = labels // 2 == task
         assert abs((classes == labels)[own].sum() - row["correct"]) <= (devices == 1)
@@ -86,7 +102,9 @@ def test_predictions_are_what_evaluation_counted(workdir, test_set, predictors, 
 def test_order_and_company_never_change_a_prediction(test_set, predictors, task_id, data):
     predictor = predictors[task_id]
     whole = predictor.predict(test_set.images, **asked(predictor, test_set.labels))
-    chosen = np.array(data.draw(strategies.lists(strategies.integers(0, 79), min_size=1, max_size=80)))
+    chosen = np.array(
+        data.draw(strategies.lists(strategies.integers(0, 79), min_size=1, max_size=80))
+    )
     part = predictor.predict(test_set.images[chosen], **asked(predictor, test_set.labels[chosen]))
     np.testing.assert_array_equal(part.classes, whole.classes[chosen])
     np.testing.assert_array_equal(part.tasks, whole.tasks[chosen])
@@ -97,9 +115,16 @@ def test_order_and_company_never_change_a_prediction(test_set, predictors, task_
 def test_nothing_is_compiled_after_warm_up(workdir, test_set, predictors, task_id):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+        lambda event, *_, **__: (
+            compiled.append(event) if event.endswith("backend_compile_duration") else None
+        )
     )
-    sizes = {"prompt": 12, "gradient": 20, "prototype": 24, "oracle": 28}  # which no other test has compiled
+    sizes = {
+        "prompt": 12,
+        "gradient": 20,
+        "prototype": 24,
+        "oracle": 28,
+    }  # which no other test has compiled
     predictor = Predictor.load(workdir, task_id=task_id, batch_size=sizes[task_id], cache_bytes=0)
     predictor.warm_up()
     assert compiled
@@ -111,7 +136,10 @@ def test_nothing_is_compiled_after_warm_up(workdir, test_set, predictors, task_i
         predictor.predict(test_set.images[chosen], task=int(count) % 5)
     assert not compiled
     # And the size of the batches changes no answer.
-    ours, others = (p.predict(test_set.images, **asked(p, test_set.labels)) for p in (predictor, predictors[task_id]))
+    ours, others = (
+        p.predict(test_set.images, **asked(p, test_set.labels))
+        for p in (predictor, predictors[task_id])
+    )
     np.testing.assert_array_equal(ours.classes, others.classes)
     np.testing.assert_array_equal(ours.tasks, others.tasks)
 
@@ -150,7 +178,9 @@ def test_a_budget_of_nothing_changes_nothing(workdir, test_set, predictors):
 
 @pytest.fixture
 def folder(tmp_path, test_set):
-    """Images as users have them: other sizes, grey, transparent, turned by EXIF, in a folder below; one damaged, one no image."""
+    """Images as users have them: other sizes, grey, transparent, turned by EXIF, in a folder
+    below; one damaged, one no image.
+    """
     (tmp_path / "below").mkdir()
     big = Image.fromarray(test_set.images[0]).resize((75, 48))
     big.save(tmp_path / "a.png")
@@ -167,12 +197,22 @@ def folder(tmp_path, test_set):
 def test_files_and_arrays(predictors, folder, test_set):
     predictor = predictors["prompt"]
     upright = np.asarray(Image.open(folder / "a.png"))
-    by_file = predictor.predict([folder / "a.png", str(folder / "clear.png"), folder / "turned.png", upright, upright / 255.0])
+    by_file = predictor.predict(
+        [
+            folder / "a.png",
+            str(folder / "clear.png"),
+            folder / "turned.png",
+            upright,
+            upright / 255.0,
+        ]
+    )
     np.testing.assert_allclose(by_file.probabilities, by_file.probabilities[[0] * 5], atol=1e-5)
     single = predictor.predict(folder / "a.png")
     np.testing.assert_array_equal(single.classes, by_file.classes[:1])
     as_float = predictor.predict(test_set.images[:5].astype(np.float32) / 255)
-    np.testing.assert_array_equal(as_float.probabilities, predictor.predict(test_set.images[:5]).probabilities)
+    np.testing.assert_array_equal(
+        as_float.probabilities, predictor.predict(test_set.images[:5]).probabilities
+    )
     assert predictor.predict(iter([upright])).classes.shape == (1,)
     assert predictor.predict(jax.numpy.asarray(test_set.images[:2])).classes.shape == (2,)
 
@@ -207,15 +247,30 @@ def test_a_users_image_is_prepared_as_a_test_image(rng, shape, size):
         ([], "images: none were given"),
         (np.zeros((0, 16, 16, 3), np.uint8), "images: none were given"),
         (np.zeros((16, 16, 3), np.uint8), r"images: shape \(16, 16, 3\), expected \[N, H, W, 3\]"),
-        (np.zeros((2, 16, 16, 1), np.uint8), r"images\[0\]: shape \(16, 16, 1\), expected \[H, W, 3\]"),
-        (np.zeros((2, 3, 16, 16), np.uint8), r"images\[0\]: shape \(3, 16, 16\), expected \[H, W, 3\]"),
-        ([np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)], r"images\[1\]: shape \(16, 16\)"),
+        (
+            np.zeros((2, 16, 16, 1), np.uint8),
+            r"images\[0\]: shape \(16, 16, 1\), expected \[H, W, 3\]",
+        ),
+        (
+            np.zeros((2, 3, 16, 16), np.uint8),
+            r"images\[0\]: shape \(3, 16, 16\), expected \[H, W, 3\]",
+        ),
+        (
+            [np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)],
+            r"images\[1\]: shape \(16, 16\)",
+        ),
         (np.zeros((1, 16, 16, 3), int), r"images\[0\]: dtype int64, expected uint8, or float"),
         (np.full((1, 16, 16, 3), np.nan), r"images\[0\]: has values that are not finite"),
-        (np.full((1, 16, 16, 3), 200.0), r"images\[0\]: float values from 200 to 200, expected 0 to 1"),
+        (
+            np.full((1, 16, 16, 3), 200.0),
+            r"images\[0\]: float values from 200 to 200, expected 0 to 1",
+        ),
         (["/nowhere.png"], "/nowhere.png can't be read as an image"),
         ([np.zeros((16, 16, 3), np.uint8), [[1, 2], [3]]], r"images\[1\]: not an image"),
-        ([np.zeros((2, 2000, 3), np.uint8)], r"images\[0\]: 2000 × 2 pixels, expected sides of at most 64 to 1"),
+        (
+            [np.zeros((2, 2000, 3), np.uint8)],
+            r"images\[0\]: 2000 × 2 pixels, expected sides of at most 64 to 1",
+        ),
     ],
 )
 def test_bad_images_are_named(predictors, given, message):
@@ -234,7 +289,10 @@ def test_deep_files_are_not_clipped(predictors, tmp_path):
     [
         (5, "task: 5 is not loaded; loaded are 0, 1, 2, 3, 4"),
         ([0, -1], "task: -1 is not loaded"),
-        ([0, 1, 2], r"task: int64 of shape \(3,\), expected one int, or one for each of the 2 images"),
+        (
+            [0, 1, 2],
+            r"task: int64 of shape \(3,\), expected one int, or one for each of the 2 images",
+        ),
         ("two", "task: .* expected one int"),
     ],
 )
@@ -246,7 +304,9 @@ def test_bad_tasks_are_named(predictors, test_set, task, message):
 
 
 def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="task_id: 'keys' is unknown; known are prompt, gradient, prototype, oracle"):
+    with pytest.raises(
+        UserError, match="task_id: 'keys' is unknown; known are prompt, gradient, prototype, oracle"
+    ):
         Predictor.load(workdir, task_id="keys")
     with pytest.raises(UserError, match="tasks: 7 is not in .*; there are 0, 1, 2, 3, 4"):
         Predictor.load(workdir, tasks=[0, 7])
@@ -258,7 +318,9 @@ def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatc
     shutil.rmtree(copy / "tasks/001")
     with pytest.raises(UserError, match="tasks/001 is missing, later tasks are there"):
         Predictor.load(copy)
-    with pytest.raises(UserError, match="tasks/001 is missing"):  # removed while the predictor is in use
+    with pytest.raises(
+        UserError, match="tasks/001 is missing"
+    ):  # removed while the predictor is in use
         late.predict(test_set.images, task=1)
     kept = Predictor.load(copy, tasks=[0, 2], batch_size=16)
     assert set(kept.predict(test_set.images).tasks.tolist()) <= {0, 2}
@@ -270,8 +332,13 @@ def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatc
     shutil.rmtree(copy / "tasks")
     with pytest.raises(UserError, match="has no finished task yet"):
         Predictor.load(copy)
-    monkeypatch.setattr(backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, {}, "1" * 64))
-    with pytest.raises(UserError, match="backbone: the file found has SHA-256 1111.*give the run's own as backbone_path"):
+    monkeypatch.setattr(
+        backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, {}, "1" * 64)
+    )
+    with pytest.raises(
+        UserError,
+        match="backbone: the file found has SHA-256 1111.*give the run's own as backbone_path",
+    ):
         Predictor.load(workdir)
 
 
@@ -281,15 +348,24 @@ def command(capsys, *arguments):
 
 
 def test_the_command_answers_what_it_can(workdir, folder, capsys):
-    """A folder in the order of its names; the damaged file is reported, the others are answered, the status tells."""
+    """A folder in the order of its names; the damaged file is reported, the others are answered,
+    the status tells.
+    """
     status, out, err = command(capsys, workdir, folder)
     assert status == 1
     lines = out.splitlines()
-    assert [line.split(": ")[0].split("/")[-1] for line in lines] == ["a.png", "grey.jpg", "clear.png", "turned.png"]
+    assert [line.split(": ")[0].split("/")[-1] for line in lines] == [
+        "a.png",
+        "grey.jpg",
+        "clear.png",
+        "turned.png",
+    ]
     assert all(", task " in line and ", probability 0." in line for line in lines)
     assert "broken.png can't be read as an image" in err
     (folder / "broken.png").unlink()
-    status, out, err = command(capsys, workdir, folder, "--json", "--task-id=prototype", "--tasks=0,2")
+    status, out, err = command(
+        capsys, workdir, folder, "--json", "--task-id=prototype", "--tasks=0,2"
+    )
     assert (status, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 4
@@ -312,7 +388,9 @@ def test_the_command_answers_what_it_can(workdir, folder, capsys):
 )
 def test_a_bad_command_is_one_line(workdir, folder, capsys, arguments, message):
     (folder / "empty").mkdir()
-    status, out, err = command(capsys, workdir, *(argument.format(folder=folder) for argument in arguments))
+    status, out, err = command(
+        capsys, workdir, *(argument.format(folder=folder) for argument in arguments)
+    )
     assert (status, out) == (1, "")
     assert message in err
     assert len(err.splitlines()) == 1
@@ -321,13 +399,24 @@ def test_a_bad_command_is_one_line(workdir, folder, capsys, arguments, message):
 def test_dualprompt(tmp_path, test_set):
     """No masks: nothing to load by task, and no Gradient ID."""
     config = Config(
-        method="dualprompt", dataset="digits", tasks=2, batch_size=8, epochs=1, eval_batch_size=16, prototype_features=60, **LAYERS
+        method="dualprompt",
+        dataset="digits",
+        tasks=2,
+        batch_size=8,
+        epochs=1,
+        eval_batch_size=16,
+        prototype_features=60,
+        **LAYERS,
     )
     loop.run(config, tmp_path, Console(quiet=True))
-    with pytest.raises(UserError, match="'gradient' needs weights of each task's own; dualprompt has none"):
+    with pytest.raises(
+        UserError, match="'gradient' needs weights of each task's own; dualprompt has none"
+    ):
         Predictor.load(tmp_path, task_id="gradient")
     predictor = Predictor.load(tmp_path, batch_size=16)
-    rows = json.loads((tmp_path / "tasks/001/manifest/metadata").read_text())["metrics"][protocols.PER_SAMPLE]
+    rows = json.loads((tmp_path / "tasks/001/manifest/metadata").read_text())["metrics"][
+        protocols.PER_SAMPLE
+    ]
     classes, tasks, _ = predictor.predict(test_set.images)
     assert (classes == test_set.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test_set.labels // 5).sum() == sum(row["task_correct"] for row in rows)

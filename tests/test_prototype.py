@@ -42,7 +42,9 @@ def test_the_projections_stream_is_fixed(projection):
 
 
 def test_tasks_added_up_are_the_regression_over_all_images(rng, projection, monkeypatch):
-    """W = (Σ φφᵀ + λI)⁻¹ Σ φyᵀ, from all images at once, with numpy; images beyond one block of rows are padded."""
+    """W = (Σ φφᵀ + λI)⁻¹ Σ φyᵀ, from all images at once, with numpy; images beyond one block of
+    rows are padded.
+    """
     monkeypatch.setattr(prototypes, "ROWS", 16)
     query, labels = queries(rng)
     parts = []
@@ -51,7 +53,9 @@ def test_tasks_added_up_are_the_regression_over_all_images(rng, projection, monk
         parts.append((classes, prototypes.statistics(query[own], labels[own], classes, projection)))
     phi, targets = features(query, projection), np.eye(6)[labels]
     gram = phi.T @ phi
-    expected = np.linalg.solve(gram + prototypes.RIDGE * gram.trace() / FEATURES * np.eye(FEATURES), phi.T @ targets)
+    expected = np.linalg.solve(
+        gram + prototypes.RIDGE * gram.trace() / FEATURES * np.eye(FEATURES), phi.T @ targets
+    )
     model = solved(parts, projection)
     fresh, truth = queries(np.random.default_rng(8))
     scores = prototypes.SHARPNESS * features(fresh, projection) @ expected
@@ -59,13 +63,17 @@ def test_tasks_added_up_are_the_regression_over_all_images(rng, projection, monk
     np.testing.assert_allclose(prototypes.log_posterior(fresh, model), log_p, atol=2e-2)
     assert (np.asarray(prototypes.log_posterior(fresh, model)).argmax(axis=1) == truth).mean() > 0.9
     reverse = solved(parts[::-1], projection)
-    np.testing.assert_allclose(prototypes.log_posterior(fresh, reverse), prototypes.log_posterior(fresh, model), atol=1e-4)
+    np.testing.assert_allclose(
+        prototypes.log_posterior(fresh, reverse), prototypes.log_posterior(fresh, model), atol=1e-4
+    )
 
 
 def test_classes_of_no_task_never_win(rng, projection):
     query, labels = queries(rng)
     own = labels < 2
-    model = solved([((0, 1), prototypes.statistics(query[own], labels[own], (0, 1), projection))], projection)
+    model = solved(
+        [((0, 1), prototypes.statistics(query[own], labels[own], (0, 1), projection))], projection
+    )
     log_p = np.asarray(prototypes.log_posterior(query, model))
     assert np.isneginf(log_p[:, 2:]).all()
     np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1, atol=1e-5)
@@ -90,10 +98,14 @@ def test_statistics_have_their_documented_shapes(rng, projection):
     own = labels < 2
     statistics = prototypes.statistics(query[own], labels[own], (0, 1), projection)
     shapes = prototypes.shapes(FEATURES, 2)
-    assert jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), statistics, shapes) == {"gram": True, "sums": True}
+    assert jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), statistics, shapes
+    ) == {"gram": True, "sums": True}
     gram = features(query[own], projection).T @ features(query[own], projection)
     np.testing.assert_allclose(statistics["gram"], gram[np.triu_indices(FEATURES)], atol=1e-3)
-    np.testing.assert_allclose(statistics["sums"][1], features(query[labels == 1], projection).sum(axis=0), atol=1e-4)
+    np.testing.assert_allclose(
+        statistics["sums"][1], features(query[labels == 1], projection).sum(axis=0), atol=1e-4
+    )
 
 
 def test_queries_in_bfloat16(rng, projection):

@@ -1,4 +1,6 @@
-"""DER++, iCaRL and BiC against their definitions, and what all of them keep and train on in a run."""
+"""DER++, iCaRL and BiC against their definitions, and what all of them keep and train on in a
+run.
+"""
 
 import dataclasses
 import threading
@@ -23,7 +25,14 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 def whole(way, backbone):
     """A method that trains the whole network, and its shared part."""
-    method = tiny_method(strategy=way, trains_backbone=True, reparametrization=None, e_layers=(), e_length=0, g_layers=())
+    method = tiny_method(
+        strategy=way,
+        trains_backbone=True,
+        reparametrization=None,
+        e_layers=(),
+        e_length=0,
+        g_layers=(),
+    )
     return method, method.init_shared(jax.random.key(1), backbone)
 
 
@@ -45,14 +54,23 @@ def test_herding_takes_what_brings_the_mean_nearest(rng):
     chosen = []
     for _ in range(5):
         left = [i for i in range(9) if i not in chosen]
-        chosen.append(min(left, key=lambda i: np.linalg.norm(features[[*chosen, i]].mean(axis=0) - features.mean(axis=0))))
+        chosen.append(
+            min(
+                left,
+                key=lambda i: np.linalg.norm(
+                    features[[*chosen, i]].mean(axis=0) - features.mean(axis=0)
+                ),
+            )
+        )
     order = rehearsal.herding(features, 5)
     assert order[:5].tolist() == chosen
     assert sorted(order.tolist()) == list(range(9))
 
 
 def test_replayed_rows_come_from_the_exemplars():
-    plan = batches.BatchSampler(1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=True, replayed=5)
+    plan = batches.BatchSampler(
+        1, 2, count=7, epochs=2, batch_size=4, devices=3, replay=True, replayed=5
+    )
     assert plan.padded == 9
     assert plan.steps == 4
     drawn = set()
@@ -66,7 +84,9 @@ def test_replayed_rows_come_from_the_exemplars():
         assert counted.tolist() == [1] * 2 * own + [0] * (9 - 2 * own)
         drawn.add(tuple(again))
     assert len(drawn) > 1
-    rows, counted = batches.BatchSampler(1, 2, 7, 2, 4, 3, replay=True).batch(0)  # there are none yet
+    rows, counted = batches.BatchSampler(1, 2, 7, 2, 4, 3, replay=True).batch(
+        0
+    )  # there are none yet
     assert counted.tolist() == [1] * 4 + [0] * 5
 
 
@@ -77,20 +97,43 @@ def test_derpp_holds_the_logits_of_then(backbone, rng):
     known = reviewed(rng, np.arange(40) % 2, new=[0, 1])
     memory, _ = way.update_buffer(memory, shared, known)
     assert sorted(memory["rows"].tolist()) == list(range(8))
-    later = reviewed(rng, [*known.labels[:8], *(2 + np.arange(10) % 2)], new=[2, 3], rows=[*memory["rows"], *range(50, 60)])
+    later = reviewed(
+        rng,
+        [*known.labels[:8], *(2 + np.arange(10) % 2)],
+        new=[2, 3],
+        rows=[*memory["rows"], *range(50, 60)],
+    )
     memory, stored = way.update_buffer(memory, shared, later)
     assert stored is shared
     assert rehearsal.rows_of(memory).tolist() == [0, 1, 2, 3, 50, 51, 52, 53]
-    np.testing.assert_array_equal(memory["logits"][:4], known.logits[:4])  # not what the network makes of them now
+    np.testing.assert_array_equal(
+        memory["logits"][:4], known.logits[:4]
+    )  # not what the network makes of them now
     np.testing.assert_array_equal(memory["logits"][4:], later.logits[8:12])
 
     table = way.table(memory, 3)
-    assert {name: column.shape for name, column in table.items()} == {"replayed": (11,), "then": (11, 6)}
+    assert {name: column.shape for name, column in table.items()} == {
+        "replayed": (11,),
+        "then": (11, 6),
+    }
     taken = [0, 2, 4, 10, 0]  # two new images, two exemplars, padding
-    batch = {name: column[taken] for name, column in table.items()} | {"weights": np.float32([1, 1, 1, 1, 0])}
+    batch = {name: column[taken] for name, column in table.items()} | {
+        "weights": np.float32([1, 1, 1, 1, 0])
+    }
     logits = rng.normal(size=(5, 6))
-    expected = 0.3 / 2 * np.mean([np.mean((logits[2] - memory["logits"][1]) ** 2), np.mean((logits[3] - memory["logits"][7]) ** 2)])
-    assert way.loss(memory, method, {}, {}, batch, jnp.asarray(logits)) == pytest.approx(expected, rel=1e-5)
+    expected = (
+        0.3
+        / 2
+        * np.mean(
+            [
+                np.mean((logits[2] - memory["logits"][1]) ** 2),
+                np.mean((logits[3] - memory["logits"][7]) ** 2),
+            ]
+        )
+    )
+    assert way.loss(memory, method, {}, {}, batch, jnp.asarray(logits)) == pytest.approx(
+        expected, rel=1e-5
+    )
     batch["replayed"] = np.zeros(5, np.float32)
     assert way.loss(memory, method, {}, {}, batch, jnp.asarray(logits)) == 0
 
@@ -105,12 +148,18 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
     unit = known.features / np.linalg.norm(known.features, axis=1, keepdims=True)
     for label in range(4):
         members = np.flatnonzero(known.labels == label)
-        assert set(rows[known.labels[rows] == label]) == set(members[rehearsal.herding(unit[members], 2)[:2]])
+        assert set(rows[known.labels[rows] == label]) == set(
+            members[rehearsal.herding(unit[members], 2)[:2]]
+        )
     means = np.stack([unit[rows[known.labels[rows] == label]].mean(axis=0) for label in range(4)])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     queries = rng.normal(size=(50, 24)).astype(np.float32)
-    nearest = np.linalg.norm(queries[:, None] / np.linalg.norm(queries, axis=1)[:, None, None] - means, axis=2).argmin(axis=1)
-    np.testing.assert_array_equal(np.asarray(method.head(served, queries))[:, :4].argmax(axis=1), nearest)
+    nearest = np.linalg.norm(
+        queries[:, None] / np.linalg.norm(queries, axis=1)[:, None, None] - means, axis=2
+    ).argmin(axis=1)
+    np.testing.assert_array_equal(
+        np.asarray(method.head(served, queries))[:, :4].argmax(axis=1), nearest
+    )
     recalled, start = way.before_task(memory, served)
     for network in (recalled["shared"], start):  # distilled from, and trained on
         np.testing.assert_array_equal(network["head"]["kernel"], shared["head"]["kernel"])
@@ -118,7 +167,9 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
 
 
 def test_a_class_without_images(backbone, rng):
-    """Of four new classes one has none: it is counted among those seen, has no exemplars, and iCaRL never names it."""
+    """Of four new classes one has none: it is counted among those seen, has no exemplars, and
+    iCaRL never names it.
+    """
     method, shared = whole(way := rehearsal.ICaRL(buffer_size=8), backbone)
     known = reviewed(rng, [0, 1, 3] * 10, new=[0, 1, 2, 3])
     memory, served = way.update_buffer(way.init(method, shared), shared, known)
@@ -133,7 +184,9 @@ def test_a_class_without_images(backbone, rng):
 
 
 def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
-    """Logits whose labels are drawn by their own softmax, those of new classes then made too high: α and β undo it."""
+    """Logits whose labels are drawn by their own softmax, those of new classes then made too
+    high: α and β undo it.
+    """
     way = rehearsal.BiC(buffer_size=30000)
     method, shared = whole(way, backbone)
     true = 2 * rng.normal(size=(30000, 6))
@@ -141,7 +194,9 @@ def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
     labels = (p.cumsum(axis=1) > rng.random((30000, 1))).argmax(axis=1)
     new = np.isin(np.arange(6), [4, 5])
     high = np.where(new, (true + 1.5) / 0.6, true)
-    known = rehearsal.Reviewed(np.arange(30000), labels, np.zeros((30000, 24)), high, new, seen=np.ones(6, bool))
+    known = rehearsal.Reviewed(
+        np.arange(30000), labels, np.zeros((30000, 24)), high, new, seen=np.ones(6, bool)
+    )
     alpha, beta = rehearsal.bias(known, np.arange(30000))
     assert (alpha, beta) == (pytest.approx(0.6, abs=0.05), pytest.approx(-1.5, abs=0.1))
     few = np.flatnonzero(labels >= 4)[:2]  # of which any α is the better, the larger it is
@@ -165,18 +220,28 @@ def test_bics_distillation_weighs_as_many_old_classes_as_there_are(backbone, rng
     method, shared = whole(way, backbone)
     seen = np.arange(6) < 4
     memory, _ = way.before_task(way.init(method, shared) | {"seen": jnp.asarray(seen)}, shared)
-    batch = {"images": rng.random((3, 16, 16, 3), np.float32), "weights": np.ones(3, np.float32), "class_mask": np.arange(6) < 5}
+    batch = {
+        "images": rng.random((3, 16, 16, 3), np.float32),
+        "weights": np.ones(3, np.float32),
+        "class_mask": np.arange(6) < 5,
+    }
     logits = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
     arguments = (memory, method, {"adapter": {}, "shared": shared}, backbone, batch, logits)
-    assert way.loss(*arguments) == pytest.approx(4 * float(plain.loss(*arguments)) / 2**2, rel=1e-5)  # 4 old classes, 1 new; no T²
+    assert way.loss(*arguments) == pytest.approx(
+        4 * float(plain.loss(*arguments)) / 2**2, rel=1e-5
+    )  # 4 old classes, 1 new; no T²
 
 
 def test_what_bic_holds_out_is_little():
-    """A tenth of a class's exemplars, or of its images, from the front; one at least, but never all of a class."""
+    """A tenth of a class's exemplars, or of its images, from the front; one at least, but never
+    all of a class.
+    """
     labels = np.repeat([2, 0, 1, 3], [40, 500, 3, 1])
     rows = 1000 + np.arange(len(labels))
     held = rehearsal.BiC(buffer_size=1000).held_out(rows, labels, np.arange(6) < 5)
-    assert {label: rows[labels == label].tolist()[:count] for label, count in ((2, 4), (0, 20), (1, 1))} == {
+    assert {
+        label: rows[labels == label].tolist()[:count] for label, count in ((2, 4), (0, 20), (1, 1))
+    } == {
         label: [row for row in held.tolist() if labels[row - 1000] == label] for label in (2, 0, 1)
     }
     assert len(held) == 25
@@ -190,21 +255,40 @@ def test_images_that_are_not_considered_would_change_nothing(way, backbone, rng)
     considered = np.isin(rows, way.candidate_indices(rows, labels[rows - 100], seen))
     assert considered.sum() == way.share(seen) + 3 + way.share(seen)
     known = reviewed(rng, labels[rows - 100], new=[0, 1, 2], rows=rows)
-    parts = [dataclasses.replace(known, **{f: getattr(known, f)[considered] for f in ("rows", "labels", "features", "logits")}), known]
-    from_some, from_all = (way.update_buffer(way.init(method, shared), shared, part) for part in parts)
+    parts = [
+        dataclasses.replace(
+            known,
+            **{f: getattr(known, f)[considered] for f in ("rows", "labels", "features", "logits")},
+        ),
+        known,
+    ]
+    from_some, from_all = (
+        way.update_buffer(way.init(method, shared), shared, part) for part in parts
+    )
     jax.tree.map(np.testing.assert_array_equal, from_some, from_all)
 
 
 @pytest.mark.parametrize(("method", "exemplars", "least"), [("icarl", 9, 10), ("bic", 19, 20)])
 def test_too_few_exemplars_are_refused(method, exemplars, least, digits, tmp_path):
     config = Config(dataset="digits", tasks=2, method=method, buffer_size=exemplars)
-    with pytest.raises(UserError, match=f"buffer_size: {exemplars} is below {least}, {least // 10} for each of 10 classes"):
+    with pytest.raises(
+        UserError,
+        match=f"buffer_size: {exemplars} is below {least}, {least // 10} for each of 10 classes",
+    ):
         loop.run(config, tmp_path, Console(quiet=True))
 
 
 @pytest.mark.parametrize("method", ["derpp", "icarl", "bic"])
 def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digits, tmp_path):
-    config = Config(dataset="digits", tasks=2, method=method, buffer_size=30, epochs=1, batch_size=16, learning_rate=0.003)
+    config = Config(
+        dataset="digits",
+        tasks=2,
+        method=method,
+        buffer_size=30,
+        epochs=1,
+        batch_size=16,
+        learning_rate=0.003,
+    )
     with closing(Store(tmp_path)) as store:
         run = loop.prepare(config, store, Console(quiet=True), threading.Event())
         shared = run.initial_shared()
@@ -221,20 +305,31 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             feed, rows = loop.TaskInput(run, task, 0, recalled), np.concatenate([own, again])
             pool, plan = feed._pool, feed.schedule
             np.testing.assert_array_equal(feed._fixed["class_mask"], np.arange(10) < 5 * (task + 1))
-            drawn = np.concatenate([batch[counted > 0] for batch, counted in map(plan.batch, range(plan.steps))])
+            drawn = np.concatenate(
+                [batch[counted > 0] for batch, counted in map(plan.batch, range(plan.steps))]
+            )
             if method == "derpp":  # as many exemplars as new images in each batch, whichever
-                assert np.bincount(drawn < len(own), minlength=2).tolist() == [len(own) * (task > 0), len(own)]
+                assert np.bincount(drawn < len(own), minlength=2).tolist() == [
+                    len(own) * (task > 0),
+                    len(own),
+                ]
             else:
                 assert sorted(drawn.tolist()) == list(range(len(rows)))
             np.testing.assert_array_equal(pool["labels"][: len(rows)], labels[rows])
             np.testing.assert_array_equal(pool["images"][: len(rows)], digits.train.images[rows])
             if method == "derpp":
-                np.testing.assert_array_equal(pool["replayed"][: len(rows)], [0] * len(own) + [1] * len(again))
-                np.testing.assert_array_equal(pool["then"][len(own) : len(rows)], memory["logits"][: len(again)])
+                np.testing.assert_array_equal(
+                    pool["replayed"][: len(rows)], [0] * len(own) + [1] * len(again)
+                )
+                np.testing.assert_array_equal(
+                    pool["then"][len(own) : len(rows)], memory["logits"][: len(again)]
+                )
             state, _ = loop.train_task(run, task, {}, shared, recalled)
             memory, shared = loop.task_memory(run, task, memory, state.trainable)
         kept = rehearsal.rows_of(memory)
-        assert np.bincount(labels[kept], minlength=10).tolist() == [2 if method == "bic" else 3] * 10
+        assert (
+            np.bincount(labels[kept], minlength=10).tolist() == [2 if method == "bic" else 3] * 10
+        )
         assert len(set(kept.tolist())) == len(kept)
         assert not set(held) & set(once)
         assert len(held) == (10 if method == "bic" else 0)

@@ -52,50 +52,71 @@ def test_a_binary_mask_keeps_exactly_its_share(backbone, keep):
 @pytest.mark.parametrize("keep", [1, 37, 99, 120])
 def test_the_highest_are_those_that_sorting_finds(rng, scores, keep):
     """Of equal ones the first, in row-major order; negative ones too, which a mask never has."""
-    values = {"drawn": rng.normal(size=(10, 12)), "rounded": np.round(rng.normal(size=(10, 12)), 1) + 0.0, "equal": np.ones((10, 12))}[
-        scores
-    ]
+    values = {
+        "drawn": rng.normal(size=(10, 12)),
+        "rounded": np.round(rng.normal(size=(10, 12)), 1) + 0.0,
+        "equal": np.ones((10, 12)),
+    }[scores]
     values = values.astype(np.float32)
     expected = np.zeros(120, np.float32)
     expected[np.argsort(-values.reshape(-1), kind="stable")[:keep]] = 1
-    np.testing.assert_array_equal(reparametrization.top_k_mask(values, keep), expected.reshape(10, 12))
+    np.testing.assert_array_equal(
+        reparametrization.top_k_mask(values, keep), expected.reshape(10, 12)
+    )
 
 
 def test_a_masks_cost_grows_with_its_size():
-    """As XLA counts operations, by which a run reports what a step costs: a sum of all that are before each entry would be its square."""
+    """As XLA counts operations, by which a run reports what a step costs: a sum of all that are
+    before each entry would be its square.
+    """
     counted = [
-        jax.jit(reparametrization.top_k_mask, static_argnums=1).lower(np.ones(size, np.float32), size // 2).cost_analysis()["flops"]
+        jax.jit(reparametrization.top_k_mask, static_argnums=1)
+        .lower(np.ones(size, np.float32), size // 2)
+        .cost_analysis()["flops"]
         for size in (1000, 8000)
     ]
     assert counted[1] < 10 * counted[0]
 
 
 def test_scores_get_the_gradient_of_the_mask(backbone, rng):
-    """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped weights alike."""
+    """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped
+    weights alike.
+    """
     kind = reparametrization.BinaryMask((PROJ,), 0.5)
     own = kind.init(jax.random.key(0), backbone)
     theta, c = pytrees.flatten(backbone)[PROJ], rng.normal(size=(24, 24)).astype(np.float32)
-    grads = jax.grad(lambda own: jnp.sum(c * pytrees.flatten(kind.weights(backbone, own))[PROJ]))(own)
+    grads = jax.grad(lambda own: jnp.sum(c * pytrees.flatten(kind.weights(backbone, own))[PROJ]))(
+        own
+    )
     signs = np.sign(pytrees.flatten(own["scores"])[PROJ])
     np.testing.assert_allclose(pytrees.flatten(grads["scores"])[PROJ], c * theta * signs, rtol=1e-6)
 
 
 def test_softnet_keeps_the_rest_as_small_fixed_values(backbone):
-    hard, soft = reparametrization.BinaryMask(PATHS, 0.7), reparametrization.BinaryMask(PATHS, 0.7, soft=True)
+    hard, soft = (
+        reparametrization.BinaryMask(PATHS, 0.7),
+        reparametrization.BinaryMask(PATHS, 0.7, soft=True),
+    )
     own = soft.init(jax.random.key(0), backbone)
-    binary, masks, minor = (pytrees.flatten(t) for t in (hard.masks(own), soft.masks(own), own["minor"]))
+    binary, masks, minor = (
+        pytrees.flatten(t) for t in (hard.masks(own), soft.masks(own), own["minor"])
+    )
     for path, mask in masks.items():
         np.testing.assert_array_equal(mask[binary[path] == 1], 1)
         np.testing.assert_array_equal(mask[binary[path] == 0], minor[path][binary[path] == 0])
         assert 0 < minor[path].max() < 1e-4  # σ(-10) at most
-    grads = jax.grad(lambda own: sum(jnp.sum(w) for w in jax.tree.leaves(soft.weights(backbone, own))))(own)
+    grads = jax.grad(
+        lambda own: sum(jnp.sum(w) for w in jax.tree.leaves(soft.weights(backbone, own)))
+    )(own)
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads["minor"]))
     assert all(np.asarray(g).any() for g in jax.tree.leaves(grads["scores"]))
 
 
 @pytest.mark.parametrize(("keep", "soft"), [(0.7, False), (0.7, True), (1.0, True)])
 def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
-    """The masks of what is read again are those that were stored, to the bit; so are they when it is stored once more."""
+    """The masks of what is read again are those that were stored, to the bit; so are they when
+    it is stored once more.
+    """
     kind = reparametrization.BinaryMask(PATHS, keep, soft)
     own = kind.init(jax.random.key(0), backbone)
     packed = kind.pack(own)
@@ -104,7 +125,9 @@ def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
     jax.tree.map(np.testing.assert_array_equal, kind.masks(back), kind.masks(own))
     jax.tree.map(np.testing.assert_array_equal, kind.pack(back), packed)
     sizes = [leaf.size for leaf in jax.tree.leaves(own["scores"])]
-    assert pytrees.nbytes(packed) == sum(size // 8 + (4 * (size - round(keep * size)) if soft else 0) for size in sizes)
+    assert pytrees.nbytes(packed) == sum(
+        size // 8 + (4 * (size - round(keep * size)) if soft else 0) for size in sizes
+    )
 
 
 @pytest.mark.parametrize("parts", [(0, 1, 2), (0, 2)])
@@ -112,12 +135,17 @@ def test_lora_equals_the_merged_weight(backbone, rng, parts):
     """x W + 8 (x A) B, for q, k and v apart."""
     kind = reparametrization.LoRA(PATHS, rank=3, parts=parts)
     own = kind.init(jax.random.key(0), backbone)
-    jax.tree.map(np.testing.assert_array_equal, kind.weights(backbone, own), pytrees.select(backbone, PATHS))  # as drawn: the backbone
+    jax.tree.map(
+        np.testing.assert_array_equal, kind.weights(backbone, own), pytrees.select(backbone, PATHS)
+    )  # as drawn: the backbone
     own = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), own)
     flat, merged, theta = (pytrees.flatten(t) for t in (own, kind.weights(backbone, own), backbone))
     x = rng.normal(size=(5, 24)).astype(np.float32)
     np.testing.assert_allclose(
-        x @ merged[PROJ], x @ theta[PROJ] + 8 * (x @ flat[f"{PROJ}/a"][0]) @ flat[f"{PROJ}/b"][0], rtol=1e-3, atol=1e-3
+        x @ merged[PROJ],
+        x @ theta[PROJ] + 8 * (x @ flat[f"{PROJ}/a"][0]) @ flat[f"{PROJ}/b"][0],
+        rtol=1e-3,
+        atol=1e-3,
     )
     for part in range(3):
         columns = slice(24 * part, 24 * part + 24)
@@ -129,27 +157,42 @@ def test_lora_equals_the_merged_weight(backbone, rng, parts):
 
 
 def test_parameter_counts_are_the_papers():
-    """Table 7, ViT-B, in millions: r = 4, 24 and 500 of LoRA in three layers, r = 1, 4 and 75 of the adapter in all twelve."""
-    vit = jax.eval_shape(ViT(BACKBONES["vit_b16"].vit).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    """Table 7, ViT-B, in millions: r = 4, 24 and 500 of LoRA in three layers, r = 1, 4 and 75 of
+    the adapter in all twelve.
+    """
+    vit = jax.eval_shape(
+        ViT(BACKBONES["vit_b16"].vit).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))
+    )["params"]
     three = reparametrization.kernel_paths(("qv", "proj"), (9, 10, 11))
 
     def millions(kind):
         return pytrees.count(jax.eval_shape(kind.init, jax.random.key(0), vit)) / 1e6
 
-    assert [round(millions(reparametrization.LoRA(three, r, (0, 2))), 2) for r in (4, 24)] == [0.06, 0.33]  # 331,776; printed as 0.32
+    assert [round(millions(reparametrization.LoRA(three, r, (0, 2))), 2) for r in (4, 24)] == [
+        0.06,
+        0.33,
+    ]  # 331,776; printed as 0.32
     assert millions(reparametrization.LoRA(three, 500, (0, 2))) == pytest.approx(6.91, abs=0.005)
-    assert [round(millions(reparametrization.Bottleneck(tuple(range(12)), r)), 2) for r in (1, 75)] == [0.09, 6.91]
-    assert millions(reparametrization.Bottleneck(tuple(range(12)), 4)) == pytest.approx(0.36, abs=0.01)
+    assert [
+        round(millions(reparametrization.Bottleneck(tuple(range(12)), r)), 2) for r in (1, 75)
+    ] == [0.09, 6.91]
+    assert millions(reparametrization.Bottleneck(tuple(range(12)), 4)) == pytest.approx(
+        0.36, abs=0.01
+    )
     assert millions(soft_masks(weights=("qkv",), layers=(11,))) == pytest.approx(1.77, abs=0.005)
 
 
 def test_a_bottleneck_is_the_published_residual(backbone, rng):
-    """As drawn, the backbone to the bit; else x + up(GELU(down x)) behind fc1 and behind fc2, and nowhere else."""
+    """As drawn, the backbone to the bit; else x + up(GELU(down x)) behind fc1 and behind fc2,
+    and nowhere else.
+    """
     kind = reparametrization.Bottleneck((1, 3), rank=2)
     images = rng.random((2, 16, 16, 3), np.float32)
     vit, own = ViT(TINY), kind.init(jax.random.key(0), backbone)
     plain = vit.apply({"params": backbone}, images)
-    np.testing.assert_array_equal(vit.apply({"params": pytrees.merge(backbone, kind.weights(backbone, own))}, images), plain)
+    np.testing.assert_array_equal(
+        vit.apply({"params": pytrees.merge(backbone, kind.weights(backbone, own))}, images), plain
+    )
     own = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), own)
     params = pytrees.merge(backbone, kind.weights(backbone, own))
     x = rng.normal(size=(1, 5, 24)).astype(np.float32)
@@ -165,6 +208,9 @@ def test_a_bottleneck_is_the_published_residual(backbone, rng):
     hidden = residual("adapter1", dense("fc1", x))
     expected = residual("adapter2", dense("fc2", jax.nn.gelu(hidden, approximate=False)))
     np.testing.assert_allclose(Mlp(TINY).apply(mlp, x), expected, rtol=1e-4, atol=1e-3)
-    touched = {path.split("/")[0] for path in traverse_util.flatten_dict(kind.weights(backbone, own), sep="/")}
+    touched = {
+        path.split("/")[0]
+        for path in traverse_util.flatten_dict(kind.weights(backbone, own), sep="/")
+    }
     assert touched == {"blocks_1", "blocks_3"}
     assert np.abs(vit.apply({"params": params}, images) - plain).max() > 0.01

@@ -1,4 +1,6 @@
-"""The published PyTorch model, in float64, against the functions that training and evaluation use."""
+"""The published PyTorch model, in float64, against the functions that training and evaluation
+use.
+"""
 
 import os
 import re
@@ -9,10 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXACT = ("prompt_ids", "gradient_ids", "accuracy_", "final_average_", "forgetting_", "backward_transfer_")
+EXACT = (
+    "prompt_ids",
+    "gradient_ids",
+    "accuracy_",
+    "final_average_",
+    "forgetting_",
+    "backward_transfer_",
+)
 
 
-@pytest.mark.parametrize("trace", ["softtf", "softtf_interleaved", "dualprompt", "dualprompt_interleaved"])
+@pytest.mark.parametrize(
+    "trace", ["softtf", "softtf_interleaved", "dualprompt", "dualprompt_interleaved"]
+)
 def test_trace(trace):
     # A process of its own: float64 is a setting of the whole process.
     done = subprocess.run(
@@ -24,11 +35,32 @@ def test_trace(trace):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    errors = {name: float(error) for name, error in re.findall(r"^(\w+) +(\S+)$", done.stdout, re.M)}
-    quantities = {"first_query", "first_logits", "first_grad", "loss", "cross_entropy", "key_similarity", "grad_norm", "trained_arrays"}
-    quantities |= {"prompt_ids", "eval_logits_prompt_id", "accuracy_prompt_id", "accuracy_task_incremental"}
+    errors = {
+        name: float(error) for name, error in re.findall(r"^(\w+) +(\S+)$", done.stdout, re.M)
+    }
+    quantities = {
+        "first_query",
+        "first_logits",
+        "first_grad",
+        "loss",
+        "cross_entropy",
+        "key_similarity",
+        "grad_norm",
+        "trained_arrays",
+    }
+    quantities |= {
+        "prompt_ids",
+        "eval_logits_prompt_id",
+        "accuracy_prompt_id",
+        "accuracy_task_incremental",
+    }
     if trace.startswith("softtf"):
-        quantities |= {"gradient_ids", "alpha_gradients", "eval_logits_gradient_id", "accuracy_gradient_id"}
+        quantities |= {
+            "gradient_ids",
+            "alpha_gradients",
+            "eval_logits_gradient_id",
+            "accuracy_gradient_id",
+        }
     assert quantities <= errors.keys()
     for name, error in errors.items():
         limit = 1e-12 if name.startswith("first_") else 1e-9 if name.startswith(EXACT) else 1e-8

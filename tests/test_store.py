@@ -13,7 +13,10 @@ from soft_jax.training import train_step
 
 IDENTITY = {"method": "softtf", "tasks": 2, "layers": (1, 2)}
 TREES = {
-    "adapter": {"key": jnp.arange(5.0), "mask": {"blocks_0": {"kernel": jax.random.normal(jax.random.key(0), (64, 48))}}},
+    "adapter": {
+        "key": jnp.arange(5.0),
+        "mask": {"blocks_0": {"kernel": jax.random.normal(jax.random.key(0), (64, 48))}},
+    },
     "shared": {"head": {"bias": jnp.ones(3)}},
 }
 
@@ -49,7 +52,11 @@ def test_a_task_comes_back_to_the_bit(opened, sharding):
     jax.tree.map(np.testing.assert_array_equal, items, TREES)
     assert items["adapter"]["key"].sharding == sharding
     assert (manifest["note"], manifest["metrics"]) == ("grüße", {"a": [1, 2.5]})
-    assert set(manifest["sha256"]) == {"adapter/key", "adapter/mask.blocks_0.kernel", "shared/head.bias"}
+    assert set(manifest["sha256"]) == {
+        "adapter/key",
+        "adapter/mask.blocks_0.kernel",
+        "shared/head.bias",
+    }
     assert opened.finished() == 1
 
 
@@ -126,13 +133,17 @@ def test_reading_beside_a_running_process(opened):
 
 
 def test_a_full_disk_loses_nothing(opened, sharding):
-    """A save that runs out of room: one error, the task before it intact, nothing half-written left."""
+    """A save that runs out of room: one error, the task before it intact, nothing half-written
+    left.
+    """
     keep(opened)
     large = {"key": jax.random.normal(jax.random.key(1), (300_000,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"tasks/001 could not be saved .*Finished tasks are as they were"):
+        with pytest.raises(
+            UserError, match=r"tasks/001 could not be saved .*Finished tasks are as they were"
+        ):
             opened.save_task(1, TREES | {"adapter": large}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -174,7 +185,9 @@ def test_another_config_is_refused_with_the_difference(opened):
 
 
 def test_a_task_from_elsewhere_is_refused(opened, sharding):
-    """Another task's folder, or another run's, in the place of this one: whole, but not this task."""
+    """Another task's folder, or another run's, in the place of this one: whole, but not this
+    task.
+    """
     keep(opened, 0).rename(opened.task_path(1))
     with pytest.raises(UserError, match=r"001: task is 0, expected 1: this task is from elsewhere"):
         load(opened, sharding, 1)

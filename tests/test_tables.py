@@ -38,28 +38,58 @@ ALL = ("e_prompt_layers", "mask_layers")
     ("name", "settings"),
     [
         ("FT", {"method": "ft", "learning_rate": 0.003}),
-        ("L2P-PGP", {"method": "l2p+pgp", "batch_size": 16, "epochs": 5, "e_prompt_layers": (3, 4, 5)}),
+        (
+            "L2P-PGP",
+            {"method": "l2p+pgp", "batch_size": 16, "epochs": 5, "e_prompt_layers": (3, 4, 5)},
+        ),
         (
             "DualPrompt-PGP-Soft-TF-L[3,4,5]",
-            {"method": "dualprompt+pgp+softtf", "target_modules": "qkv+proj", **dict.fromkeys(ALL, (3, 4, 5))},
+            {
+                "method": "dualprompt+pgp+softtf",
+                "target_modules": "qkv+proj",
+                **dict.fromkeys(ALL, (3, 4, 5)),
+            },
         ),
         (
             "DualPrompt-Soft-TF-L[12] q,k,v",
-            {"method": "dualprompt+softtf", "mask_layers": (12,), "target_modules": "qkv", "e_prompt_layers": (10, 11, 12)},
+            {
+                "method": "dualprompt+softtf",
+                "mask_layers": (12,),
+                "target_modules": "qkv",
+                "e_prompt_layers": (10, 11, 12),
+            },
         ),
         (
             "DualPrompt-WSN-L[10,11,12] c=83%",
-            {"method": "dualprompt+wsn", "density": 0.83, "target_modules": "qkv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
+            {
+                "method": "dualprompt+wsn",
+                "density": 0.83,
+                "target_modules": "qkv+proj",
+                **dict.fromkeys(ALL, (10, 11, 12)),
+            },
         ),
         (
             "DualPrompt-LoRA-L[10,11,12] r=24",
-            {"method": "dualprompt+lora", "rank": 24, "target_modules": "qv+proj", **dict.fromkeys(ALL, (10, 11, 12))},
+            {
+                "method": "dualprompt+lora",
+                "rank": 24,
+                "target_modules": "qv+proj",
+                **dict.fromkeys(ALL, (10, 11, 12)),
+            },
         ),
         (
             "DualPrompt-Adapter-L[10,11,12] r=75",
-            {"method": "dualprompt+adapter", "rank": 75, "e_prompt_layers": (10, 11, 12), "mask_layers": tuple(range(1, 13))},
+            {
+                "method": "dualprompt+adapter",
+                "rank": 75,
+                "e_prompt_layers": (10, 11, 12),
+                "mask_layers": tuple(range(1, 13)),
+            },
         ),
-        ("Upper bound of DualPrompt", {"method": "dualprompt", "tasks": 1, "e_prompt_layers": (3, 4, 5)}),
+        (
+            "Upper bound of DualPrompt",
+            {"method": "dualprompt", "tasks": 1, "e_prompt_layers": (3, 4, 5)},
+        ),
     ],
 )
 def test_a_rows_name_is_its_settings(name, settings):
@@ -67,8 +97,15 @@ def test_a_rows_name_is_its_settings(name, settings):
 
 
 def test_a_rows_other_columns_set_things_too():
-    row = {"method": "DualPrompt-Soft-TF", "pretraining": "DINO", "task_id": "gradient, 3-shot", "mask_init": "xavier"}
-    assert {("backbone", "vit_b16_dino"), ("shots", (3,)), ("mask_init", "xavier")} <= set(tables.row_settings(row).items())
+    row = {
+        "method": "DualPrompt-Soft-TF",
+        "pretraining": "DINO",
+        "task_id": "gradient, 3-shot",
+        "mask_init": "xavier",
+    }
+    assert {("backbone", "vit_b16_dino"), ("shots", (3,)), ("mask_init", "xavier")} <= set(
+        tables.row_settings(row).items()
+    )
     assert tables.row_settings(row | {"task_id": "gradient, batch"})["shots"] == (0,)
     exemplars = tables.row_settings({"method": "iCaRL", "exemplars": 5000, "task_id": None})
     assert (exemplars["method"], exemplars["buffer_size"]) == ("icarl", 5000)
@@ -77,7 +114,9 @@ def test_a_rows_other_columns_set_things_too():
 
 
 def test_every_published_row_can_be_made():
-    """A method for each but CLIP's and DER+MCG, on every benchmark that has a figure, with its published figure beside it."""
+    """A method for each but CLIP's and DER+MCG, on every benchmark that has a figure, with its
+    published figure beside it.
+    """
     seen = 0
     for number in ("1", "2", "4", "5", "6", "7", "9", "10"):
         for benchmark in tables.BENCHMARKS:
@@ -93,20 +132,29 @@ def test_every_published_row_can_be_made():
                 config = tables.config_of(row, benchmark, {}, seed=1)
                 assert config.seed == tables.BENCHMARKS[benchmark]["seed"] + 1
                 method = method_from_config(config, backbones.BACKBONES[config.backbone].vit, 100)
-                assert set(row.published) <= {*protocols.protocols(method, config.shots), "per_sample"}
+                assert set(row.published) <= {
+                    *protocols.protocols(method, config.shots),
+                    "per_sample",
+                }
                 seen += 1
     assert seen > 60
     for row in report.published_rows():
         assert str(row["table"]) == "3" or row["method"] == "DER+MCG" or tables.row_settings(row)
 
 
-@pytest.mark.parametrize("example", re.findall(r"table\.py:(\S+) +(.*)", (ROOT / "configs/table.py").read_text()))
+@pytest.mark.parametrize(
+    "example", re.findall(r"table\.py:(\S+) +(.*)", (ROOT / "configs/table.py").read_text())
+)
 def test_the_examples_of_the_config_are_what_they_say(example):
     argument, meant = example
     module = runpy.run_path(str(ROOT / "configs/table.py"))
     config = config_lib.from_config_dict(module["get_config"](argument))
     if meant == "Soft-TF-L[10,11,12] on 20-Split-CIFAR100":
-        assert (config.method, config.mask_layers, config.tasks) == ("dualprompt+softtf", (10, 11, 12), 20)
+        assert (config.method, config.mask_layers, config.tasks) == (
+            "dualprompt+softtf",
+            (10, 11, 12),
+            20,
+        )
     else:
         assert meant == "L2P on the small bundled backbone"
         assert (config.method, config.backbone, config.epochs) == ("l2p", "vit_ti8_32", 2)
@@ -114,16 +162,20 @@ def test_the_examples_of_the_config_are_what_they_say(example):
 
 def test_table_6_has_the_published_seconds():
     rows = tables.rows_of("6", "c100_20")
-    assert tables._published(rows[0].published["batch_vote/prompt_id"]) == "training 11600 s, test 78 s on a Quadro RTX 8000"
+    assert (
+        tables._published(rows[0].published["batch_vote/prompt_id"])
+        == "training 11600 s, test 78 s on a Quadro RTX 8000"
+    )
 
 
 def test_l2p_on_imagenet_r_has_its_own_settings():
     rows = [row for row in tables.rows_of("1", "imr_10") if row.name.startswith("L2P")]
     configs = [tables.config_of(row, "imr_10", {}, seed=0) for row in rows]
     assert {(c.epochs, c.batch_size, c.e_prompt_length) for c in configs} == {(50, 16, 30)}
-    assert {tables.config_of(row, "c100_10", {"learning_rate": 0.1}, 0).learning_rate for row in tables.rows_of("methods", "c100_10")} == {
-        0.1
-    }
+    assert {
+        tables.config_of(row, "c100_10", {"learning_rate": 0.1}, 0).learning_rate
+        for row in tables.rows_of("methods", "c100_10")
+    } == {0.1}
 
 
 def test_one_run_serves_rows_that_differ_in_the_protocol_only():
@@ -137,14 +189,27 @@ def test_one_run_serves_rows_that_differ_in_the_protocol_only():
 
 def test_which_weights_are_masked_is_swept():
     rows = tables.rows_of("weights", "c100_10")
-    assert [row.name for row in rows][:3] == [f"DualPrompt-Soft-TF-L[12] {name}" for name in ("only ATTN", "w/o FF", "w/ FF")]
+    assert [row.name for row in rows][:3] == [
+        f"DualPrompt-Soft-TF-L[12] {name}" for name in ("only ATTN", "w/o FF", "w/ FF")
+    ]
     method = {
-        row.name: method_from_config(tables.config_of(row, "c100_10", {}, 0), backbones.BACKBONES["vit_b16"].vit, 100) for row in rows
+        row.name: method_from_config(
+            tables.config_of(row, "c100_10", {}, 0), backbones.BACKBONES["vit_b16"].vit, 100
+        )
+        for row in rows
     }
-    parts = {name.split("] ")[1]: sorted({kernel.split("/", 1)[1] for kernel in m.kernels}) for name, m in method.items()}
+    parts = {
+        name.split("] ")[1]: sorted({kernel.split("/", 1)[1] for kernel in m.kernels})
+        for name, m in method.items()
+    }
     assert parts["only ATTN"] == ["attn/qkv/kernel"]
     assert parts["w/o FF"] == ["attn/proj/kernel", "attn/qkv/kernel"]
-    assert parts["w/ FF"] == ["attn/proj/kernel", "attn/qkv/kernel", "mlp/fc1/kernel", "mlp/fc2/kernel"]
+    assert parts["w/ FF"] == [
+        "attn/proj/kernel",
+        "attn/qkv/kernel",
+        "mlp/fc1/kernel",
+        "mlp/fc2/kernel",
+    ]
 
 
 def manifests(*protocols):
@@ -157,12 +222,17 @@ def manifests(*protocols):
         "seconds": {"train": 1, "statistics": 1, "evaluate": 1},
         "backbone": {"name": "vit_b16"},
     }
-    return [manifest | {"metrics": {protocol: [row] * tasks for protocol in protocols}} for tasks in (1, 2)]
+    return [
+        manifest | {"metrics": {protocol: [row] * tasks for protocol in protocols}}
+        for tasks in (1, 2)
+    ]
 
 
 def table_of(*arguments, workdir, monkeypatch, capsys):
     """Exit status and text of a table whose runs all end as `manifests` of Prompt ID by batches."""
-    monkeypatch.setattr(tables, "run", lambda configs, *_: [manifests("batch_vote/prompt_id")] * len(configs))
+    monkeypatch.setattr(
+        tables, "run", lambda configs, *_: [manifests("batch_vote/prompt_id")] * len(configs)
+    )
     status = command_line.main(["table", *arguments, f"--workdir={workdir}"])
     return status, capsys.readouterr().out
 
@@ -177,7 +247,14 @@ def test_settings_that_are_not_for_joint_training(tmp_path, monkeypatch, capsys)
 
 
 def test_a_setting_that_is_not_for_a_row_fails_that_row(tmp_path, monkeypatch, capsys):
-    status, text = table_of("methods", "--rows=1,12", "--set=cache_queries=True", workdir=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    status, text = table_of(
+        "methods",
+        "--rows=1,12",
+        "--set=cache_queries=True",
+        workdir=tmp_path,
+        monkeypatch=monkeypatch,
+        capsys=capsys,
+    )
     assert status == 1
     assert text.startswith("error: row 1: cache_queries: 'head' asks nothing of q(x)")
     assert "| 1 | head | failed: cache_queries: 'head' asks nothing of q(x)" in text
@@ -204,9 +281,19 @@ def test_one_run_serves_all_shots_of_all_tables():
     assert [figures["accuracy"] for figures in rows[0].published.values()] == [93.12, 96.13, 96.51]
     assert list(rows[1].published) == [f"batch_vote/gradient_id_{shots}" for shots in (3, 5, 7)]
     same = "DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"
-    found = {table: next(row for row in tables.rows_of(table, "c100_10") if row.name.startswith(same)) for table in "679"}
-    assert {table: row.shots for table, row in found.items()} == {"6": (7, 3, 0), "7": (7,), "9": (3, 5, 7)}
-    assert len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()}) == 1
+    found = {
+        table: next(row for row in tables.rows_of(table, "c100_10") if row.name.startswith(same))
+        for table in "679"
+    }
+    assert {table: row.shots for table, row in found.items()} == {
+        "6": (7, 3, 0),
+        "7": (7,),
+        "9": (3, 5, 7),
+    }
+    assert (
+        len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()})
+        == 1
+    )
     runs = [manifests(protocols.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))]
     # Prototypes alone need the statistics, a byte here.
     stored = [(line.protocol, line.cost["own_bytes"]) for line in tables.lines_of(found["7"], runs)]
@@ -216,17 +303,30 @@ def test_one_run_serves_all_shots_of_all_tables():
 
 def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
     joint = next(row for row in tables.rows_of("1", "c100_10") if row.name.startswith("Upper"))
-    config = tables.config_of(joint, "c100_10", {"tasks": 5, "epochs": 2, "backbone": "vit_ti8_32", "seed": 3}, seed=0)
+    config = tables.config_of(
+        joint, "c100_10", {"tasks": 5, "epochs": 2, "backbone": "vit_ti8_32", "seed": 3}, seed=0
+    )
     assert (config.tasks, config.epochs, config.backbone, config.seed) == (1, 2, "vit_ti8_32", 3)
     same = dataclasses.replace(config, data_dir="/elsewhere", eval_batch_size=64, seed=4)
     assert tables.folder_of(same).split("/")[0] == tables.folder_of(config).split("/")[0]
-    assert tables.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0] != tables.folder_of(config).split("/")[0]
+    assert (
+        tables.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0]
+        != tables.folder_of(config).split("/")[0]
+    )
     # Where things are is no setting, but where it says what they are.
-    assert tables.folder_of(dataclasses.replace(config, backbone_path="/b.npz")) != tables.folder_of(config)
-    folders = [dataclasses.replace(config, dataset="folder", data_dir=path) for path in ("/one", "/two")]
+    assert tables.folder_of(
+        dataclasses.replace(config, backbone_path="/b.npz")
+    ) != tables.folder_of(config)
+    folders = [
+        dataclasses.replace(config, dataset="folder", data_dir=path) for path in ("/one", "/two")
+    ]
     assert tables.folder_of(folders[0]) != tables.folder_of(folders[1])
-    assert "epochs is what" not in tables._conditions([row := tables.rows_of("7", "c100_10")[0]], {}, {"epochs": 2})
-    assert "mask_layers is what rows 1 are about" in tables._conditions([row], {}, {"mask_layers": (3,)})
+    assert "epochs is what" not in tables._conditions(
+        [row := tables.rows_of("7", "c100_10")[0]], {}, {"epochs": 2}
+    )
+    assert "mask_layers is what rows 1 are about" in tables._conditions(
+        [row], {}, {"mask_layers": (3,)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,21 +340,29 @@ def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
 def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides):
     for row in tables.rows_of(table, "c100_10"):
         if "Soft-TF" in row.name:
-            changed, default = (tables.config_of(row, "c100_10", settings, 0) for settings in (overrides, {}))
+            changed, default = (
+                tables.config_of(row, "c100_10", settings, 0) for settings in (overrides, {})
+            )
             assert changed == default
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("8",), "table: '8' is unknown; known are 1, 2, 4, 5, 6, 7, 9, 10, methods, layers, weights"),
+        (
+            ("8",),
+            "table: '8' is unknown; known are 1, 2, 4, 5, 6, 7, 9, 10, methods, layers, weights",
+        ),
         (("10", "--benchmark=c100_10"), "table: Table 10 has no figures for c100_10"),
         (("7", "--rows=11"), "--rows: '11': rows are numbered 1 to 10"),
         (("3",), "table: Table 3 is CLIP's, which is not here"),
         (("7", "--rows=x"), "--rows: 'x' is not a list such as 1,3-5"),
         (("7", "--rows=2-"), "--rows: '2-' is not a list such as 1,3-5"),
         (("7", "--rows=1,4-2"), "--rows: '1,4-2' is not a list such as 1,3-5"),
-        (("2", "--rows=3", "--set=backbone=vit_ti8_32"), "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam"),
+        (
+            ("2", "--rows=3", "--set=backbone=vit_ti8_32"),
+            "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam",
+        ),
         (("7", "--seeds=0"), "--seeds: 0 is below 1"),
         (("7", "--set=epoch=2"), "config argument: unknown key 'epoch'"),
         (("1", "--rows=4"), "--rows: none of these rows is run here"),
@@ -267,45 +375,87 @@ def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_nobody_reads_is_no_error(unbuffered):
-    command, environment = [sys.executable, "-m", "soft_jax", "table", "methods", "--list"], os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command, environment = (
+        [sys.executable, "-m", "soft_jax", "table", "methods", "--list"],
+        os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + 13
 
 
 @pytest.mark.usefixtures("digits")
-def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path, capsys, monkeypatch):
+def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(
+    tmp_path, capsys, monkeypatch
+):
     arguments = ["table", "methods", f"--workdir={tmp_path}", "--rows=1,24", "--seeds=2"]
     arguments.append(
         "--set=dataset=digits,tasks=2,epochs=1,batch_size=16,layers=3-4,g_prompt_layers=1,prototype_features=50,eval_batch_size=16"
     )
     drawn, draw = [], report.draw
-    monkeypatch.setattr(report, "draw", lambda root, manifests: drawn.append(len(manifests)) or draw(root, manifests))
+    monkeypatch.setattr(
+        report,
+        "draw",
+        lambda root, manifests: drawn.append(len(manifests)) or draw(root, manifests),
+    )
     assert command_line.main([*arguments, f"--output={tmp_path / 'table.md'}"]) == 0
     assert drawn == [2, 2, 1, 1]  # so short tasks have no pictures before the end
     assert not list(tmp_path.glob("head*/*/mask_d*.png"))  # it has no masks
     assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
-    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
+    lines = [
+        line.split(" | ")
+        for line in (tmp_path / "table.md").read_text().splitlines()
+        if line.startswith("| ")
+    ][1:]
     assert [(line[1], line[2]) for line in lines] == [
         ("head", "CIL per_sample, no task id"),
         ("head", "TIL oracle, task given"),
         ("Upper bound of Soft-TF (joint)", "CIL per_sample, Prompt ID"),
         ("Upper bound of Soft-TF (joint)", "CIL per_sample, prototype"),
     ]
-    each = [json.loads(line) for path in tmp_path.glob("head*/*/results.jsonl") for line in path.read_text().splitlines()]
-    finals = [row["final_average"] for row in each if row["protocol"] == "per_sample" and row["tasks_trained"] == 2]
+    each = [
+        json.loads(line)
+        for path in tmp_path.glob("head*/*/results.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    finals = [
+        row["final_average"]
+        for row in each
+        if row["protocol"] == "per_sample" and row["tasks_trained"] == 2
+    ]
     assert len(finals) == 2
-    assert lines[0][3].startswith(f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2**0.5:.2f}")
-    # Nothing is missing now. Another table finds that bound; a row of it that can't be run doesn't keep the others from it.
+    assert lines[0][3].startswith(
+        f"{sum(finals) / 2:.2f} ± {abs(finals[0] - finals[1]) / 2**0.5:.2f}"
+    )
+    # Nothing is missing now. Another table finds that bound; a row of it that can't be run doesn't
+    # keep the others from it.
     run = loop.run
-    monkeypatch.setattr(loop, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None)
+    monkeypatch.setattr(
+        loop, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None
+    )
     rows = {"wide": {"method": "dualprompt+lora", "rank": 99}, "head": {"method": "head"}}
     monkeypatch.setitem(tables.OWN, "two", ("Two", rows))
-    two = ["table", "two", *(argument for argument in arguments[2:] if not argument.startswith("--rows"))]
+    two = [
+        "table",
+        "two",
+        *(argument for argument in arguments[2:] if not argument.startswith("--rows")),
+    ]
     assert command_line.main(two) == 1
     output = [row for row in capsys.readouterr().out.splitlines() if row.startswith(("|", "▲"))]
-    assert [row.split(" | ")[1] for row in output if row.startswith("| ")] == ["row", "head", "head", "wide"]
+    assert [row.split(" | ")[1] for row in output if row.startswith("| ")] == [
+        "row",
+        "head",
+        "head",
+        "wide",
+    ]
     assert "failed: rank: 99 is above the backbone's width, 24" in output[-2]
     assert output[-1].startswith("▲: above joint training")
     assert command_line.main([*two, "--rows=1"]) == 1
@@ -313,14 +463,27 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(tmp_path,
     # Nor does a finished run that is damaged.
     next(tmp_path.glob("head*/*/tasks/001/manifest/metadata")).write_text("{")
     assert command_line.main(arguments) == 1
-    output = [row.split(" | ")[1:3] for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    output = [
+        row.split(" | ")[1:3]
+        for row in capsys.readouterr().out.splitlines()
+        if row.startswith("| ")
+    ]
     assert [name for name, _ in output] == ["row", *["Upper bound of Soft-TF (joint)"] * 2, "head"]
     assert output[-1][1].startswith("failed: ")
 
 
 def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone="vit_b16"):
-    figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0)) | {"final_average": (accuracy, 0.5)}
-    cost = {"own": 1, "shared": 2, "own_bytes": 3, "shared_bytes": 4, "memory_bytes": 5, "gflops": None}
+    figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0)) | {
+        "final_average": (accuracy, 0.5)
+    }
+    cost = {
+        "own": 1,
+        "shared": 2,
+        "own_bytes": 3,
+        "shared_bytes": 4,
+        "memory_bytes": 5,
+        "gflops": None,
+    }
     cost |= {"train": 6.0, "statistics": 6.5, "evaluate": 7.0}
     return tables.Line(
         7,
@@ -337,16 +500,30 @@ def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone=
 
 def test_what_is_above_the_joint_bound_is_marked():
     lines = [line("above", 94.0), line("below", 93.0), line("told", 99.0, "oracle/task_given")]
-    lines += [line("all", 93.5, "per_sample/prompt_id", joint=True), line("by statistics", 95.0, "per_sample/prototype")]
-    lines += [line("all", 96.0, "per_sample/prototype", joint=True), line("another backbone", 99.0, backbone="vit_b16_sam")]
-    text = tables.markdown("T", "make it", [tables.Row(1, "BiC", {"per_sample": {"accuracy": 81.0}}, None)], lines, "so")
+    lines += [
+        line("all", 93.5, "per_sample/prompt_id", joint=True),
+        line("by statistics", 95.0, "per_sample/prototype"),
+    ]
+    lines += [
+        line("all", 96.0, "per_sample/prototype", joint=True),
+        line("another backbone", 99.0, backbone="vit_b16_sam"),
+    ]
+    text = tables.markdown(
+        "T",
+        "make it",
+        [tables.Row(1, "BiC", {"per_sample": {"accuracy": 81.0}}, None)],
+        lines,
+        "so",
+    )
     marked = [row.split(" | ")[1] for row in text.splitlines() if "**▲**" in row]
     assert marked == ["above"]
     assert tables.bound(lines[0], lines) == 93.5
     assert "97.87 / 0.21" in text
     assert "| 1 | BiC | as published, not run" in text
     assert tables.bound(lines[0], lines[:3]) is None
-    assert "is not measured under these settings" in tables.markdown("T", "make it", [], lines[:3], "so")
+    assert "is not measured under these settings" in tables.markdown(
+        "T", "make it", [], lines[:3], "so"
+    )
     assert "That is not measured for row(s) 8" in tables.markdown(
         "T", "make it", [], [*lines[:-1], dataclasses.replace(lines[-1], number=8)], "so"
     )
@@ -356,26 +533,54 @@ def test_what_is_above_the_joint_bound_is_marked():
 
 
 def test_what_the_figures_say_is_computed():
-    lines = [line("DualPrompt", 20.0, "per_sample/prompt_id"), line("DualPrompt-Soft-TF", 19.5, "per_sample/prompt_id")]
+    lines = [
+        line("DualPrompt", 20.0, "per_sample/prompt_id"),
+        line("DualPrompt-Soft-TF", 19.5, "per_sample/prompt_id"),
+    ]
     lines += [line("DualPrompt", 26.0), line("all", 90.0, "per_sample/prompt_id", joint=True)]
     text = "\n".join(tables.reading(lines))
-    assert "Highest with each image by itself: DualPrompt (CIL per_sample, Prompt ID) 20.00 ± 0.50" in text
-    assert "DualPrompt-Soft-TF beside DualPrompt: per_sample/prompt_id -0.50 ± 0.00 points." in text  # seed by seed
-    assert "+6.00 points in the mean of 1 pairs of rows, +6.00 at most (DualPrompt batch_vote/prompt_id)" in text
-    lora = dataclasses.replace(line("DualPrompt-LoRA r=4", 0, "per_sample/prompt_id"), each=[18.5, 19.0, 21.0])
-    assert "- DualPrompt-Soft-TF beside DualPrompt-LoRA r=4: per_sample/prompt_id +0.00 ± 0.87 points." in tables.reading([*lines, lora])
+    assert (
+        "Highest with each image by itself: DualPrompt (CIL per_sample, Prompt ID) 20.00 ± 0.50"
+        in text
+    )
+    assert (
+        "DualPrompt-Soft-TF beside DualPrompt: per_sample/prompt_id -0.50 ± 0.00 points." in text
+    )  # seed by seed
+    assert (
+        "+6.00 points in the mean of 1 pairs of rows, +6.00 at most (DualPrompt "
+        "batch_vote/prompt_id)" in text
+    )
+    lora = dataclasses.replace(
+        line("DualPrompt-LoRA r=4", 0, "per_sample/prompt_id"), each=[18.5, 19.0, 21.0]
+    )
+    assert (
+        "- DualPrompt-Soft-TF beside DualPrompt-LoRA r=4: per_sample/prompt_id +0.00 ± 0.87 points."
+        in tables.reading([*lines, lora])
+    )
     assert tables.reading(lines[:1]) == []
-    pooled = [line("L2P", 11.0, "per_sample/no_task_id"), line("L2P-Soft-TF", 10.0, "per_sample/prompt_id")]
-    assert "L2P-Soft-TF beside L2P: per_sample/prompt_id -1.00 ± 0.00 points." in "\n".join(tables.reading(pooled))
+    pooled = [
+        line("L2P", 11.0, "per_sample/no_task_id"),
+        line("L2P-Soft-TF", 10.0, "per_sample/prompt_id"),
+    ]
+    assert "L2P-Soft-TF beside L2P: per_sample/prompt_id -1.00 ± 0.00 points." in "\n".join(
+        tables.reading(pooled)
+    )
     named = [line("DualPrompt", 11.0), line("DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj", 12.0)]
-    assert "DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj beside DualPrompt: batch_vote/prompt_id +1.00" in "\n".join(tables.reading(named))
+    assert (
+        "DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj beside DualPrompt: batch_vote/prompt_id +1.00"
+        in "\n".join(tables.reading(named))
+    )
 
 
 def test_the_layer_sweep_has_a_picture():
     rows = tables.rows_of("layers", "c100_10")
     assert [row.settings["mask_layers"] for row in rows] == [(layer,) for layer in range(1, 13)]
     protocols = ("per_sample/prompt_id", "oracle/task_given")
-    lines = [line(row.name, 50.0 + row.number + 20 * i, protocol) for row in rows for i, protocol in enumerate(protocols)]
+    lines = [
+        line(row.name, 50.0 + row.number + 20 * i, protocol)
+        for row in rows
+        for i, protocol in enumerate(protocols)
+    ]
     (axes,) = tables.draw_layers(lines).axes
     for i, curve in enumerate(axes.containers):
         assert curve.get_label() == report.title(protocols[i])
@@ -384,18 +589,43 @@ def test_the_layer_sweep_has_a_picture():
     assert len(axes.containers) == 2
 
 
-@pytest.mark.parametrize("method", ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "softnet", "ewc", "lwf", "derpp", "icarl", "bic"])
-def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, digits, tmp_path, monkeypatch):
-    """Task 2 trained again from what task 1 left on disk, and killed on the way: the same arrays, whether or not task 1's weights are held;
-    task 1 is not touched; and the predictor's counts are those of the evaluation."""
-    config = Config(dataset="digits", tasks=2, method=method, batch_size=16, epochs=1, eval_batch_size=16, prototype_features=50)
-    config = dataclasses.replace(config, pool_size=3, top_k=2, buffer_size=20, prefix_layout="interleaved", checkpoint_every=2, **LAYERS)
+@pytest.mark.parametrize(
+    "method",
+    ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "softnet", "ewc", "lwf", "derpp", "icarl", "bic"],
+)
+def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(
+    method, digits, tmp_path, monkeypatch
+):
+    """Task 2 trained again from what task 1 left on disk, and killed on the way: the same
+    arrays, whether or not task 1's weights are held; task 1 is not touched; and the predictor's
+    counts are those of the evaluation.
+    """
+    config = Config(
+        dataset="digits",
+        tasks=2,
+        method=method,
+        batch_size=16,
+        epochs=1,
+        eval_batch_size=16,
+        prototype_features=50,
+    )
+    config = dataclasses.replace(
+        config,
+        pool_size=3,
+        top_k=2,
+        buffer_size=20,
+        prefix_layout="interleaved",
+        checkpoint_every=2,
+        **LAYERS,
+    )
     if "softtf" in method:
         config = dataclasses.replace(config, mask_storage="int8")
     once = loop.run(config, tmp_path, Console(quiet=True))
     arrays = folder.load_manifest(tmp_path / "tasks/001")["sha256"]
     shutil.rmtree(tmp_path / "tasks/001")
-    first = {path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()}
+    first = {
+        path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()
+    }
 
     class Killed(Exception):
         pass
@@ -412,10 +642,14 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method
     assert "Task 2 continues after step 2" in output.getvalue()
     assert again[1]["metrics"] == once[1]["metrics"]
     assert folder.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
-    assert {path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()} == first
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()
+    } == first
     test = digits.test
     classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
-    protocol = protocols.PER_SAMPLE if "+" in method or method == "softnet" else protocols.NO_TASK_ID
+    protocol = (
+        protocols.PER_SAMPLE if "+" in method or method == "softnet" else protocols.NO_TASK_ID
+    )
     rows = once[1]["metrics"][protocol]
     assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)

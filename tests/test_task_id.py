@@ -22,7 +22,9 @@ def init_tiny():
 
 
 def test_vote_ties_go_where_pytorchs_do():
-    """Tied batches, and what torch.unique and torch.topk (2.13, CPU) made of them: [pool, ids, voted]."""
+    """Tied batches, and what torch.unique and torch.topk (2.13, CPU) made of them: [pool, ids,
+    voted].
+    """
     for pool, ids, voted in json.loads((DATA / "votes.json").read_text()):
         assert identity.vote(np.array(ids), pool) == voted, (pool, ids)
 
@@ -37,30 +39,58 @@ def test_entropy_of_top(rng, top):
     logits = rng.normal(size=(4, 6)).astype(np.float32)
     best = np.sort(logits, axis=1)[:, ::-1][:, :top]
     p = np.exp(best) / np.exp(best).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(identity.entropy_of_top(logits, top), -(p * np.log(p)).sum(axis=1), atol=1e-6)
-    assert np.isfinite(jax.grad(lambda x: identity.entropy_of_top(x, jnp.asarray(top)).sum())(logits)).all()
+    np.testing.assert_allclose(
+        identity.entropy_of_top(logits, top), -(p * np.log(p)).sum(axis=1), atol=1e-6
+    )
+    assert np.isfinite(
+        jax.grad(lambda x: identity.entropy_of_top(x, jnp.asarray(top)).sum())(logits)
+    ).all()
 
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch):
-    """In float64, for single images and for batches, the last one partial, against jax.grad through Σ α_t m_t."""
+    """In float64, for single images and for batches, the last one partial, against jax.grad
+    through Σ α_t m_t.
+    """
     monkeypatch.setattr(identity, "BLOCK_BYTES", 3 * 8 * 72 * 8)  # a few rows of a kernel at a time
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm promotes float64 with float32
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+    ):  # flax's LayerNorm promotes float64 with float32
         rng = np.random.default_rng(0)
         vit = dataclasses.replace(TINY, dtype="float64")
-        method = tiny_method(vit=vit, reparametrization=soft_masks(weights=("qkv", "proj", "mlp")), prefix_layout=layout)
+        method = tiny_method(
+            vit=vit,
+            reparametrization=soft_masks(weights=("qkv", "proj", "mlp")),
+            prefix_layout=layout,
+        )
         backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), jax.eval_shape(init_tiny))
-        adapters = [jax.tree.map(lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)) for t in range(3)]
-        adapters = [a | {"mask": jax.tree.map(lambda m: m + rng.normal(0, 0.3, m.shape), a["mask"])} for a in adapters]
-        shared = jax.tree.map(lambda x: np.asarray(x, float), method.init_shared(jax.random.key(9), backbone))
+        adapters = [
+            jax.tree.map(
+                lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)
+            )
+            for t in range(3)
+        ]
+        adapters = [
+            a | {"mask": jax.tree.map(lambda m: m + rng.normal(0, 0.3, m.shape), a["mask"])}
+            for a in adapters
+        ]
+        shared = jax.tree.map(
+            lambda x: np.asarray(x, float), method.init_shared(jax.random.key(9), backbone)
+        )
         shared["head"] = jax.tree.map(lambda x: 50 * x, shared["head"])
         groups = 3
-        tokens = method.trunk(backbone, shared, rng.random((groups * size, 16, 16, 3))).reshape(groups, size, 17, 24)
+        tokens = method.trunk(backbone, shared, rng.random((groups * size, 16, 16, 3))).reshape(
+            groups, size, 17, 24
+        )
         weights = (np.arange(size) < np.array([[size], [size], [(size + 1) // 2]])).astype(float)
 
         def entropy(alpha, g):
-            mask = jax.tree.map(lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *[a["mask"] for a in adapters])
+            mask = jax.tree.map(
+                lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)),
+                *[a["mask"] for a in adapters],
+            )
             kept = tokens[g, : int(weights[g].sum())]
             sources = prompts.prefix_sources(layout, jnp.arange(len(kept)), len(kept))
             logits = method.logits(backbone, adapters[g] | {"mask": mask}, shared, kept, sources)
@@ -70,7 +100,9 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         effective = [method.weights(backbone, adapter) for adapter in adapters]
         mean = identity.mean_weights(iter(effective), 3)
         prompt = jnp.stack([a["prompt"] for a in adapters])
-        gradient = identity.entropy_gradients(method, backbone, mean, prompt, shared, tokens, weights, 3)
+        gradient = identity.entropy_gradients(
+            method, backbone, mean, prompt, shared, tokens, weights, 3
+        )
         ours = identity.alpha_gradients(gradient, tuple(effective))
         assert ours.dtype == np.float64
         np.testing.assert_allclose(ours, expected, atol=1e-12 * np.abs(expected).max())

@@ -32,13 +32,22 @@ def batch(rng, task=0, real=8, padded=8, hold=False):
     images = np.zeros((padded, 16, 16, 3), np.uint8)
     images[:real] = rng.integers(0, 256, (real, 16, 16, 3))
     weights = (np.arange(padded) < real).astype(np.float32)
-    return {"images": images, "labels": labels, "weights": weights, "class_mask": task == CLASSES // 2, "freeze_g_prompt": hold, "memory": {}}
+    return {
+        "images": images,
+        "labels": labels,
+        "weights": weights,
+        "class_mask": task == CLASSES // 2,
+        "freeze_g_prompt": hold,
+        "memory": {},
+    }
 
 
 def start(step_config, backbone, seed=0):
     method = step_config.method
     adapter = method.init_adapter(train_step.stream(seed, "adapter", 0), backbone)
-    return train_step.init_state(step_config, adapter, method.init_shared(train_step.stream(seed, "shared", 0), backbone))
+    return train_step.init_state(
+        step_config, adapter, method.init_shared(train_step.stream(seed, "shared", 0), backbone)
+    )
 
 
 def gradients(trainable, backbone, one, step_config):
@@ -59,10 +68,18 @@ def run(step_config, backbone, batches, devices):
 
 def test_one_and_four_devices_agree(step_config, backbone, rng):
     batches = [batch(rng) for _ in range(5)]
-    (one, losses_one), (four, losses_four) = run(step_config, backbone, batches, 1), run(step_config, backbone, batches, 4)
+    (one, losses_one), (four, losses_four) = (
+        run(step_config, backbone, batches, 1),
+        run(step_config, backbone, batches, 4),
+    )
     np.testing.assert_allclose(losses_one, losses_four, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.trainable, four.trainable)
-    moved = np.abs(one.trainable["shared"]["g_prompt"] - start(step_config, backbone).trainable["shared"]["g_prompt"]).max()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.trainable, four.trainable
+    )
+    moved = np.abs(
+        one.trainable["shared"]["g_prompt"]
+        - start(step_config, backbone).trainable["shared"]["g_prompt"]
+    ).max()
     assert moved > 0.01  # the tolerance is far below what was learned
 
 
@@ -73,7 +90,12 @@ def test_one_compilation_serves_every_task_and_the_last_batch(step_config, backb
     before = step._cache_size()
     for task, real in ((0, 8), (1, 8), (2, 5)):
         data = batch(rng, task, real, hold=task > 0)
-        data = {k: jax.device_put(v, train_step.replicated(mesh) if k in FIXED else train_step.by_row(mesh)) for k, v in data.items()}
+        data = {
+            k: jax.device_put(
+                v, train_step.replicated(mesh) if k in FIXED else train_step.by_row(mesh)
+            )
+            for k, v in data.items()
+        }
         state, _ = step(state, backbone, data, train_step.stream(0, "augment", task))
     assert step._cache_size() - before <= 1
     assert train_step.compile_step(step_config, mesh) is step
@@ -82,7 +104,9 @@ def test_one_compilation_serves_every_task_and_the_last_batch(step_config, backb
 def test_state_is_donated(step_config, backbone, rng):
     mesh = train_step.data_mesh()
     state = jax.device_put(start(step_config, backbone), train_step.replicated(mesh))
-    after, _ = train_step.compile_step(step_config, mesh)(state, backbone, batch(rng), jax.random.key(0))
+    after, _ = train_step.compile_step(step_config, mesh)(
+        state, backbone, batch(rng), jax.random.key(0)
+    )
     assert state.trainable["adapter"]["key"].is_deleted()
     assert not after.trainable["adapter"]["key"].is_deleted()
 
@@ -126,12 +150,16 @@ def test_gradients_are_clipped_to_the_global_norm(backbone, rng):
 
 
 def test_streams_differ_by_seed_name_and_task():
-    keys = [train_step.stream(*args) for args in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
+    keys = [
+        train_step.stream(*args) for args in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))
+    ]
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
 
 
 def test_a_held_g_prompt_keeps_its_bits(step_config, backbone, rng):
-    """All else is trained; and what is held does not count in the norm that gradients are clipped to."""
+    """All else is trained; and what is held does not count in the norm that gradients are
+    clipped to.
+    """
     before = start(step_config, backbone)
     after, _ = run(step_config, backbone, [batch(rng, hold=True) for _ in range(3)], 1)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.trainable, after.trainable)
@@ -139,7 +167,9 @@ def test_a_held_g_prompt_keeps_its_bits(step_config, backbone, rng):
     assert all(jax.tree.leaves(changed["adapter"]))
     one = batch(rng)
     free, terms = gradients(before.trainable, backbone, one, step_config)
-    held, held_terms = gradients(before.trainable, backbone, one | {"freeze_g_prompt": True}, step_config)
+    held, held_terms = gradients(
+        before.trainable, backbone, one | {"freeze_g_prompt": True}, step_config
+    )
     assert not np.asarray(held["shared"]["g_prompt"]).any()
     assert np.asarray(free["shared"]["g_prompt"]).any()
     assert held_terms["grad_norm"] < terms["grad_norm"]

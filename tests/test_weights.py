@@ -23,7 +23,11 @@ def google():
 
 
 def google_arrays(google):
-    return {key.removeprefix("checkpoint/"): value for key, value in google.items() if key.startswith("checkpoint/")}
+    return {
+        key.removeprefix("checkpoint/"): value
+        for key, value in google.items()
+        if key.startswith("checkpoint/")
+    }
 
 
 def google_config(arrays):
@@ -32,25 +36,37 @@ def google_config(arrays):
 
 
 def test_google_features(google):
-    """Google's own model computed these from this checkpoint, in float32 with the one-pass variance: hence the tolerance."""
+    """Google's own model computed these from this checkpoint, in float32 with the one-pass
+    variance: hence the tolerance.
+    """
     arrays = google_arrays(google)
     vit = google_config(arrays)
     params, left_out = backbones.convert(arrays, vit)
     assert left_out == ("head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel")
-    np.testing.assert_allclose(ViT(vit).apply({"params": params}, google["images"]), google["features"], atol=5e-5)
+    np.testing.assert_allclose(
+        ViT(vit).apply({"params": params}, google["images"]), google["features"], atol=5e-5
+    )
 
 
 def test_google_released_numbering(google):
     """The released files number LayerNorm_0 and _2, attention 1 and MLP 3."""
     arrays = google_arrays(google)
     vit = google_config(arrays)
-    names = {"LayerNorm_1": "LayerNorm_2", "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1", "MlpBlock_0": "MlpBlock_3"}
+    names = {
+        "LayerNorm_1": "LayerNorm_2",
+        "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+        "MlpBlock_0": "MlpBlock_3",
+    }
     released = {}
     for key, value in arrays.items():
         for ours, theirs in names.items():
             key = key.replace(ours, theirs)
         released[key] = value
-    jax.tree.map(np.testing.assert_array_equal, backbones.convert(arrays, vit)[0], backbones.convert(released, vit)[0])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        backbones.convert(arrays, vit)[0],
+        backbones.convert(released, vit)[0],
+    )
 
 
 def test_every_array_is_used_or_named(google):
@@ -63,8 +79,13 @@ def test_every_array_is_used_or_named(google):
 
 def test_bundled_backbone():
     backbone = backbones.load("vit_ti8_32")
-    assert backbone.fingerprint == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
-    assert backbone.fingerprint == hashlib.sha256(backbones.locate("vit_ti8_32").read_bytes()).hexdigest()
+    assert (
+        backbone.fingerprint == "222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de"
+    )
+    assert (
+        backbone.fingerprint
+        == hashlib.sha256(backbones.locate("vit_ti8_32").read_bytes()).hexdigest()
+    )
     assert pytrees.count(backbone.params) == 5_379_264
     assert backbone.left_out == ()
     assert {leaf.dtype for leaf in jax.tree.leaves(backbone.params)} == {np.dtype("float32")}
@@ -73,11 +94,15 @@ def test_bundled_backbone():
 def test_positions_for_another_image_size():
     larger = backbones.load("vit_ti8_32", image_size=64)
     assert larger.params["pos_embed"].shape == (1, 65, 192)
-    assert ViT(larger.vit).apply({"params": larger.params}, np.zeros((1, 64, 64, 3), np.float32)).shape == (1, 192)
+    assert ViT(larger.vit).apply(
+        {"params": larger.params}, np.zeros((1, 64, 64, 3), np.float32)
+    ).shape == (1, 192)
     native = backbones.load("vit_ti8_32").params["pos_embed"]
     np.testing.assert_array_equal(larger.params["pos_embed"][:, 0], native[:, 0])
     # A plane stays a plane away from the borders, whatever the size.
-    ramp = np.concatenate([np.zeros((1, 1, 1)), np.arange(8.0).repeat(8).reshape(1, 64, 1)], axis=1).astype(np.float32)
+    ramp = np.concatenate(
+        [np.zeros((1, 1, 1)), np.arange(8.0).repeat(8).reshape(1, 64, 1)], axis=1
+    ).astype(np.float32)
     resized = backbones.interpolate_positions(ramp, 16)[0, 1:, 0].reshape(16, 16)
     np.testing.assert_allclose(np.diff(resized[4:12], axis=0), 0.5, atol=1e-5)
 
@@ -102,9 +127,16 @@ def test_file_that_does_not_fit(tmp_path, google):
 def test_safetensors_hold_the_same(tmp_path):
     """As timm's models on the Hub come; and damage has a name there too."""
     file = tmp_path / "model.safetensors"
-    arrays = {name: np.ascontiguousarray(array) for name, array in np.load(backbones.locate("vit_ti8_32")).items()}
+    arrays = {
+        name: np.ascontiguousarray(array)
+        for name, array in np.load(backbones.locate("vit_ti8_32")).items()
+    }
     safetensors.numpy.save_file(arrays, file)
-    jax.tree.map(np.testing.assert_array_equal, backbones.load("vit_ti8_32", str(file)).params, backbones.load("vit_ti8_32").params)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        backbones.load("vit_ti8_32", str(file)).params,
+        backbones.load("vit_ti8_32").params,
+    )
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"model.safetensors is not a readable .safetensors file"):
         backbones.load("vit_ti8_32", str(file))
@@ -132,18 +164,24 @@ def test_files_that_can_not_be_read(tmp_path):
 
 
 def test_download(tmp_path, monkeypatch):
-    """From a URL into the cache; a failed download leaves nothing behind and says where to put a copy."""
+    """From a URL into the cache; a failed download leaves nothing behind and says where to put a
+    copy.
+    """
     origin = tmp_path / "origin" / "ViT-B_16.npz"
     origin.parent.mkdir()
     origin.write_bytes(backbones.locate("vit_ti8_32").read_bytes())
-    source = dataclasses.replace(backbones.BACKBONES["vit_ti8_32"], file=origin.name, url=origin.as_uri())
+    source = dataclasses.replace(
+        backbones.BACKBONES["vit_ti8_32"], file=origin.name, url=origin.as_uri()
+    )
     monkeypatch.setitem(backbones.BACKBONES, "vit_far", source)
     monkeypatch.setattr(backbones, "CACHE", tmp_path / "cache")
     assert pytrees.count(backbones.load("vit_far").params) == 5_379_264
     origin.unlink()
     assert backbones.load("vit_far").name == "vit_far"  # from the cache
     monkeypatch.setattr(backbones, "CACHE", tmp_path / "empty")
-    with pytest.raises(UserError, match=r"could not be downloaded from file://.*backbone_path=FILE"):
+    with pytest.raises(
+        UserError, match=r"could not be downloaded from file://.*backbone_path=FILE"
+    ):
         backbones.load("vit_far")
     assert list((tmp_path / "empty").iterdir()) == []
 

@@ -1,7 +1,8 @@
-"""Image preparation in uint8 steps as Pillow does it: random crops and flips, and the test-time resize; on the device, but for files.
+"""Image preparation in uint8 steps as Pillow does it: random crops and flips, and the test-time
+resize; on the device, but for files.
 
-A resize is two passes, horizontal then vertical, each rounded to whole levels, with weights that stay
-inside the crop (Pillow's `Image.resize` after `Image.crop`).
+A resize is two passes, horizontal then vertical, each rounded to whole levels, with weights that
+stay inside the crop (Pillow's `Image.resize` after `Image.crop`).
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ TRIES = 10  # draws of a crop before the centre is taken
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Training-time preparation: torchvision's RandomResizedCrop(size, scale, ratio, bilinear), then a random flip.
+    """Training-time preparation: torchvision's RandomResizedCrop(size, scale, ratio, bilinear),
+    then a random flip.
 
     `scale` is a range of the image's area, `ratio` of width/height; both (1, 1) mean no crop.
     """
@@ -43,8 +45,12 @@ def _bicubic(x: jax.Array) -> jax.Array:
 FILTERS = {"bilinear": _triangle, "bicubic": _bicubic}  # each vanishes outside its support
 
 
-def resize_weights(source: int, size: int, start: jax.Array | int, length: jax.Array | int, filter: str) -> jax.Array:
-    """Weights `[size, source]` that resample `length` pixels from `start` on to `size` pixels, antialiased as Pillow does."""
+def resize_weights(
+    source: int, size: int, start: jax.Array | int, length: jax.Array | int, filter: str
+) -> jax.Array:
+    """Weights `[size, source]` that resample `length` pixels from `start` on to `size` pixels,
+    antialiased as Pillow does.
+    """
     kernel = FILTERS[filter]
     start, length = jnp.asarray(start, jnp.float32), jnp.asarray(length, jnp.float32)
     scale = length / size
@@ -61,7 +67,9 @@ def _resample(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Arra
         # Pillow rounds halves up, and halves are common: float32 must not fall just short of one.
         return jnp.clip(jnp.floor(x + (0.5 + 1e-4)), 0, 255)
 
-    wide = levels(jnp.einsum("hwc,xw->hxc", image.astype(jnp.float32), columns, precision="highest"))
+    wide = levels(
+        jnp.einsum("hwc,xw->hxc", image.astype(jnp.float32), columns, precision="highest")
+    )
     return levels(jnp.einsum("hxc,yh->yxc", wide, rows, precision="highest"))
 
 
@@ -69,9 +77,14 @@ DRAWS = 2 * TRIES + 2  # uniform numbers that a crop takes
 
 
 def draw_crop(
-    draws: jax.Array | np.ndarray, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    draws: jax.Array | np.ndarray,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> jax.Array | np.ndarray:
-    """A random crop (top, left, height, width) in pixels, int32 `[4]`: torchvision's RandomResizedCrop.get_params.
+    """A random crop (top, left, height, width) in pixels, int32 `[4]`: torchvision's
+    RandomResizedCrop.get_params.
 
     `draws`, float `[DRAWS]`, are from U[0, 1); NumPy's are answered in NumPy, on the host.
     """
@@ -89,11 +102,17 @@ def draw_crop(
     # No draw fits: the largest centred crop whose ratio is allowed.
     wide, tall = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
     centre = xp.array([(height - tall) // 2, (width - wide) // 2, tall, wide])
-    return xp.where(fits.any(), xp.stack([top, left, crop_h, crop_w]).astype(xp.int32), centre.astype(xp.int32))
+    return xp.where(
+        fits.any(), xp.stack([top, left, crop_h, crop_w]).astype(xp.int32), centre.astype(xp.int32)
+    )
 
 
-def crop_and_resize(image: jax.Array, crop: jax.Array, size: int, filter: str = "bilinear") -> jax.Array:
-    """`image` uint8 `[H, W, 3]` cut to `crop` and resized to whole levels, float32 `[size, size, 3]` in 0 to 255."""
+def crop_and_resize(
+    image: jax.Array, crop: jax.Array, size: int, filter: str = "bilinear"
+) -> jax.Array:
+    """`image` uint8 `[H, W, 3]` cut to `crop` and resized to whole levels, float32 `[size, size,
+    3]` in 0 to 255.
+    """
     top, left, height, width = crop
     rows = resize_weights(image.shape[0], size, top, height, filter)
     columns = resize_weights(image.shape[1], size, left, width, filter)
@@ -101,14 +120,22 @@ def crop_and_resize(image: jax.Array, crop: jax.Array, size: int, filter: str = 
 
 
 def augment(key: jax.Array, images: jax.Array, spec: Augment) -> jax.Array:
-    """Random crops and flips of uint8 `[B, H, W, 3]`: uint8 `[B, size, size, 3]`, each image by its own key."""
+    """Random crops and flips of uint8 `[B, H, W, 3]`: uint8 `[B, size, size, 3]`, each image by
+    its own key.
+    """
     height, width = images.shape[1:3]
 
     def one(key, image):
         crop_key, flip_key = jax.random.split(key)
-        if spec.scale != (1, 1) or spec.ratio != (1, 1) or (height, width) != (spec.size, spec.size):
+        if (
+            spec.scale != (1, 1)
+            or spec.ratio != (1, 1)
+            or (height, width) != (spec.size, spec.size)
+        ):
             draws = jax.random.uniform(crop_key, (DRAWS,))
-            image = crop_and_resize(image, draw_crop(draws, height, width, spec.scale, spec.ratio), spec.size)
+            image = crop_and_resize(
+                image, draw_crop(draws, height, width, spec.scale, spec.ratio), spec.size
+            )
         if spec.flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         return image.astype(jnp.uint8)
@@ -119,23 +146,30 @@ def augment(key: jax.Array, images: jax.Array, spec: Augment) -> jax.Array:
 def augment_file(rng: np.random.Generator, image: Image.Image, spec: Augment) -> np.ndarray:
     """As `augment` for one image of any size, by Pillow on the host: uint8 `[size, size, 3]`."""
     if spec.scale != (1, 1) or spec.ratio != (1, 1) or image.size != (spec.size, spec.size):
-        top, left, height, width = draw_crop(rng.random(DRAWS), image.height, image.width, spec.scale, spec.ratio).tolist()
-        image = image.crop((left, top, left + width, top + height)).resize((spec.size, spec.size), Image.Resampling.BILINEAR)
+        top, left, height, width = draw_crop(
+            rng.random(DRAWS), image.height, image.width, spec.scale, spec.ratio
+        ).tolist()
+        image = image.crop((left, top, left + width, top + height)).resize(
+            (spec.size, spec.size), Image.Resampling.BILINEAR
+        )
     if spec.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
 
 
 def tested_geometry(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How a test image is prepared: the (height, width) it is resized to (bicubic), then the (top, left) of the cut of `size`.
+    """How a test image is prepared: the (height, width) it is resized to (bicubic), then the
+    (top, left) of the cut of `size`.
 
-    As the published code: above 32 pixels the short side is resized to 256/224 × size and the centre cut out; up to 32
-    pixels images are only resized where their size is another.
+    As the published code: above 32 pixels the short side is resized to 256/224 × size and the
+    centre cut out; up to 32 pixels images are only resized where their size is another.
     """
     if size <= 32:
         return (size, size), (0, 0)
     short = int(256 / 224 * size)
-    resized = (short, short * width // height) if height <= width else (short * height // width, short)
+    resized = (
+        (short, short * width // height) if height <= width else (short * height // width, short)
+    )
     return resized, (round((resized[0] - size) / 2), round((resized[1] - size) / 2))
 
 

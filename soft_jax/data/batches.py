@@ -1,6 +1,8 @@
-"""Which images make a training batch, and how they come to the devices: from memory all at once, from files through Grain.
+"""Which images make a training batch, and how they come to the devices: from memory all at once,
+from files through Grain.
 
-A task's batches are a pure function of seed, task and step, so that a run can be continued from any step.
+A task's batches are a pure function of seed, task and step, so that a run can be continued from any
+step.
 """
 
 import dataclasses
@@ -23,10 +25,12 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class BatchSampler:
-    """A task's batches as rows of its `count` training images, every image once an epoch, in another order each time.
+    """A task's batches as rows of its `count` training images, every image once an epoch, in
+    another order each time.
 
-    The last batch of an epoch holds what is left. With `replay`, as many more are drawn from the `replayed` rows that follow the
-    `count`, as far as there are any, and every batch is padded to one size that `devices` divides, with weight 0.
+    The last batch of an epoch holds what is left. With `replay`, as many more are drawn from the
+    `replayed` rows that follow the `count`, as far as there are any, and every batch is padded to
+    one size that `devices` divides, with weight 0.
     """
 
     seed: int
@@ -56,17 +60,26 @@ class BatchSampler:
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Step `step`'s rows, int32 `[padded]`, and their weights, float32 `[padded]`."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = _order(self.seed, self.task, epoch, self.count)[index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = _order(self.seed, self.task, epoch, self.count)[
+            index * self.batch_size : (index + 1) * self.batch_size
+        ]
         if self.replay:
             rng = np.random.default_rng([self.seed, zlib.crc32(b"replay"), self.task, step])
-            chosen = np.concatenate([chosen, self.count + rng.permutation(self.replayed)[: len(chosen)]])
+            chosen = np.concatenate(
+                [chosen, self.count + rng.permutation(self.replayed)[: len(chosen)]]
+            )
         rows, weights = np.zeros(self.padded, np.int32), np.zeros(self.padded, np.float32)
         rows[: len(chosen)], weights[: len(chosen)] = chosen, 1
         return rows, weights
 
     def chunk(self, first: int, count: int, length: int) -> Batch:
-        """The batches of `count` steps from `first` on, and zeros up to `length`: `rows` and `weights`, `[length, padded]`."""
-        rows, weights = np.zeros((length, self.padded), np.int32), np.zeros((length, self.padded), np.float32)
+        """The batches of `count` steps from `first` on, and zeros up to `length`: `rows` and
+        `weights`, `[length, padded]`.
+        """
+        rows, weights = (
+            np.zeros((length, self.padded), np.int32),
+            np.zeros((length, self.padded), np.float32),
+        )
         for index in range(count):
             rows[index], weights[index] = self.batch(first + index)
         return {"rows": rows, "weights": weights}
@@ -78,13 +91,19 @@ def _order(seed: int, task: int, epoch: int, count: int) -> np.ndarray:
 
 
 def from_files(
-    schedule: BatchSampler, files: EncodedImages, spec: Augment, first: int, process: int = 0, processes: int = 1
+    schedule: BatchSampler,
+    files: EncodedImages,
+    spec: Augment,
+    first: int,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """The batches from step `first` on, decoded and augmented in threads ahead of their use.
 
-    Each of `processes` gets its own rows of every batch, as (`{"images": uint8 [rows, size, size, 3], "labels", "weights"}`, rows of the
-    task). An image is augmented by its place in the schedule alone, so the batches depend neither on threads nor on processes.
-    Raises UserError naming a file that can't be read.
+    Each of `processes` gets its own rows of every batch, as (`{"images": uint8 [rows, size, size,
+    3], "labels", "weights"}`, rows of the task). An image is augmented by its place in the schedule
+    alone, so the batches depend neither on threads nor on processes. Raises UserError naming a file
+    that can't be read.
     """
     import grain  # a third of what a run would import, and only files need it
 
@@ -93,14 +112,20 @@ def from_files(
 
     def load(step: int) -> dict[str, np.ndarray]:
         rows, weights = (array[first_row : first_row + each] for array in schedule.batch(step))
-        images, labels = np.zeros((each, spec.size, spec.size, 3), np.uint8), np.zeros(each, np.int32)
+        images, labels = (
+            np.zeros((each, spec.size, spec.size, 3), np.uint8),
+            np.zeros(each, np.int32),
+        )
         for index in np.flatnonzero(weights):
-            rng = np.random.default_rng([schedule.seed, zlib.crc32(b"augment"), schedule.task, step, first_row + index])
+            rng = np.random.default_rng(
+                [schedule.seed, zlib.crc32(b"augment"), schedule.task, step, first_row + index]
+            )
             images[index] = augment_file(rng, Image.fromarray(files.image(rows[index])), spec)
             labels[index] = files.labels[rows[index]]
         return {"images": images, "labels": labels, "weights": weights, "rows": rows}
 
-    # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many batches wait as threads work, if they fit.
+    # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many
+    # batches wait as threads work, if they fit.
     threads = max(2, len(os.sched_getaffinity(0)))
     waiting = max(1, min(2 * threads, AHEAD_BYTES // (3 * each * spec.size**2)))
     options = grain.ReadOptions(num_threads=min(threads, waiting), prefetch_buffer_size=waiting)

@@ -1,4 +1,5 @@
-"""CIFAR-100 prepared for TFDS without TensorFlow, which TFDS's own builder needs to read the archive.
+"""CIFAR-100 prepared for TFDS without TensorFlow, which TFDS's own builder needs to read the
+archive.
 
 What is written is TFDS's own `cifar100/3.0.2`, as array_record: any TFDS reads it.
 """
@@ -18,7 +19,9 @@ RECORD = 2 + 32 * 32 * 3  # coarse label, label, then the red, green and blue pl
 
 
 def builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """TFDS's cifar100 builder, its archive read by plain Python; `download_and_prepare()` writes below `data_dir`."""
+    """TFDS's cifar100 builder, its archive read by plain Python; `download_and_prepare()` writes
+    below `data_dir`.
+    """
     stock = tfds.builder_cls("cifar100")
 
     class Cifar100(stock, skip_registration=True):
@@ -27,9 +30,15 @@ def builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
 
         def _split_generators(self, dl_manager):
             archive = dl_manager.download(URL)
-            for key, file in (("label", "fine_label_names.txt"), ("coarse_label", "coarse_label_names.txt")):
+            for key, file in (
+                ("label", "fine_label_names.txt"),
+                ("coarse_label", "coarse_label_names.txt"),
+            ):
                 self.info.features[key].names = member(archive, file).decode().split()
-            return {split: examples(split, member(archive, f"{split}.bin")) for split in ("train", "test")}
+            return {
+                split: examples(split, member(archive, f"{split}.bin"))
+                for split in ("train", "test")
+            }
 
     return Cifar100(data_dir=data_dir, file_format="array_record")
 
@@ -45,6 +54,16 @@ def examples(split: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
     for index, record in enumerate(records):
         png = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(record[2:].reshape(3, 32, 32).transpose(1, 2, 0))).save(png, "PNG")
+        Image.fromarray(
+            np.ascontiguousarray(record[2:].reshape(3, 32, 32).transpose(1, 2, 0))
+        ).save(png, "PNG")
         png.seek(0)
-        yield index, {"id": f"{split}_{index:05d}", "image": png, "label": int(record[1]), "coarse_label": int(record[0])}
+        yield (
+            index,
+            {
+                "id": f"{split}_{index:05d}",
+                "image": png,
+                "label": int(record[1]),
+                "coarse_label": int(record[0]),
+            },
+        )

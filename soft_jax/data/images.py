@@ -1,4 +1,6 @@
-"""A user's images, arrays or files of any size, to what the model takes. On the host: sizes differ from image to image."""
+"""A user's images, arrays or files of any size, to what the model takes. On the host: sizes
+differ from image to image.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -11,21 +13,41 @@ from PIL import Image, ImageOps
 from soft_jax.data.augmentation import tested_geometry
 from soft_jax.errors import UserError
 
-_NOT_PICTURES = ("HDF5", "GRIB", "BUFR", "MPEG", "EPS", "WMF", "FITS", "PDF")  # that Pillow opens, by name only or through another program
+_NOT_PICTURES = (
+    "HDF5",
+    "GRIB",
+    "BUFR",
+    "MPEG",
+    "EPS",
+    "WMF",
+    "FITS",
+    "PDF",
+)  # that Pillow opens, by name only or through another program
 _LONGEST = 64  # times the short side: resized, a thinner image would fill memory
-_DEEP = ("I", "F")  # Pillow's modes of more than 8 bits a channel, which it would clip without a word
+_DEEP = (
+    "I",
+    "F",
+)  # Pillow's modes of more than 8 bits a channel, which it would clip without a word
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
-    """An image file, upright and in colour, as uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
+    """An image file, upright and in colour, as uint8 `[H, W, 3]`. Raises UserError naming the
+    file when it can't be read.
+    """
     try:
         return decode(path)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged files
-        raise UserError(f"{os.fspath(path)} can't be read as an image ({type(error).__name__}: {error})") from error
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged
+    # files
+    except Exception as error:
+        raise UserError(
+            f"{os.fspath(path)} can't be read as an image ({type(error).__name__}: {error})"
+        ) from error
 
 
 def decode(file: str | os.PathLike | BinaryIO) -> np.ndarray:
-    """An image file's content, as `read`. Raises whatever Pillow's decoders do: OSError, SyntaxError, ValueError, struct.error and more."""
+    """An image file's content, as `read`. Raises whatever Pillow's decoders do: OSError,
+    SyntaxError, ValueError, struct.error and more.
+    """
     with Image.open(file) as image:
         levels = _colours(ImageOps.exif_transpose(image))
     _check_shape(levels)
@@ -35,12 +57,16 @@ def decode(file: str | os.PathLike | BinaryIO) -> np.ndarray:
 def _check_shape(levels: np.ndarray) -> None:
     height, width = levels.shape[:2]
     if max(height, width) > _LONGEST * min(height, width):
-        raise ValueError(f"{width} × {height} pixels, expected sides of at most {_LONGEST} to 1; cut it first")
+        raise ValueError(
+            f"{width} × {height} pixels, expected sides of at most {_LONGEST} to 1; cut it first"
+        )
 
 
 def _colours(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(_DEEP):
-        raise ValueError(f"more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8 bits")
+        raise ValueError(
+            f"more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8 bits"
+        )
     if image.has_transparency_data:  # what lies under it is arbitrary: shown as on a white page
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -48,13 +74,23 @@ def _colours(image: Image.Image) -> np.ndarray:
 
 
 def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files of `paths`; a folder stands for the image files in it and below it that are not hidden, in order of their names."""
-    known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _NOT_PICTURES}
+    """The files of `paths`; a folder stands for the image files in it and below it that are not
+    hidden, in order of their names.
+    """
+    known = {
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _NOT_PICTURES
+    }
     files = []
     for path in map(Path, paths):
         within = [path]
         if path.is_dir():
-            within = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.name[0] != "." and p.is_file())
+            within = sorted(
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in known and p.name[0] != "." and p.is_file()
+            )
         if not within:
             raise UserError(f"{path}: no image files in this folder")
         files += within
@@ -62,7 +98,8 @@ def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def as_list(images: Any) -> Sequence[Any]:
-    """`images` as a sequence of single images: an array `[N, H, W, 3]`, a path, a Pillow image, or a sequence of those.
+    """`images` as a sequence of single images: an array `[N, H, W, 3]`, a path, a Pillow image,
+    or a sequence of those.
 
     An iterator is read to its end.
 
@@ -75,9 +112,15 @@ def as_list(images: Any) -> Sequence[Any]:
     if hasattr(images, "shape"):
         images = np.asarray(images)
         if images.ndim != 4:
-            raise UserError(f"images: shape {images.shape}, expected [N, H, W, 3]; for a single image give images[None]")
+            raise UserError(
+                f"images: shape {images.shape}, expected [N, H, W, 3]; for a single image give "
+                "images[None]"
+            )
     elif not isinstance(images, Iterable):
-        raise UserError(f"images: {type(images).__name__}, expected an array [N, H, W, 3], a path, or a sequence of images and paths")
+        raise UserError(
+            f"images: {type(images).__name__}, expected an array [N, H, W, 3], a path, or a "
+            "sequence of images and paths"
+        )
     elif not isinstance(images, Sequence):
         images = list(images)
     if len(images) == 0:  # an array has no truth value
@@ -97,27 +140,36 @@ def prepare(image: Any, index: int, size: int) -> np.ndarray:
         UserError: naming the image and what is wrong with it.
     """
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
-    levels = read(image) if isinstance(image, str | os.PathLike) else _levels(_array(image, name), name)
+    levels = (
+        read(image) if isinstance(image, str | os.PathLike) else _levels(_array(image, name), name)
+    )
     try:
         _check_shape(levels)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     (height, width), (top, left) = tested_geometry(*levels.shape[:2], size)
     if levels.shape[:2] != (height, width):
-        levels = np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))
+        levels = np.asarray(
+            Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+        )
     return levels[top : top + size, left : left + size]
 
 
 def _array(image: Any, name: str) -> np.ndarray:
     try:
         return _colours(image) if isinstance(image, Image.Image) else np.asarray(image)
-    except Exception as error:  # rows of different lengths, whatever is no array, and all that Pillow's decoders raise
-        raise UserError(f"{name}: not an image ({error}); expected [H, W, 3], uint8 or float, or a path") from error
+    # Rows of different lengths, whatever is no array, and all that Pillow's decoders raise
+    except Exception as error:
+        raise UserError(
+            f"{name}: not an image ({error}); expected [H, W, 3], uint8 or float, or a path"
+        ) from error
 
 
 def _levels(image: np.ndarray, name: str) -> np.ndarray:
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(f"{name}: shape {image.shape}, expected [H, W, 3], red, green and blue last")
+        raise UserError(
+            f"{name}: shape {image.shape}, expected [H, W, 3], red, green and blue last"
+        )
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
     if not np.issubdtype(image.dtype, np.floating) and image.dtype.name != "bfloat16":
@@ -128,6 +180,7 @@ def _levels(image: np.ndarray, name: str) -> np.ndarray:
     levels = np.round(image * 255)  # a value that passes 1 by rounding is 1
     if levels.min() < 0 or levels.max() > 255:
         raise UserError(
-            f"{name}: float values from {image.min():g} to {image.max():g}, expected 0 to 1 (no mean or standard deviation taken off)"
+            f"{name}: float values from {image.min():g} to {image.max():g}, expected 0 to 1 (no "
+            "mean or standard deviation taken off)"
         )
     return levels.astype(np.uint8)

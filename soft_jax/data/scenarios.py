@@ -16,7 +16,9 @@ class Scenario:
 
     def __post_init__(self):
         if self.classes % self.tasks:
-            raise UserError(f"tasks: {self.classes} classes can't be divided into {self.tasks} equal tasks")
+            raise UserError(
+                f"tasks: {self.classes} classes can't be divided into {self.tasks} equal tasks"
+            )
 
     @property
     def task_of_class(self) -> np.ndarray:
@@ -34,10 +36,16 @@ class Scenario:
     def check(self, labels: np.ndarray) -> None:
         """Raise UserError where a label is no class, or a task has no images."""
         if labels.min(initial=0) < 0 or labels.max(initial=0) >= self.classes:
-            raise UserError(f"dataset: labels run from {labels.min()} to {labels.max()}, expected 0 to {self.classes - 1}")
+            raise UserError(
+                f"dataset: labels run from {labels.min()} to {labels.max()}, expected 0 to "
+                f"{self.classes - 1}"
+            )
         for task in range(self.tasks):
             if not len(self.members(labels, task)):
-                raise UserError(f"dataset: no images of the classes {self.classes_of(task)}, which make task {task + 1}")
+                raise UserError(
+                    f"dataset: no images of the classes {self.classes_of(task)}, which make task "
+                    f"{task + 1}"
+                )
 
     def members(self, labels: np.ndarray, task: int) -> np.ndarray:
         """Indices of the images of task `task`, in the order of `labels` int `[N]`."""

@@ -1,7 +1,8 @@
-"""Image sets: TFDS sets by name, Tiny-ImageNet, folders of one's own, and scikit-learn's bundled digits.
+"""Image sets: TFDS sets by name, Tiny-ImageNet, folders of one's own, and scikit-learn's bundled
+digits.
 
-Small sets of one shape are held in memory as uint8 (`InMemoryImages`); sets of many shapes, and large ones, stay files that are decoded when they
-are needed (`EncodedImages`).
+Small sets of one shape are held in memory as uint8 (`InMemoryImages`); sets of many shapes, and
+large ones, stay files that are decoded when they are needed (`EncodedImages`).
 """
 
 import dataclasses
@@ -46,9 +47,11 @@ class InMemoryImages:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
-    """Images as encoded files, each of its own size. `read(i)` gives file i's bytes, `names` and `digests` tell it by name and SHA-256.
+    """Images as encoded files, each of its own size. `read(i)` gives file i's bytes, `names` and
+    `digests` tell it by name and SHA-256.
 
-    `labels` int32 `[N]`. What `read` and `names` count is the set as it is stored; `order` int `[N]` says which of it make this split.
+    `labels` int32 `[N]`. What `read` and `names` count is the set as it is stored; `order` int
+    `[N]` says which of it make this split.
     """
 
     read: Callable[[int], bytes]
@@ -64,26 +67,38 @@ class EncodedImages:
     @property
     def fingerprint(self) -> tuple[str, str]:
         """Hex SHA-256 of the files and of the labels."""
-        return hashlib.sha256("".join(self.digests[i] for i in self.order).encode()).hexdigest(), pytrees.sha256(self.labels)
+        return hashlib.sha256(
+            "".join(self.digests[i] for i in self.order).encode()
+        ).hexdigest(), pytrees.sha256(self.labels)
 
     def image(self, index: int) -> np.ndarray:
-        """Image `index` of the split, upright and in colour, uint8 `[H, W, 3]`. Raises UserError naming the file when it can't be read."""
+        """Image `index` of the split, upright and in colour, uint8 `[H, W, 3]`. Raises UserError
+        naming the file when it can't be read.
+        """
         return _decoded(self.read, self.names, int(self.order[index]))[1]
 
     def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
         """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
         with ThreadPoolExecutor() as threads:
             images = threads.map(lambda i: images_lib.prepare(self.image(i), int(i), size), indices)
-            return np.stack(list(images)) if len(indices) else np.zeros((0, size, size, 3), np.uint8)
+            return (
+                np.stack(list(images)) if len(indices) else np.zeros((0, size, size, 3), np.uint8)
+            )
 
 
-def _decoded(read: Callable[[int], bytes], names: Callable[[int], str], index: int) -> tuple[bytes, np.ndarray]:
+def _decoded(
+    read: Callable[[int], bytes], names: Callable[[int], str], index: int
+) -> tuple[bytes, np.ndarray]:
     """File `index` and its image, as `Predictor` sees an image file."""
     try:
         content = read(index)
         return content, images_lib.decode(io.BytesIO(content))
-    except Exception as error:  # what reading and Pillow's decoders raise for missing and damaged files
-        raise UserError(f"dataset: {names(index)} can't be read ({type(error).__name__}: {error}); restore it") from error
+    except (
+        Exception
+    ) as error:  # what reading and Pillow's decoders raise for missing and damaged files
+        raise UserError(
+            f"dataset: {names(index)} can't be read ({type(error).__name__}: {error}); restore it"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +110,18 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def first(self, train: int, test: int) -> "Dataset":
-        """The set with the first `train` and `test` images of each class, in their order; 0 is all of them."""
+        """The set with the first `train` and `test` images of each class, in their order; 0 is
+        all of them.
+        """
 
-        def cut(split: InMemoryImages | EncodedImages, count: int) -> InMemoryImages | EncodedImages:
+        def cut(
+            split: InMemoryImages | EncodedImages, count: int
+        ) -> InMemoryImages | EncodedImages:
             if not count:
                 return split
-            kept = [np.flatnonzero(split.labels == label)[:count] for label in np.unique(split.labels)]
+            kept = [
+                np.flatnonzero(split.labels == label)[:count] for label in np.unique(split.labels)
+            ]
             return split.take(np.sort(np.concatenate(kept)))
 
         return Dataset(cut(self.train, train), cut(self.test, test), self.class_names)
@@ -108,23 +129,29 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of all images and labels."""
-        return hashlib.sha256("".join((*self.train.fingerprint, *self.test.fingerprint)).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join((*self.train.fingerprint, *self.test.fingerprint)).encode()
+        ).hexdigest()
 
 
 def load(name: str, data_dir: str = "") -> Dataset:
     """The set `name`.
 
-    "digits" is bundled. "tiny_imagenet" is `data_dir/tiny-imagenet-200` as it is published. "folder" is `data_dir` with an image a file,
-    `train/CLASS/*` and `test/CLASS/*`. Other names are TFDS's, of sets with `image` and `label`.
+    "digits" is bundled. "tiny_imagenet" is `data_dir/tiny-imagenet-200` as it is published.
+    "folder" is `data_dir` with an image a file, `train/CLASS/*` and `test/CLASS/*`. Other names are
+    TFDS's, of sets with `image` and `label`.
 
-    Raises UserError when there is no such set, it is neither prepared nor can be, or it does not fit.
+    Raises UserError when there is no such set, it is neither prepared nor can be, or it does not
+    fit.
     """
     own = {"digits": lambda _: _digits(), "tiny_imagenet": _tiny_imagenet, "folder": _folder}
     return own[name](data_dir) if name in own else _tfds(name, data_dir)
 
 
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
-    """Which images are for the test where a set has no such split: of each class every fifth, from its first on; bool `[N]`."""
+    """Which images are for the test where a set has no such split: of each class every fifth,
+    from its first on; bool `[N]`.
+    """
     test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         test[np.flatnonzero(labels == label)[::5]] = True
@@ -132,7 +159,9 @@ def _every_fifth(labels: np.ndarray) -> np.ndarray:
 
 
 def _digits() -> Dataset:
-    """1,797 handwritten digits, 8 × 8 in 17 levels, enlarged to 32 × 32; every fifth image of a class is for the test."""
+    """1,797 handwritten digits, 8 × 8 in 17 levels, enlarged to 32 × 32; every fifth image of a
+    class is for the test.
+    """
     from sklearn.datasets import load_digits
 
     levels, labels = load_digits(return_X_y=True)
@@ -140,36 +169,70 @@ def _digits() -> Dataset:
     images = np.repeat(np.kron(small, np.ones((1, 4, 4), np.uint8))[..., None], 3, axis=-1)
     labels = labels.astype(np.int32)
     test = _every_fifth(labels)
-    return Dataset(InMemoryImages(images[~test], labels[~test]), InMemoryImages(images[test], labels[test]), tuple("0123456789"))
+    return Dataset(
+        InMemoryImages(images[~test], labels[~test]),
+        InMemoryImages(images[test], labels[test]),
+        tuple("0123456789"),
+    )
 
 
 def _tiny_imagenet(data_dir: str) -> Dataset:
-    """Tiny-ImageNet-200 in the folders of its archive; its validation images, 50 a class, are the test. Classes go by their WordNet id."""
+    """Tiny-ImageNet-200 in the folders of its archive; its validation images, 50 a class, are
+    the test. Classes go by their WordNet id.
+    """
     root = Path(data_dir or ".").expanduser() / "tiny-imagenet-200"
     try:
         names = tuple(sorted((root / "wnids.txt").read_text().split()))
-        rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
+        rows = [
+            line.split("\t")[:2]
+            for line in (root / "val/val_annotations.txt").read_text().splitlines()
+        ]
     except OSError as error:
         raise UserError(
-            f"dataset: no Tiny-ImageNet at {root} ({error.filename}: {error.strerror}). Unpack tiny-imagenet-200.zip "
-            f"(Stanford CS231n) and give the folder that tiny-imagenet-200 is in: --config.data_dir=DIR"
+            f"dataset: no Tiny-ImageNet at {root} ({error.filename}: {error.strerror}). Unpack "
+            "tiny-imagenet-200.zip "
+            "(Stanford CS231n) and give the folder that tiny-imagenet-200 is in: "
+            "--config.data_dir=DIR"
         ) from error
-    train = [(path, names.index(name)) for name in names for path in sorted((root / "train" / name / "images").glob("*.JPEG"))]
+    train = [
+        (path, names.index(name))
+        for name in names
+        for path in sorted((root / "train" / name / "images").glob("*.JPEG"))
+    ]
     test = [(root / "val/images" / file, names.index(name)) for file, name in rows]
     return Dataset(_from_paths(train, str(root)), _from_paths(test, str(root)), names)
 
 
 def _folder(data_dir: str) -> Dataset:
     root = Path(data_dir).expanduser()
-    names = tuple(sorted(p.name for p in root.glob("train/*") if p.is_dir() and p.name[0] != ".")) if data_dir else ()
+    names = (
+        tuple(sorted(p.name for p in root.glob("train/*") if p.is_dir() and p.name[0] != "."))
+        if data_dir
+        else ()
+    )
     if not names:
         raise UserError(
-            f"dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of --config.data_dir=DIR; no classes in {root}/train"
+            "dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of "
+            f"--config.data_dir=DIR; no classes in {root}/train"
         )
-    if odd := sorted({p.name for p in root.glob("test/*") if p.is_dir() and p.name[0] != "."} ^ set(names)):
-        raise UserError(f"dataset: {root}/train and {root}/test differ in their classes: {odd[0]!r} is in one of them only")
-    pairs = {s: [(path, i) for i, name in enumerate(names) for path in images_lib.find([root / s / name])] for s in ("train", "test")}
-    return Dataset(_from_paths(pairs["train"], f"{root}/train"), _from_paths(pairs["test"], f"{root}/test"), names)
+    if odd := sorted(
+        {p.name for p in root.glob("test/*") if p.is_dir() and p.name[0] != "."} ^ set(names)
+    ):
+        raise UserError(
+            f"dataset: {root}/train and {root}/test differ in their classes: {odd[0]!r} is in one "
+            "of them only"
+        )
+    pairs = {
+        s: [
+            (path, i) for i, name in enumerate(names) for path in images_lib.find([root / s / name])
+        ]
+        for s in ("train", "test")
+    }
+    return Dataset(
+        _from_paths(pairs["train"], f"{root}/train"),
+        _from_paths(pairs["test"], f"{root}/test"),
+        names,
+    )
 
 
 def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> InMemoryImages | EncodedImages:
@@ -179,10 +242,14 @@ def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> InMemoryImages
     return _split(lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), labels)
 
 
-def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray) -> InMemoryImages | EncodedImages:
-    """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as files.
+def _split(
+    read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray
+) -> InMemoryImages | EncodedImages:
+    """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as
+    files.
 
-    All are decoded once, so that a bad one is named now, by a UserError, and not in some later task.
+    All are decoded once, so that a bad one is named now, by a UserError, and not in some later
+    task.
     """
 
     def look(index: int) -> tuple[str, np.ndarray]:
@@ -198,7 +265,11 @@ def _split(read: Callable[[int], bytes], names: Callable[[int], str], labels: np
                 held.append(image)
                 if image.shape != held[0].shape or len(labels) * image.size > HELD_BYTES:
                     held = None
-    return EncodedImages(read, names, digests, labels, np.arange(len(labels))) if held is None else InMemoryImages(np.stack(held), labels)
+    return (
+        EncodedImages(read, names, digests, labels, np.arange(len(labels)))
+        if held is None
+        else InMemoryImages(np.stack(held), labels)
+    )
 
 
 def _tfds(name: str, data_dir: str) -> Dataset:
@@ -207,37 +278,69 @@ def _tfds(name: str, data_dir: str) -> Dataset:
 
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # the last two: not a name, no such version
+    except (
+        tfds.core.DatasetNotFoundError,
+        ValueError,
+        AssertionError,
+    ) as error:  # the last two: not a name, no such version
         raise UserError(
-            f"dataset: TFDS does not know {name!r}; 'digits' is bundled, 'cifar100' is the paper's, 'folder' reads your own images"
+            f"dataset: TFDS does not know {name!r}; 'digits' is bundled, 'cifar100' is the "
+            "paper's, 'folder' reads your own images"
         ) from error
-    features = dict(builder.info.features.items()) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+    features = (
+        dict(builder.info.features.items())
+        if isinstance(builder.info.features, tfds.features.FeaturesDict)
+        else {}
+    )
     if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
-        raise UserError(f"dataset: {name} is not an image classification set: it has no 'image' with a class 'label'")
+        raise UserError(
+            f"dataset: {name} is not an image classification set: it has no 'image' with a class "
+            "'label'"
+        )
     if not builder.info.splits:
         builder = _prepare(name, data_dir, str(builder.data_dir))
     splits = ("test",) if name == "imagenet_r" else ("train", "test")
     if missing := set(splits) - set(builder.info.splits):
-        raise UserError(f"dataset: {name} at {builder.data_dir} has no split {', '.join(sorted(missing))}")
+        raise UserError(
+            f"dataset: {name} at {builder.data_dir} has no split {', '.join(sorted(missing))}"
+        )
     try:
         read = [_read(builder, name, split) for split in splits]
     except NotImplementedError as error:
         raise UserError(
-            f"dataset: {name} at {builder.data_dir} is stored as {builder.info.file_format}, which has no random access. "
-            f"Prepare it with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()"
+            f"dataset: {name} at {builder.data_dir} is stored as {builder.info.file_format}, which "
+            "has no random access. "
+            f"Prepare it with tfds.builder({name!r}, data_dir=..., "
+            "file_format='array_record').download_and_prepare()"
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:  # array_record and Pillow on missing or damaged files
-        raise UserError(f"dataset: {name} at {builder.data_dir} can't be read ({error}); prepare it again") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # array_record and Pillow on missing or damaged files
+        raise UserError(
+            f"dataset: {name} at {builder.data_dir} can't be read ({error}); prepare it again"
+        ) from error
     class_names = tuple(builder.info.features["label"].names)
-    return _imagenet_r(read[0], class_names) if name == "imagenet_r" else Dataset(*read, class_names)
+    return (
+        _imagenet_r(read[0], class_names) if name == "imagenet_r" else Dataset(*read, class_names)
+    )
 
 
 def _imagenet_r(images: InMemoryImages | EncodedImages, class_names: tuple[str, ...]) -> Dataset:
-    """ImageNet-R's 200 of ImageNet's 1,000 labels, counted from 0. It comes in one split: every fifth image of a class is for the test."""
+    """ImageNet-R's 200 of ImageNet's 1,000 labels, counted from 0. It comes in one split: every
+    fifth image of a class is for the test.
+    """
     there = np.unique(images.labels)
-    images = dataclasses.replace(images, labels=np.searchsorted(there, images.labels).astype(np.int32))
+    images = dataclasses.replace(
+        images, labels=np.searchsorted(there, images.labels).astype(np.int32)
+    )
     test = _every_fifth(images.labels)
-    return Dataset(images.take(np.flatnonzero(~test)), images.take(np.flatnonzero(test)), tuple(class_names[label] for label in there))
+    return Dataset(
+        images.take(np.flatnonzero(~test)),
+        images.take(np.flatnonzero(test)),
+        tuple(class_names[label] for label in there),
+    )
 
 
 def _prepare(name: str, data_dir: str, looked: str):
@@ -254,9 +357,12 @@ def _prepare(name: str, data_dir: str, looked: str):
     except Exception as error:  # whatever TFDS, its download manager or a missing TensorFlow raises
         raise UserError(
             f"dataset: no prepared {name} at {looked}, and TFDS could not download and prepare it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}). Point to a prepared copy with "
-            f"--config.data_dir=DIR, where DIR/{name} is; or prepare one where TensorFlow and a network are at hand: "
-            f"tfds.builder({name!r}, data_dir=DIR, file_format='array_record').download_and_prepare()"
+            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}). "
+            "Point to a prepared copy with "
+            f"--config.data_dir=DIR, where DIR/{name} is; or prepare one where TensorFlow and a "
+            "network are at hand: "
+            f"tfds.builder({name!r}, data_dir=DIR, "
+            "file_format='array_record').download_and_prepare()"
         ) from error
     return builder
 
@@ -273,9 +379,17 @@ def _read(builder, name: str, split: str) -> InMemoryImages | EncodedImages:
         raise UserError(f"dataset: {name} has images of shape {shape}, expected 3 channels")
     if None not in shape and builder.info.splits[split].num_examples * np.prod(shape) <= HELD_BYTES:
         # TFDS's own way, in blocks: several times faster than a record at a time.
-        images, labels = zip(*((r["image"], r["label"]) for r in records(builder.as_data_source(split))), strict=True)
+        images, labels = zip(
+            *((r["image"], r["label"]) for r in records(builder.as_data_source(split))), strict=True
+        )
         return InMemoryImages(np.stack(images), np.array(labels, np.int32))
-    skipped = {name: tfds.decode.SkipDecoding() for name in builder.info.features if name != "label"}  # CUB-200 has a second image
+    skipped = {
+        name: tfds.decode.SkipDecoding() for name in builder.info.features if name != "label"
+    }  # CUB-200 has a second image
     source = builder.as_data_source(split, decoders=skipped)
     labels = [record["label"] for record in records(source)]
-    return _split(lambda i: source[i]["image"], lambda i: f"{name} at {builder.data_dir}, {split} record {i},", np.array(labels, np.int32))
+    return _split(
+        lambda i: source[i]["image"],
+        lambda i: f"{name} at {builder.data_dir}, {split} record {i},",
+        np.array(labels, np.int32),
+    )

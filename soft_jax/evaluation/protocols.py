@@ -1,20 +1,28 @@
-"""Evaluation after a task: who identifies the task of a test image (the protocol), and what it is then classified as.
+"""Evaluation after a task: who identifies the task of a test image (the protocol), and what it
+is then classified as.
 
 Protocols, each a row of its own:
 
-- `per_sample` / `prompt_id`: each image by itself; the nearest key of the tasks seen, then the classes seen. The default.
+- `per_sample` / `prompt_id`: each image by itself; the nearest key of the tasks seen, then the
+  classes seen. The default.
 - `per_sample` / `gradient_id`: each image by itself; the task by ∂H/∂α, then the classes seen.
-- `per_sample` / `prototype`: each image by itself; the task by the statistics of the frozen features that every task leaves
-  behind, then that task's classes, by the classifier and the statistics together (log p + logits).
-- `batch_vote` / `prompt_id`: the published one. Test batches hold one task, and all of a batch goes by its majority, over
-  every key and every output of the head, untrained ones included. The batch leaks the task.
-- `batch_vote` / `gradient_id_7`: the same batches; the task by ∂H/∂α on the batch's first 7 images, or as many as `shots` says.
-- `per_sample` / `no_task_id`: for methods whose tasks have nothing of their own: each image by itself, the classes seen. L2P selects
-  prompts for each image.
-- `batch_vote` / `pool`: L2P as published: what most images of a single-task batch select, for all of them. The batch leaks the task.
-- `oracle` / `task_given`: the task is given and the logits are restricted to its classes (task-incremental learning).
+- `per_sample` / `prototype`: each image by itself; the task by the statistics of the frozen
+  features that every task leaves behind, then that task's classes, by the classifier and the
+  statistics together (log p + logits).
+- `batch_vote` / `prompt_id`: the published one. Test batches hold one task, and all of a batch goes
+  by its majority, over every key and every output of the head, untrained ones included. The batch
+  leaks the task.
+- `batch_vote` / `gradient_id_7`: the same batches; the task by ∂H/∂α on the batch's first 7 images,
+  or as many as `shots` says.
+- `per_sample` / `no_task_id`: for methods whose tasks have nothing of their own: each image by
+  itself, the classes seen. L2P selects prompts for each image.
+- `batch_vote` / `pool`: L2P as published: what most images of a single-task batch select, for all
+  of them. The batch leaks the task.
+- `oracle` / `task_given`: the task is given and the logits are restricted to its classes
+  (task-incremental learning).
 
-The engine is `inference`'s, the same as for users' images. Every distinct (image, task) pair is run once, whichever protocols ask for it.
+The engine is `inference`'s, the same as for users' images. Every distinct (image, task) pair is run
+once, whichever protocols ask for it.
 """
 
 import dataclasses
@@ -45,7 +53,9 @@ def _by_batch(protocol: str) -> bool:
 
 
 def protocols(method: Method, shots: Sequence[int], prototypes: bool = True) -> tuple[str, ...]:
-    """The protocols that apply to `method`; Gradient ID needs kernels of the task's own, to superpose."""
+    """The protocols that apply to `method`; Gradient ID needs kernels of the task's own, to
+    superpose.
+    """
     by_task, kernels = method.by_task, bool(method.kernels)
     known = {
         NO_TASK_ID: not by_task,
@@ -62,7 +72,9 @@ def protocols(method: Method, shots: Sequence[int], prototypes: bool = True) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One protocol's counts on one task's test images; `identified` counts them by the task they were given to."""
+    """One protocol's counts on one task's test images; `identified` counts them by the task they
+    were given to.
+    """
 
     correct: int
     task_correct: int
@@ -72,7 +84,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """`batch_size` of the published test batches, numbers of `shots` that Gradient ID sees of each (0: all), size of forward passes.
+    """`batch_size` of the published test batches, numbers of `shots` that Gradient ID sees of
+    each (0: all), size of forward passes.
 
     `prepared`: whether test images come at the model's size, prepared already.
     """
@@ -96,7 +109,9 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """How the published code batches a task's test images: in order, `size` at a time, the last one partial."""
+    """How the published code batches a task's test images: in order, `size` at a time, the last
+    one partial.
+    """
 
     count: int
     size: int
@@ -121,8 +136,9 @@ class Batches:
 class Answers:
     """What the protocols made of one task's test images.
 
-    By protocol: `task_ids` int `[N]`, `logits` `[N, classes]` of that task's network, and `scores`, those with -inf for classes that
-    the protocol does not let win. `alpha_gradients` are the test batches', `[batches, seen]` by shots; empty without masks.
+    By protocol: `task_ids` int `[N]`, `logits` `[N, classes]` of that task's network, and `scores`,
+    those with -inf for classes that the protocol does not let win. `alpha_gradients` are the test
+    batches', `[batches, seen]` by shots; empty without masks.
     """
 
     task_ids: dict[str, np.ndarray]
@@ -135,19 +151,36 @@ class Answers:
         """The answers to consecutive chunks as one."""
 
         def joined(field):
-            return {key: np.concatenate([getattr(part, field)[key] for part in parts]) for key in getattr(parts[0], field)}
+            return {
+                key: np.concatenate([getattr(part, field)[key] for part in parts])
+                for key in getattr(parts[0], field)
+            }
 
         return cls(*(joined(field.name) for field in dataclasses.fields(cls)))
 
 
-def answer(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
-    """Identify and classify test images uint8 `[N, H, W, 3]` of one task, with q(x) `[N, dim]`, under every protocol."""
-    parts = [slice(start, start + settings.chunk) for start in range(0, len(images), settings.chunk)]
-    return Answers.concatenate([_answer_chunk(model, images[part], query[part], task, settings) for part in parts])
+def answer(
+    model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings
+) -> Answers:
+    """Identify and classify test images uint8 `[N, H, W, 3]` of one task, with q(x) `[N, dim]`,
+    under every protocol.
+    """
+    parts = [
+        slice(start, start + settings.chunk) for start in range(0, len(images), settings.chunk)
+    ]
+    return Answers.concatenate(
+        [_answer_chunk(model, images[part], query[part], task, settings) for part in parts]
+    )
 
 
-def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> Answers:
-    method, batching, batches = model.method, settings.batching, Batches(len(images), settings.batch_size)
+def _answer_chunk(
+    model: Model, images: np.ndarray, query: np.ndarray, task: int, settings: Settings
+) -> Answers:
+    method, batching, batches = (
+        model.method,
+        settings.batching,
+        Batches(len(images), settings.batch_size),
+    )
     tokens, batch_tokens = _tokens(model, images, query, batches, settings)
     ids = {protocol: np.full(len(images), task) for protocol in (ORACLE, NO_TASK_ID, VOTE_POOL)}
     gradients, posterior = {}, None
@@ -159,21 +192,36 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     if method.kernels:
         ids[PER_SAMPLE_GRADIENT] = engine.gradient_id(model, tokens, ids[PER_SAMPLE], batching)
         for shots in settings.shots:
-            gradients[shots] = batch_alpha_gradients(model, batch_tokens, nearest, batches, shots, batching)
-            ids[vote_gradient(shots)] = np.asarray(model.tasks)[gradients[shots].argmin(axis=1)[batches.index]]
+            gradients[shots] = batch_alpha_gradients(
+                model, batch_tokens, nearest, batches, shots, batching
+            )
+            ids[vote_gradient(shots)] = np.asarray(model.tasks)[
+                gradients[shots].argmin(axis=1)[batches.index]
+            ]
     if model.prototypes:
         posterior = engine.log_posterior(model, query, batching)
         ids[PROTOTYPE] = engine.prototype_id(model, posterior)
-    ids = {protocol: ids[protocol] for protocol in protocols(method, settings.shots, model.prototypes is not None)}
-    alone = {protocol: tasks for protocol, tasks in ids.items() if batch_tokens is tokens or not _by_batch(protocol)}
+    ids = {
+        protocol: ids[protocol]
+        for protocol in protocols(method, settings.shots, model.prototypes is not None)
+    }
+    alone = {
+        protocol: tasks
+        for protocol, tasks in ids.items()
+        if batch_tokens is tokens or not _by_batch(protocol)
+    }
     logits = _logits(model, tokens, alone, batches, batching)
     if len(alone) < len(ids):
-        logits |= _logits(model, batch_tokens, {p: ids[p] for p in ids if p not in alone}, batches, batching)
+        logits |= _logits(
+            model, batch_tokens, {p: ids[p] for p in ids if p not in alone}, batches, batching
+        )
     scores = {
         NO_TASK_ID: lambda: engine.mask_to_seen(model, logits[NO_TASK_ID]),
         PER_SAMPLE: lambda: engine.mask_to_seen(model, logits[PER_SAMPLE]),
         PER_SAMPLE_GRADIENT: lambda: engine.mask_to_seen(model, logits[PER_SAMPLE_GRADIENT]),
-        PROTOTYPE: lambda: engine.mask_to_task(model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]),
+        PROTOTYPE: lambda: engine.mask_to_task(
+            model, posterior + logits[PROTOTYPE], ids[PROTOTYPE]
+        ),
         ORACLE: lambda: engine.mask_to_task(model, logits[ORACLE], ids[ORACLE]),
     }
     scores = {p: scores[p]() if p in scores else logits[p] for p in ids}
@@ -183,8 +231,12 @@ def _answer_chunk(model: Model, images: np.ndarray, query: np.ndarray, task: int
     return Answers(ids, logits, scores, gradients)
 
 
-def _tokens(model: Model, images: np.ndarray, query: np.ndarray, batches: Batches, settings: Settings) -> tuple[Array, Array]:
-    """Trunk tokens of each image by itself, and as part of its test batch: another selection of L2P's prompts, else the same array."""
+def _tokens(
+    model: Model, images: np.ndarray, query: np.ndarray, batches: Batches, settings: Settings
+) -> tuple[Array, Array]:
+    """Trunk tokens of each image by itself, and as part of its test batch: another selection of
+    L2P's prompts, else the same array.
+    """
     batching, prepared = settings.batching, settings.prepared
     if not model.method.pool_size:
         tokens, _ = engine.encode(model, images, batching, queried=False, prepared=prepared)
@@ -193,42 +245,80 @@ def _tokens(model: Model, images: np.ndarray, query: np.ndarray, batches: Batche
     voted = np.empty_like(selected)
     for batch in range(batches.index[-1] + 1):
         members = batches.index == batch
-        voted[members] = prompts.most_selected(selected[members], np.ones(members.sum(), np.float32), model.method.pool_size)
-    return tuple(engine.encode(model, images, batching, False, prepared, selected=chosen)[0] for chosen in (selected, voted))
+        voted[members] = prompts.most_selected(
+            selected[members], np.ones(members.sum(), np.float32), model.method.pool_size
+        )
+    return tuple(
+        engine.encode(model, images, batching, False, prepared, selected=chosen)[0]
+        for chosen in (selected, voted)
+    )
 
 
-def _logits(model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Batches, batching: Batching) -> dict[str, np.ndarray]:
-    """Logits `[N, classes]` of each protocol, every distinct (task, image, place in its batch) run once."""
+def _logits(
+    model: Model, tokens: Array, ids: dict[str, np.ndarray], batches: Batches, batching: Batching
+) -> dict[str, np.ndarray]:
+    """Logits `[N, classes]` of each protocol, every distinct (task, image, place in its batch)
+    run once.
+    """
     place = np.stack([batches.position, batches.length], axis=1)
     columns = []
     for protocol, tasks in ids.items():
         # Where tasks have nothing of their own, all protocols ask for the same.
         pairs = engine.alone(tasks if model.method.by_task else np.zeros_like(tasks))
-        # Under the interleaved layout an image's prefix depends on its place in its test batch; every published figure is by batches.
-        if model.method.prefix_layout == "interleaved" and (_by_batch(protocol) or protocol == ORACLE):
+        # Under the interleaved layout an image's prefix depends on its place in its test batch;
+        # every published figure is by batches.
+        if model.method.prefix_layout == "interleaved" and (
+            _by_batch(protocol) or protocol == ORACLE
+        ):
             pairs[:, 2:] = place
         columns.append(pairs)
     pairs, inverse = np.unique(np.concatenate(columns), axis=0, return_inverse=True)
     logits = engine.logits(model, tokens, pairs, batching)
-    return {p: logits[part] for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)}
+    return {
+        p: logits[part]
+        for p, part in zip(ids, np.split(inverse.reshape(-1), len(ids)), strict=True)
+    }
 
 
-def batch_alpha_gradients(model: Model, tokens: Array, nearest: np.ndarray, batches: Batches, shots: int, batching: Batching) -> np.ndarray:
-    """∂H/∂α at uniform α, `[batches, seen]`, of the first `shots` images (0: all) of each published test batch.
+def batch_alpha_gradients(
+    model: Model,
+    tokens: Array,
+    nearest: np.ndarray,
+    batches: Batches,
+    shots: int,
+    batching: Batching,
+) -> np.ndarray:
+    """∂H/∂α at uniform α, `[batches, seen]`, of the first `shots` images (0: all) of each
+    published test batch.
 
-    The superposed pass uses the E-prompt that the majority of those images is nearest to (`nearest`, int `[N]`).
+    The superposed pass uses the E-prompt that the majority of those images is nearest to
+    (`nearest`, int `[N]`).
     """
     shots = min(shots or batches.size, batches.size)
     starts = np.arange(0, batches.count, batches.size)
     counts = np.minimum(np.minimum(batches.count - starts, batches.size), shots)
     taken = starts[:, None] + np.arange(shots)
-    voted = np.array([identity.vote(nearest[row[:n]], len(model.keys)) for row, n in zip(taken, counts, strict=True)])
+    voted = np.array(
+        [
+            identity.vote(nearest[row[:n]], len(model.keys))
+            for row, n in zip(taken, counts, strict=True)
+        ]
+    )
     taken, weights = np.minimum(taken, batches.count - 1), np.arange(shots) < counts[:, None]
     return engine.alpha_gradients(model, tokens, taken, weights, voted, batching)
 
 
-def evaluate_task(model: Model, images: np.ndarray, labels: np.ndarray, query: np.ndarray, task: int, settings: Settings) -> dict[str, Row]:
-    """Every protocol's counts on the test images of one task; arguments as for `answer`, `labels` int `[N]`."""
+def evaluate_task(
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    query: np.ndarray,
+    task: int,
+    settings: Settings,
+) -> dict[str, Row]:
+    """Every protocol's counts on the test images of one task; arguments as for `answer`,
+    `labels` int `[N]`.
+    """
     answers = answer(model, images, query, task, settings)
     rows = {}
     for protocol in answers.task_ids:

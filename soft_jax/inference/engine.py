@@ -1,8 +1,10 @@
-"""The one engine that identifies and classifies images, whatever their tasks: for evaluation and for `Predictor`.
+"""The one engine that identifies and classifies images, whatever their tasks: for evaluation and
+for `Predictor`.
 
-Images come mixed. The layers before the first task-specific one run once per image (`encode`); the rest is dispatched by task
-(`logits`): images are grouped by task, each group is cut into pieces of a few fixed sizes, so that nothing recompiles as the mix changes,
-and the answers are put back in order. A task's θ ⊙ m is made once and kept while a byte budget allows (`TaskWeights`).
+Images come mixed. The layers before the first task-specific one run once per image (`encode`); the
+rest is dispatched by task (`logits`): images are grouped by task, each group is cut into pieces of
+a few fixed sizes, so that nothing recompiles as the mix changes, and the answers are put back in
+order. A task's θ ⊙ m is made once and kept while a byte budget allows (`TaskWeights`).
 """
 
 import dataclasses
@@ -23,20 +25,26 @@ from soft_jax.methods import prompts
 from soft_jax.methods.method import Adapter, Method, Shared
 from soft_jax.training import train_step
 
-GRADIENT_BYTES = 2**30  # of the masked layers' inputs and output gradients that Gradient ID holds at once
+GRADIENT_BYTES = (
+    2**30
+)  # of the masked layers' inputs and output gradients that Gradient ID holds at once
 TASKS_AT_ONCE = 32  # whose θ ⊙ m are multiplied with them in one program
 
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How many rows a forward pass takes: `largest`, or a few smaller fixed sizes, over the devices of `mesh`."""
+    """How many rows a forward pass takes: `largest`, or a few smaller fixed sizes, over the
+    devices of `mesh`.
+    """
 
     mesh: Mesh
     largest: int
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sizes, largest first, each about a quarter of the one before; multiples of the device count."""
+        """The sizes, largest first, each about a quarter of the one before; multiples of the
+        device count.
+        """
         n, sizes, size = self.mesh.size, [], self.largest
         while size > 1:
             sizes.append(-(-size // n) * n)
@@ -49,8 +57,12 @@ class Batching:
         return 4 * self.sizes[0]
 
     def pieces(self, count: int, largest: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """Cut `count` rows into (start, stop, padded size) pieces: few of them, and at most half of each is padding."""
-        sizes = [size for size in self.sizes if largest is None or size <= largest] or self.sizes[-1:]
+        """Cut `count` rows into (start, stop, padded size) pieces: few of them, and at most half
+        of each is padding.
+        """
+        sizes = [size for size in self.sizes if largest is None or size <= largest] or self.sizes[
+            -1:
+        ]
         start = 0
         while start < count:
             rest = count - start
@@ -65,8 +77,12 @@ class Batching:
         return distributed.to_global(pad(rows, size), train_step.by_row(self.mesh))
 
     def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
-        """`function` of all rows, called on pieces. The rows of its results must not depend on each other."""
-        out = [(function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))]
+        """`function` of all rows, called on pieces. The rows of its results must not depend on
+        each other.
+        """
+        out = [
+            (function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))
+        ]
         return np.concatenate([distributed.to_host(values)[:count] for values, count in out])
 
 
@@ -76,16 +92,23 @@ def pad(rows: np.ndarray, length: int) -> np.ndarray:
 
 
 class TaskWeights:
-    """θ ⊙ m by task, on the devices: those used last, up to `budget` bytes; the rest is loaded when it is asked for.
+    """θ ⊙ m by task, on the devices: those used last, up to `budget` bytes; the rest is loaded
+    when it is asked for.
 
-    `load(task)` gives a task's adapter, from the store or from memory. Where tasks change no weights there is nothing to load or to keep.
-    "θ ⊙ m" stands for whatever a method's `weights` gives.
+    `load(task)` gives a task's adapter, from the store or from memory. Where tasks change no
+    weights there is nothing to load or to keep. "θ ⊙ m" stands for whatever a method's `weights`
+    gives.
     """
 
-    def __init__(self, method: Method, backbone: pytrees.Tree, load: Callable[[int], Adapter], budget: int):
+    def __init__(
+        self, method: Method, backbone: pytrees.Tree, load: Callable[[int], Adapter], budget: int
+    ):
         self._method, self._backbone, self._load, self._budget = method, backbone, load, budget
         self._kept: OrderedDict[int, pytrees.Tree] = OrderedDict()
-        shapes = jax.eval_shape(lambda params: method.weights(params, method.init_adapter(jax.random.key(0), params)), backbone)
+        shapes = jax.eval_shape(
+            lambda params: method.weights(params, method.init_adapter(jax.random.key(0), params)),
+            backbone,
+        )
         self.bytes_each = pytrees.nbytes(shapes)
 
     def __contains__(self, task: int) -> bool:
@@ -108,16 +131,20 @@ class TaskWeights:
             self._kept[task] = _weights(self._method, self._backbone, adapter)
 
     def _make_room(self) -> None:
-        # Before the next is made, so that what is kept never passes the budget; one task's is kept whatever the budget.
+        # Before the next is made, so that what is kept never passes the budget; one task's is kept
+        # whatever the budget.
         while self._kept and (len(self._kept) + 1) * self.bytes_each > self._budget:
             self._kept.popitem(last=False)
 
     def order(self, tasks: Iterable[int]) -> list[int]:
-        """`tasks` with those at hand first: going through more tasks than the budget holds then reloads no more than it must."""
+        """`tasks` with those at hand first: going through more tasks than the budget holds then
+        reloads no more than it must.
+        """
         return sorted(tasks, key=lambda task: (task not in self, task))
 
     def at_once(self, count: int) -> int:
-        """How many of `count` tasks' weights one product takes: a power of two, so that few programs serve all.
+        """How many of `count` tasks' weights one product takes: a power of two, so that few
+        programs serve all.
 
         The product copies them twice; that is at most half the budget, beside it.
         """
@@ -129,8 +156,9 @@ class TaskWeights:
 class Model:
     """What images are identified and classified with.
 
-    `keys` `[P, dim]` and `prompts` `[P, layers, 2, length, heads, head_dim]` have a row for each task of the scenario (of zeros, or empty,
-    where the method has none); `tasks` are those to choose from, in ascending order. `task_of_class` is int `[classes]`.
+    `keys` `[P, dim]` and `prompts` `[P, layers, 2, length, heads, head_dim]` have a row for each
+    task of the scenario (of zeros, or empty, where the method has none); `tasks` are those to
+    choose from, in ascending order. `task_of_class` is int `[classes]`.
     """
 
     method: Method
@@ -155,11 +183,19 @@ _select = jax.jit(Method.select, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnames=("method", "queried", "prepared"))
 def _encode(
-    method: Method, backbone: pytrees.Tree, shared: Shared, images: jax.Array, selected: jax.Array | None, queried: bool, prepared: bool
+    method: Method,
+    backbone: pytrees.Tree,
+    shared: Shared,
+    images: jax.Array,
+    selected: jax.Array | None,
+    queried: bool,
+    prepared: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     # In one program, XLA computes once what the two passes share (the patch embedding at least).
     images = _unit(method, backbone, images, prepared)
-    return method.trunk(backbone, shared, images, selected), method.query(backbone, images) if queried else None
+    return method.trunk(backbone, shared, images, selected), method.query(
+        backbone, images
+    ) if queried else None
 
 
 @functools.partial(jax.jit, static_argnames=("method", "prepared"))
@@ -168,7 +204,8 @@ def _query(method: Method, backbone: pytrees.Tree, images: jax.Array, prepared: 
 
 
 def _unit(method: Method, backbone: pytrees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
-    # Small images are resized where they are used, each time: sending them at the model's size would take longer than that.
+    # Small images are resized where they are used, each time: sending them at the model's size
+    # would take longer than that.
     images = images if prepared else prepare_test(images, method.vit.image_size)
     return to_unit(images, backbone["cls_token"].dtype)
 
@@ -185,7 +222,9 @@ def _logits(
 ) -> jax.Array:
     task, _, position, size = pairs.T
     sources = prompts.prefix_sources(method.prefix_layout, position, size)
-    prefix = method.shared_prefix(shared) | prompts.row_prefixes(prompts_[task], method.e_layers, sources)
+    prefix = method.shared_prefix(shared) | prompts.row_prefixes(
+        prompts_[task], method.e_layers, sources
+    )
     return method.classify(pytrees.merge(backbone, weights), prefix, shared, tokens)
 
 
@@ -197,8 +236,12 @@ def _grow(part: jax.Array, rows: int, sharding: jax.sharding.Sharding) -> jax.Ar
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
-def _insert(tokens: jax.Array, part: jax.Array, start: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=0), sharding)
+def _insert(
+    tokens: jax.Array, part: jax.Array, start: jax.Array, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(
+        jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=0), sharding
+    )
 
 
 @jax.jit
@@ -206,36 +249,70 @@ def _take(tokens: jax.Array, rows: jax.Array) -> jax.Array:
     return tokens[rows]
 
 
-def queries(method: Method, backbone: pytrees.Tree, images: np.ndarray, batching: Batching, prepared: bool = False) -> np.ndarray:
-    """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]`, prepared as test images here or before. It depends on nothing that is trained."""
+def queries(
+    method: Method,
+    backbone: pytrees.Tree,
+    images: np.ndarray,
+    batching: Batching,
+    prepared: bool = False,
+) -> np.ndarray:
+    """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]`, prepared as test images here or before. It
+    depends on nothing that is trained.
+    """
     return batching.map(functools.partial(_query, method, backbone, prepared=prepared), images)
 
 
 def encode(
-    model: Model, images: np.ndarray, batching: Batching, queried: bool, prepared: bool = False, selected: np.ndarray | None = None
+    model: Model,
+    images: np.ndarray,
+    batching: Batching,
+    queried: bool,
+    prepared: bool = False,
+    selected: np.ndarray | None = None,
 ) -> tuple[jax.Array, np.ndarray | None]:
-    """Trunk tokens of images uint8 `[N, H, W, 3]`, prepared as test images here or before, and q(x) `[N, dim]` where `queried`.
+    """Trunk tokens of images uint8 `[N, H, W, 3]`, prepared as test images here or before, and
+    q(x) `[N, dim]` where `queried`.
 
-    `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The tokens, `[N rounded up to a fixed
-    size or to whole chunks, tokens, dim]`, stay on the devices.
+    `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The
+    tokens, `[N rounded up to a fixed size or to whole chunks, tokens, dim]`, stay on the devices.
     """
     pieces = list(batching.pieces(len(images)))
     total, chunk = sum(size for *_, size in pieces), batching.chunk
-    rows = next((size for size in reversed(batching.sizes) if size >= total), -(-total // chunk) * chunk)
+    rows = next(
+        (size for size in reversed(batching.sizes) if size >= total), -(-total // chunk) * chunk
+    )
     parts, query = [], []
     for start, stop, size in pieces:
         chosen = None if selected is None else batching.put(selected[start:stop], size)
-        part, q = _encode(model.method, model.backbone, model.shared, batching.put(images[start:stop], size), chosen, queried, prepared)
+        part, q = _encode(
+            model.method,
+            model.backbone,
+            model.shared,
+            batching.put(images[start:stop], size),
+            chosen,
+            queried,
+            prepared,
+        )
         parts.append(part)
         query.append((q, stop - start))
     tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
-    return tokens, np.concatenate([distributed.to_host(q)[:count] for q, count in query]) if queried else None
+    return tokens, np.concatenate(
+        [distributed.to_host(q)[:count] for q, count in query]
+    ) if queried else None
 
 
-def gather_tokens(parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching) -> jax.Array:
-    """Parts `[n, tokens, dim]` in one array of `rows` rows, each from its start on; a later part lies over an earlier one's end."""
+def gather_tokens(
+    parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching
+) -> jax.Array:
+    """Parts `[n, tokens, dim]` in one array of `rows` rows, each from its start on; a later part
+    lies over an earlier one's end.
+    """
     sharding = train_step.by_row(batching.mesh)
-    tokens = jax.device_put(parts[0], sharding) if len(parts[0]) == rows else _grow(parts[0], rows, sharding)
+    tokens = (
+        jax.device_put(parts[0], sharding)
+        if len(parts[0]) == rows
+        else _grow(parts[0], rows, sharding)
+    )
     for part, start in zip(parts[1:], starts[1:], strict=True):
         tokens = _insert(tokens, part, start, sharding)
     return tokens
@@ -252,7 +329,9 @@ def pool_selection(model: Model, query: np.ndarray, batching: Batching) -> np.nd
 
 
 def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
-    """Prompt ID of each image by itself, int `[N]`: the nearest key among `model.tasks`', from `key_similarity` `[N, P]`."""
+    """Prompt ID of each image by itself, int `[N]`: the nearest key among `model.tasks`', from
+    `key_similarity` `[N, P]`.
+    """
     return np.asarray(model.tasks)[similarity[:, model.tasks].argmax(axis=1)]
 
 
@@ -262,9 +341,15 @@ def log_posterior(model: Model, query: np.ndarray, batching: Batching) -> np.nda
 
 
 def alpha_gradients(
-    model: Model, tokens: jax.Array, rows: np.ndarray, weights: np.ndarray, prompt_of: np.ndarray, batching: Batching
+    model: Model,
+    tokens: jax.Array,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    prompt_of: np.ndarray,
+    batching: Batching,
 ) -> np.ndarray:
-    """∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`, in the order of `model.tasks`.
+    """∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`, in the order of
+    `model.tasks`.
 
     Args:
         model: whose tasks replace kernels.
@@ -277,32 +362,56 @@ def alpha_gradients(
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
     out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.dtype))
     kernels = pytrees.flatten(model.mean_weights).values()
-    held = rows.shape[1] * tokens.shape[1] * sum(sum(kernel.shape) for kernel in kernels) * out.dtype.itemsize
+    held = (
+        rows.shape[1]
+        * tokens.shape[1]
+        * sum(sum(kernel.shape) for kernel in kernels)
+        * out.dtype.itemsize
+    )
     for start, stop, size in batching.pieces(len(rows), GRADIENT_BYTES // held):
         taken = _take(tokens, batching.put(rows[start:stop], size))
         prompt = _take(model.prompts, batching.put(prompt_of[start:stop], size))
         share = batching.put(weights[start:stop].astype(out.dtype), size)
         gradient = identity.entropy_gradients(
-            model.method, model.backbone, model.mean_weights, prompt, model.shared, taken, share, len(tasks)
+            model.method,
+            model.backbone,
+            model.mean_weights,
+            prompt,
+            model.shared,
+            taken,
+            share,
+            len(tasks),
         )
         order = model.weights.order(tasks)
         for first in range(0, len(order), step):
             part = order[first : first + step]
-            out[start:stop, np.searchsorted(tasks, part)] = _products(model, gradient, part, step)[: stop - start]
+            out[start:stop, np.searchsorted(tasks, part)] = _products(model, gradient, part, step)[
+                : stop - start
+            ]
     return out
 
 
-def _products(model: Model, gradient: dict[str, identity.Factors], tasks: list[int], padded: int) -> np.ndarray:
-    """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so that no weights outlive their use."""
+def _products(
+    model: Model, gradient: dict[str, identity.Factors], tasks: list[int], padded: int
+) -> np.ndarray:
+    """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so
+    that no weights outlive their use.
+    """
     weights = tuple(model.weights[task] for task in tasks)
-    return distributed.to_host(identity.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks))))[:, : len(tasks)]
+    return distributed.to_host(
+        identity.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks)))
+    )[:, : len(tasks)]
 
 
-def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching) -> np.ndarray:
-    """Gradient ID of each image by itself, int `[N]`: the most negative ∂H/∂α_t (Soft-TF, section 3).
+def gradient_id(
+    model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching
+) -> np.ndarray:
+    """Gradient ID of each image by itself, int `[N]`: the most negative ∂H/∂α_t (Soft-TF,
+    section 3).
 
-    The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`. With one class a task, C/T = 1 and H is 0
-    whatever α: the first task is the answer then, as in the published code.
+    The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`. With
+    one class a task, C/T = 1 and H is 0 whatever α: the first task is the answer then, as in the
+    published code.
     """
     if len(model.tasks) == 1:
         return np.full(len(nearest), model.tasks[0])
@@ -312,30 +421,49 @@ def gradient_id(model: Model, tokens: jax.Array, nearest: np.ndarray, batching: 
 
 
 def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batching) -> np.ndarray:
-    """Logits `[K, classes]` of (task, row of `tokens`, position in its batch, size of its batch), int `[K, 4]`.
+    """Logits `[K, classes]` of (task, row of `tokens`, position in its batch, size of its
+    batch), int `[K, 4]`.
 
-    The last two matter under the interleaved prefix layout only. Images of one task share its weights; without masks all do.
+    The last two matter under the interleaved prefix layout only. Images of one task share its
+    weights; without masks all do.
     """
     out = np.empty((len(pairs), model.method.classes), at_least_float32(tokens.dtype))
     group = pairs[:, 0] if model.method.reparametrization else np.zeros(len(pairs), int)
     pending: list[tuple[np.ndarray, jax.Array]] = []
     for task in model.weights.order(np.unique(group).tolist()):
         if pending and task not in model.weights:
-            jax.block_until_ready(pending[-1][1])  # what the devices still work with would be held beside the budget
+            jax.block_until_ready(
+                pending[-1][1]
+            )  # what the devices still work with would be held beside the budget
         weights = None  # and so would be what the cache lets go of for the next
         weights, members = model.weights[task], np.flatnonzero(group == task)
         for start, stop, size in batching.pieces(len(members)):
             chosen = members[start:stop]
             part = _take(tokens, batching.put(pairs[chosen, 1], size))
             columns = batching.put(pairs[chosen], size)
-            pending.append((chosen, _logits(model.method, model.backbone, weights, model.prompts, model.shared, part, columns)))
+            pending.append(
+                (
+                    chosen,
+                    _logits(
+                        model.method,
+                        model.backbone,
+                        weights,
+                        model.prompts,
+                        model.shared,
+                        part,
+                        columns,
+                    ),
+                )
+            )
     for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
         out[chosen] = distributed.to_host(values)[: len(chosen)]
     return out
 
 
 def alone(tasks: np.ndarray) -> np.ndarray:
-    """`logits`' pairs for images that each form a batch of their own, image i by `tasks[i]`: int `[N, 4]`."""
+    """`logits`' pairs for images that each form a batch of their own, image i by `tasks[i]`: int
+    `[N, 4]`.
+    """
     count = len(tasks)
     return np.stack([tasks, np.arange(count), np.zeros(count, int), np.ones(count, int)], axis=1)
 
@@ -357,5 +485,7 @@ def mask_to_seen(model: Model, logits: np.ndarray) -> np.ndarray:
 
 
 def mask_to_task(model: Model, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-    """`logits` `[N, classes]` with -inf for every class that is not of the image's task, `tasks` int `[N]`."""
+    """`logits` `[N, classes]` with -inf for every class that is not of the image's task, `tasks`
+    int `[N]`.
+    """
     return np.where(model.task_of_class[None] == tasks[:, None], logits, -np.inf)

@@ -1,4 +1,6 @@
-"""Task identity at test time: Prompt ID from the keys, Gradient ID from the superposed mask, and the published batch vote."""
+"""Task identity at test time: Prompt ID from the keys, Gradient ID from the superposed mask, and
+the published batch vote.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -18,15 +20,19 @@ BLOCK_BYTES = 2**26  # of kernel gradients, one per group of images, that are mu
 
 @jax.jit
 def key_similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
-    """cos(q(x), k) for queries `[N, dim]` and keys `[K, dim]`: `[N, K]`; Prompt ID is its argmax over the keys."""
+    """cos(q(x), k) for queries `[N, dim]` and keys `[K, dim]`: `[N, K]`; Prompt ID is its argmax
+    over the keys.
+    """
     return prompts.similarity(query.astype(keys.dtype), keys)
 
 
 def vote(ids: np.ndarray, pool: int) -> int:
-    """The most frequent of a batch's ids, int `[B]`, as the published code finds it among `pool` prompts.
+    """The most frequent of a batch's ids, int `[B]`, as the published code finds it among `pool`
+    prompts.
 
-    Ties are common, and the traces have them: the published code leaves them to PyTorch's top-k of the counts (present ids in
-    order, then zeros up to the pool's size), which on a CPU is C++'s nth_element for 4 to 63 entries and else the first.
+    Ties are common, and the traces have them: the published code leaves them to PyTorch's top-k of
+    the counts (present ids in order, then zeros up to the pool's size), which on a CPU is C++'s
+    nth_element for 4 to 63 entries and else the first.
     """
     present, counts = np.unique(ids, return_counts=True)
     counts = np.concatenate([counts, np.zeros(max(pool - len(counts), 0), int)])
@@ -84,7 +90,9 @@ def majority(ids: np.ndarray, batches: np.ndarray, pool: int) -> np.ndarray:
 
 
 def entropy_of_top(logits: jax.Array, top: jax.Array) -> jax.Array:
-    """Entropy of the softmax over the `top` highest of logits `[..., classes]`; `top` may be traced."""
+    """Entropy of the softmax over the `top` highest of logits `[..., classes]`; `top` may be
+    traced.
+    """
     ranked = -jnp.sort(-logits, axis=-1)
     kept = jnp.arange(logits.shape[-1]) < top
     log_p = jax.nn.log_softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
@@ -92,7 +100,8 @@ def entropy_of_top(logits: jax.Array, top: jax.Array) -> jax.Array:
 
 
 class Factors(NamedTuple):
-    """∂H/∂W of a kernel y = xW for G groups of images, not multiplied out: Σ over a group's tokens of x ⊗ ∂H/∂y.
+    """∂H/∂W of a kernel y = xW for G groups of images, not multiplied out: Σ over a group's
+    tokens of x ⊗ ∂H/∂y.
 
     `inputs` `[G, tokens, in]` and `gradients` `[G, tokens, out]`.
     """
@@ -112,10 +121,12 @@ def entropy_gradients(
     weights: jax.Array,
     tasks: jax.Array,
 ) -> dict[str, Factors]:
-    """∂H/∂(θ ⊙ M) of several groups of images at once, each by itself, at the superposed mask M = Σ α_t m_t.
+    """∂H/∂(θ ⊙ M) of several groups of images at once, each by itself, at the superposed mask M
+    = Σ α_t m_t.
 
-    H is the group's mean entropy over the top C/T logits, C classes of the head and T tasks to choose from. At any α,
-    ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves all tasks (`alpha_gradients`).
+    H is the group's mean entropy over the top C/T logits, C classes of the head and T tasks to
+    choose from. At any α, ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves
+    all tasks (`alpha_gradients`).
 
     Args:
         method: the method, whose tasks replace kernels.
@@ -133,7 +144,10 @@ def entropy_gradients(
     groups, size, count, dim = tokens.shape
     totals = jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
     shares = (weights / totals).reshape(-1)
-    positions, sizes = (jnp.broadcast_to(x, weights.shape).reshape(-1) for x in (jnp.arange(size)[None], totals.astype(int)))
+    positions, sizes = (
+        jnp.broadcast_to(x, weights.shape).reshape(-1)
+        for x in (jnp.arange(size)[None], totals.astype(int))
+    )
     sources = prompts.prefix_sources(method.prefix_layout, positions, sizes)
     prefix = method.shared_prefix(shared)
     prefix |= prompts.row_prefixes(jnp.repeat(prompt, size, axis=0), method.e_layers, sources)
@@ -153,11 +167,17 @@ def entropy_gradients(
             logits = method.classify(params, prefix, shared, tokens.reshape(-1, count, dim))
         return jnp.sum(entropy_of_top(logits, method.classes // tasks) * shares), inputs
 
-    # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be as large as the kernel, per group.
+    # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be
+    # as large as the kernel, per group.
     outs = {path: kernel.shape[1] for path, kernel in pytrees.flatten(mean).items()}
-    zeros = {path: jnp.zeros((groups * size, 1, out), method.vit.dtype) for path, out in outs.items()}
+    zeros = {
+        path: jnp.zeros((groups * size, 1, out), method.vit.dtype) for path, out in outs.items()
+    }
     _, inputs = jax.eval_shape(entropy, zeros)
-    zeros = {path: jnp.zeros((groups * size, inputs[path].shape[1], outs[path]), method.vit.dtype) for path in outs}
+    zeros = {
+        path: jnp.zeros((groups * size, inputs[path].shape[1], outs[path]), method.vit.dtype)
+        for path in outs
+    }
     gradients, inputs = jax.grad(entropy, has_aux=True)(zeros)
 
     def by_group(rows):
@@ -170,11 +190,14 @@ def entropy_gradients(
 def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, ...]) -> jax.Array:
     """⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each group, for the weights θ ⊙ m_t of K tasks: `[G, K]`.
 
-    The gradient is multiplied out for a few of a kernel's rows at a time, for all K: in all that is one product of the masked
-    layers' size, and K inner products.
+    The gradient is multiplied out for a few of a kernel's rows at a time, for all K: in all that is
+    one product of the masked layers' size, and K inner products.
     """
     kernels = [pytrees.flatten(tree) for tree in weights]
-    return sum(_inner_products(factors, jnp.stack([kernel[path] for kernel in kernels])) for path, factors in gradient.items())
+    return sum(
+        _inner_products(factors, jnp.stack([kernel[path] for kernel in kernels]))
+        for path, factors in gradient.items()
+    )
 
 
 def _inner_products(factors: Factors, kernels: jax.Array) -> jax.Array:
@@ -202,7 +225,9 @@ def _add(total: pytrees.Tree, weights: pytrees.Tree) -> pytrees.Tree:
 
 
 def mean_weights(weights: Iterator[pytrees.Tree], count: int) -> pytrees.Tree:
-    """θ ⊙ M at uniform α, (1/T) Σ θ ⊙ m_t for T = `count`, added up one by one: two are held at a time."""
+    """θ ⊙ M at uniform α, (1/T) Σ θ ⊙ m_t for T = `count`, added up one by one: two are held at
+    a time.
+    """
     total = jax.tree.map(jnp.copy, next(weights))
     for tree in weights:
         total = _add(total, tree)

@@ -1,4 +1,6 @@
-"""A trained run as a function of images: each is given to its task by itself, and classified by that task's network."""
+"""A trained run as a function of images: each is given to its task by itself, and classified by
+that task's network.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +26,9 @@ TASK_IDS = ("prompt", "gradient", "prototype", "oracle")
 class Prediction(NamedTuple):
     """What `Predictor.predict` made of N images.
 
-    `classes` int `[N]`; `tasks` int `[N]`, from 0, whose network answered; `probabilities` float32 `[N, classes of the scenario]`,
-    which sum to 1 over the classes that could win and are 0 elsewhere.
+    `classes` int `[N]`; `tasks` int `[N]`, from 0, whose network answered; `probabilities` float32
+    `[N, classes of the scenario]`, which sum to 1 over the classes that could win and are 0
+    elsewhere.
     """
 
     classes: np.ndarray
@@ -39,8 +42,19 @@ class Predictor:
     A prediction does not depend on what else is asked for in the same call.
     """
 
-    def __init__(self, model: engine.Model, task_id: str, class_names: Sequence[str], batching: engine.Batching):
-        self.model, self.task_id, self.class_names, self.batching = model, task_id, tuple(class_names), batching
+    def __init__(
+        self,
+        model: engine.Model,
+        task_id: str,
+        class_names: Sequence[str],
+        batching: engine.Batching,
+    ):
+        self.model, self.task_id, self.class_names, self.batching = (
+            model,
+            task_id,
+            tuple(class_names),
+            batching,
+        )
 
     @classmethod
     def load(
@@ -58,18 +72,22 @@ class Predictor:
 
         Args:
             workdir: the folder that `launch.py` trained in.
-            tasks: those to choose from, counted from 0 as their folders are; all that are finished when None.
-            task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs weights of each task's own),
-                "prototype" (statistics of the frozen features), or "oracle" (`predict` is told). Where a method's tasks have nothing of
-                their own, "prompt" stands for no task identity at all: the task is that of the winning class.
+            tasks: those to choose from, counted from 0 as their folders are; all that are finished
+                when None.
+            task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs
+                weights of each task's own), "prototype" (statistics of the frozen features), or
+                "oracle" (`predict` is told). Where a method's tasks have nothing of their own,
+                "prompt" stands for no task identity at all: the task is that of the winning class.
             backbone_path: the backbone's file, where it is no longer where the run found it.
-            cache_bytes: of the devices' memory for tasks' θ ⊙ m, 4 bytes a masked weight and task; others are read from the
-                workdir when an image is theirs. Gradient ID takes up to half as much again while it multiplies.
+            cache_bytes: of the devices' memory for tasks' θ ⊙ m, 4 bytes a masked weight and task;
+                others are read from the workdir when an image is theirs. Gradient ID takes up to
+                half as much again while it multiplies.
             batch_size: of the largest forward pass, over all devices.
             devices: those to run on; all when None.
 
         Raises:
-            UserError: naming the folder, task or file that is missing, damaged, or from another run.
+            UserError: naming the folder, task or file that is missing, damaged, or from another
+                run.
         """
         if task_id not in TASK_IDS:
             raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(TASK_IDS)}")
@@ -80,32 +98,49 @@ class Predictor:
         config = from_identity(identity)
         chosen = _chosen(reader, tasks)
         latest = reader.load_task_manifest(reader.present()[-1])
-        backbone = backbones.load(config.backbone, str(backbone_path) or latest["config"]["backbone_path"], config.image_size, config.dtype)
+        backbone = backbones.load(
+            config.backbone,
+            str(backbone_path) or latest["config"]["backbone_path"],
+            config.image_size,
+            config.dtype,
+        )
         if backbone.fingerprint != identity["backbone_sha256"]:
             raise UserError(
-                f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has {identity['backbone_sha256']}; "
+                f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has "
+                f"{identity['backbone_sha256']}; "
                 f"give the run's own as backbone_path"
             )
         scenario = Scenario(config.tasks * len(latest["classes"]), config.tasks)
         method = method_from_config(config, backbone.vit, scenario.classes)
         if task_id == "gradient" and not method.kernels:
-            raise UserError(f"task_id: 'gradient' needs weights of each task's own; {config.method} has none; take 'prompt' or 'prototype'")
+            raise UserError(
+                f"task_id: 'gradient' needs weights of each task's own; {config.method} has none; "
+                "take 'prompt' or 'prototype'"
+            )
         if task_id == "prototype" and not method.by_task:
-            raise UserError(f"task_id: 'prototype' names a task; {config.method} has nothing of a task's own; take 'prompt', the default")
+            raise UserError(
+                f"task_id: 'prototype' names a task; {config.method} has nothing of a task's own; "
+                "take 'prompt', the default"
+            )
         batching = engine.Batching(train_step.data_mesh(devices), batch_size)
-        model, names = _model(reader, method, backbone, scenario, config, chosen, task_id, cache_bytes, batching)
+        model, names = _model(
+            reader, method, backbone, scenario, config, chosen, task_id, cache_bytes, batching
+        )
         return cls(model, task_id, names, batching)
 
     def predict(self, images: Any, task: int | Sequence[int] | None = None) -> Prediction:
         """Identify and classify images.
 
         Args:
-            images: `[N, H, W, 3]`, or a sequence of `[H, W, 3]` arrays and file paths of any sizes; arrays are uint8, or float in
-                [0, 1], which is rounded to 256 levels. They are prepared as evaluation prepares its test images.
-            task: the task of all images, or of each; its classes alone can win then. Needed with task_id="oracle".
+            images: `[N, H, W, 3]`, or a sequence of `[H, W, 3]` arrays and file paths of any sizes;
+                arrays are uint8, or float in [0, 1], which is rounded to 256 levels. They are
+                prepared as evaluation prepares its test images.
+            task: the task of all images, or of each; its classes alone can win then. Needed with
+                task_id="oracle".
 
         Raises:
-            UserError: naming the image or the task and what is wrong with it. No image is then answered.
+            UserError: naming the image or the task and what is wrong with it. No image is then
+                answered.
         """
         parts = []
         for _, prediction, failed in self.predict_chunks(images, task):
@@ -117,31 +152,51 @@ class Predictor:
     def predict_chunks(
         self, images: Any, task: int | Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], Prediction, dict[int, UserError]]]:
-        """As `predict`, for more files than fit in memory: a chunk at a time, in order, and an unusable image fails alone.
+        """As `predict`, for more files than fit in memory: a chunk at a time, in order, and an
+        unusable image fails alone.
 
         Yields:
-            The indices of a chunk's usable images, the prediction for those, and by index the errors of the others.
+            The indices of a chunk's usable images, the prediction for those, and by index the
+            errors of the others.
         """
         images = images_lib.as_list(images)
         given = self._given(task, len(images))
         for prepared in self._prepared(images):
-            failed = {index: error for index, error in prepared.items() if isinstance(error, UserError)}
+            failed = {
+                index: error for index, error in prepared.items() if isinstance(error, UserError)
+            }
             usable = [index for index in prepared if index not in failed]
             if usable:
                 stacked = np.stack([prepared[index] for index in usable])
-                yield usable, self.predict_prepared(stacked, given if given is None else given[usable]), failed
+                yield (
+                    usable,
+                    self.predict_prepared(stacked, given if given is None else given[usable]),
+                    failed,
+                )
             else:
-                yield [], Prediction(np.zeros(0, int), np.zeros(0, int), np.zeros((0, self.model.method.classes), np.float32)), failed
+                yield (
+                    [],
+                    Prediction(
+                        np.zeros(0, int),
+                        np.zeros(0, int),
+                        np.zeros((0, self.model.method.classes), np.float32),
+                    ),
+                    failed,
+                )
 
     def warm_up(self) -> None:
-        """Compile everything now, for any number and mix of images. Without it, each size is compiled when it is first met."""
+        """Compile everything now, for any number and mix of images. Without it, each size is
+        compiled when it is first met.
+        """
         model, batching = self.model, self.batching
         queried = self.task_id != "oracle" and model.method.by_task
         blank = np.zeros((batching.chunk, *[model.method.vit.image_size] * 2, 3), np.uint8)
         parts: dict[int, jax.Array] = {}
         for count in (*reversed(batching.sizes), batching.chunk):
             if queried:
-                engine.encode(model, blank[:count], batching, queried=False, prepared=True)  # for a task that is given
+                engine.encode(
+                    model, blank[:count], batching, queried=False, prepared=True
+                )  # for a task that is given
             tokens, query = engine.encode(model, blank[:count], batching, queried, prepared=True)
             for part in parts.values():
                 tokens = engine.gather_tokens([part, part], [0, 0], count, batching)
@@ -152,7 +207,9 @@ class Predictor:
                     self._identify(tokens, query[:size])
 
     def _prepared(self, images: Sequence[Any]) -> Iterator[dict[int, np.ndarray | UserError]]:
-        """Chunks of images by index, uint8 `[size, size, 3]` or what is wrong; the next chunk is read while one is computed."""
+        """Chunks of images by index, uint8 `[size, size, 3]` or what is wrong; the next chunk is
+        read while one is computed.
+        """
         chunk, size = self.batching.chunk, self.model.method.vit.image_size
 
         def prepare(index: int) -> np.ndarray | UserError:
@@ -164,7 +221,10 @@ class Predictor:
         with ThreadPoolExecutor() as pool:
 
             def submit(start: int) -> dict[int, Future]:
-                return {index: pool.submit(prepare, index) for index in range(start, min(start + chunk, len(images)))}
+                return {
+                    index: pool.submit(prepare, index)
+                    for index in range(start, min(start + chunk, len(images)))
+                }
 
             following = submit(0)
             for start in range(0, len(images), chunk):
@@ -172,9 +232,13 @@ class Predictor:
                 yield {index: future.result() for index, future in current.items()}
 
     def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
-        """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size, 3]`; `given` int `[N]` or None."""
+        """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size,
+        3]`; `given` int `[N]` or None.
+        """
         identified = given is None and self.model.method.by_task
-        tokens, query = engine.encode(self.model, images, self.batching, queried=identified, prepared=True)
+        tokens, query = engine.encode(
+            self.model, images, self.batching, queried=identified, prepared=True
+        )
         tasks, posterior = (np.zeros(len(images), int) if given is None else given), None
         if identified:
             tasks, posterior = self._identify(tokens, query)
@@ -189,14 +253,20 @@ class Predictor:
         if given is None and not self.model.method.by_task:
             tasks = self.model.task_of_class[classes]
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return Prediction(classes, tasks, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32))
+        return Prediction(
+            classes, tasks, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
+        )
 
-    def _identify(self, tokens: jax.Array, query: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _identify(
+        self, tokens: jax.Array, query: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Each image's task, int `[N]`, and the prototypes' log p(class | x) where they name it."""
         if self.task_id == "prototype":
             posterior = engine.log_posterior(self.model, query, self.batching)
             return engine.prototype_id(self.model, posterior), posterior
-        nearest = engine.nearest_key(self.model, engine.key_similarity(self.model, query, self.batching))
+        nearest = engine.nearest_key(
+            self.model, engine.key_similarity(self.model, query, self.batching)
+        )
         if self.task_id == "gradient":
             return engine.gradient_id(self.model, tokens, nearest, self.batching), None
         return nearest, None
@@ -204,16 +274,31 @@ class Predictor:
     def _given(self, task: int | Sequence[int] | None, count: int) -> np.ndarray | None:
         if task is None:
             if self.task_id == "oracle":
-                raise UserError("task: this predictor was loaded with task_id='oracle'; tell predict the task of each image")
+                raise UserError(
+                    "task: this predictor was loaded with task_id='oracle'; tell predict the task "
+                    "of each image"
+                )
             return None
         try:
             given = np.asarray(task)
         except ValueError as error:
-            raise UserError(f"task: {task!r}, expected one int, or one for each of the {count} images") from error
-        if given.ndim > 1 or given.dtype.kind not in "iu" or (given.ndim == 1 and len(given) != count):
-            raise UserError(f"task: {given.dtype} of shape {given.shape}, expected one int, or one for each of the {count} images")
+            raise UserError(
+                f"task: {task!r}, expected one int, or one for each of the {count} images"
+            ) from error
+        if (
+            given.ndim > 1
+            or given.dtype.kind not in "iu"
+            or (given.ndim == 1 and len(given) != count)
+        ):
+            raise UserError(
+                f"task: {given.dtype} of shape {given.shape}, expected one int, or one for each of "
+                f"the {count} images"
+            )
         if unknown := sorted(set(given.reshape(-1).tolist()) - set(self.model.tasks)):
-            raise UserError(f"task: {unknown[0]} is not loaded; loaded are {', '.join(map(str, self.model.tasks))}")
+            raise UserError(
+                f"task: {unknown[0]} is not loaded; loaded are "
+                f"{', '.join(map(str, self.model.tasks))}"
+            )
         return np.broadcast_to(given.astype(int), count)
 
 
@@ -224,13 +309,17 @@ def _chosen(reader: Reader, tasks: Sequence[int] | None) -> tuple[int, ...]:
         raise UserError(f"workdir: {reader.root} has no finished task yet")
     if tasks is None:
         return tuple(range(reader.finished()))
-    if not isinstance(tasks, Iterable) or not all(isinstance(task, int | np.integer) for task in tasks):
+    if not isinstance(tasks, Iterable) or not all(
+        isinstance(task, int | np.integer) for task in tasks
+    ):
         raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
     chosen = tuple(sorted({int(task) for task in tasks}))
     if not chosen:
         raise UserError("tasks: none were named; leave it out for all")
     if unknown := [task for task in chosen if task not in there]:
-        raise UserError(f"tasks: {unknown[0]} is not in {reader.tasks}; there are {', '.join(map(str, there))}")
+        raise UserError(
+            f"tasks: {unknown[0]} is not in {reader.tasks}; there are {', '.join(map(str, there))}"
+        )
     return chosen
 
 
@@ -245,20 +334,32 @@ def _model(
     cache_bytes: int,
     batching: engine.Batching,
 ) -> tuple[engine.Model, list[str]]:
-    """The model of `chosen`, and the class names; names of classes that are no task's of them are empty."""
+    """The model of `chosen`, and the class names; names of classes that are no task's of them
+    are empty.
+    """
     whole = train_step.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole)
-    adapter = jax.eval_shape(lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0))
+    adapter = jax.eval_shape(
+        lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0)
+    )
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
     shared = reader.load_task(reader.present()[-1], {"shared": template}, whole)[0]["shared"]
     # There is a row for each task of the run; those that are not loaded are never chosen.
-    rows = {name: np.zeros((scenario.tasks, *shape), np.float32) for name, shape in method.row_shapes.items()}
+    rows = {
+        name: np.zeros((scenario.tasks, *shape), np.float32)
+        for name, shape in method.row_shapes.items()
+    }
     names = [""] * scenario.classes
-    sums = prototypes.Sums(scenario.classes, prototypes.projection(config.seed, method.vit.dim, config.prototype_features))
+    sums = prototypes.Sums(
+        scenario.classes,
+        prototypes.projection(config.seed, method.vit.dim, config.prototype_features),
+    )
     for task in chosen:
         templates = {"adapter": {name: adapter[name] for name in rows if name in adapter}}
         if task_id == "prototype":
-            templates["statistics"] = prototypes.shapes(config.prototype_features, len(scenario.classes_of(task)))
+            templates["statistics"] = prototypes.shapes(
+                config.prototype_features, len(scenario.classes_of(task))
+            )
         items, manifest = reader.load_task(task, templates, whole, part=True)
         for name, array in items["adapter"].items():
             rows[name][task] = array
@@ -269,7 +370,9 @@ def _model(
 
     def load(task: int) -> Adapter:
         own = {name: tree for name, tree in adapter.items() if name not in rows}
-        return method.unpack(reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"], params)
+        return method.unpack(
+            reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"], params
+        )
 
     model = engine.Model(
         method=method,

@@ -1,8 +1,10 @@
-"""Task identity from statistics of the frozen features: a ridge regression on random features of q(x).
+"""Task identity from statistics of the frozen features: a ridge regression on random features of
+q(x).
 
-After RanPAC (McDonnell et al., 2023): features φ(x) = GELU(R q(x) / 2|q(x)|), R fixed and Gaussian, and W = (Σ φφᵀ + λI)⁻¹ Σ φyᵀ over all
-training images seen. Both sums are taken per task, from one pass over its training images as they are tested (no crops), and kept with
-the task: no image is, and a task added later changes none of an older one's.
+After RanPAC (McDonnell et al., 2023): features φ(x) = GELU(R q(x) / 2|q(x)|), R fixed and Gaussian,
+and W = (Σ φφᵀ + λI)⁻¹ Σ φyᵀ over all training images seen. Both sums are taken per task, from one
+pass over its training images as they are tested (no crops), and kept with the task: no image is,
+and a task added later changes none of an older one's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,9 @@ ROWS = 1024  # images whose features are held at once
 
 
 class Classifier(NamedTuple):
-    """A solved regression: `projection` `[dim, features]`, `weights` `[features, classes]`, `seen` bool `[classes]`."""
+    """A solved regression: `projection` `[dim, features]`, `weights` `[features, classes]`,
+    `seen` bool `[classes]`.
+    """
 
     projection: jax.Array
     weights: jax.Array
@@ -31,7 +35,8 @@ class Classifier(NamedTuple):
 
 def projection(seed: int, dim: int, count: int) -> np.ndarray:
     """R, float32 `[dim, count]`, drawn from N(0, 1); the same for every task of a run."""
-    # NumPy promises that this generator's stream never changes; statistics on disk outlive a version of JAX.
+    # NumPy promises that this generator's stream never changes; statistics on disk outlive a
+    # version of JAX.
     return np.random.RandomState(seed).standard_normal((dim, count)).astype(np.float32)
 
 
@@ -41,17 +46,24 @@ def _features(query: jax.Array, projection: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _sums(query: jax.Array, targets: jax.Array, projection: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(
+    query: jax.Array, targets: jax.Array, projection: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     features = _features(query, projection)
-    return jnp.matmul(features.T, features, precision="highest"), jnp.matmul(targets.T, features, precision="highest")
+    return jnp.matmul(features.T, features, precision="highest"), jnp.matmul(
+        targets.T, features, precision="highest"
+    )
 
 
-def statistics(query: np.ndarray, labels: np.ndarray, classes: Sequence[int], projection: np.ndarray) -> pytrees.Tree:
-    """A task's statistics from q(x) `[N, dim]` of its training images and their labels, int `[N]`, which are among `classes`.
+def statistics(
+    query: np.ndarray, labels: np.ndarray, classes: Sequence[int], projection: np.ndarray
+) -> pytrees.Tree:
+    """A task's statistics from q(x) `[N, dim]` of its training images and their labels, int
+    `[N]`, which are among `classes`.
 
     Returns:
-        `{"gram": [features (features + 1) / 2], "sums": [len(classes), features]}`, float32: the upper triangle of Σ φφᵀ by
-        rows, and Σ φ of each class.
+        `{"gram": [features (features + 1) / 2], "sums": [len(classes), features]}`, float32: the
+        upper triangle of Σ φφᵀ by rows, and Σ φ of each class.
     """
     gram, sums = 0.0, 0.0
     for start in range(0, len(query), ROWS):
@@ -60,7 +72,10 @@ def statistics(query: np.ndarray, labels: np.ndarray, classes: Sequence[int], pr
         pad = ((0, ROWS - len(part)), (0, 0))  # φ(0) = 0, so these rows add nothing
         more = jax.device_get(_sums(np.pad(part, pad), np.pad(targets, pad), projection))
         gram, sums = gram + more[0].astype(np.float64), sums + more[1].astype(np.float64)
-    return {"gram": jnp.asarray(gram[np.triu_indices(len(gram))], jnp.float32), "sums": jnp.asarray(sums, jnp.float32)}
+    return {
+        "gram": jnp.asarray(gram[np.triu_indices(len(gram))], jnp.float32),
+        "sums": jnp.asarray(sums, jnp.float32),
+    }
 
 
 def shapes(features: int, classes: int) -> pytrees.Tree:
@@ -72,7 +87,9 @@ def shapes(features: int, classes: int) -> pytrees.Tree:
 
 
 class Sums:
-    """The statistics of some tasks added up, in float64: the memory of one task's, whatever the number of tasks."""
+    """The statistics of some tasks added up, in float64: the memory of one task's, whatever the
+    number of tasks.
+    """
 
     def __init__(self, classes: int, projection: np.ndarray):
         count = projection.shape[1]
@@ -93,17 +110,29 @@ class Sums:
         gram += np.triu(gram, 1).T
         gram[np.diag_indices(count)] += RIDGE * gram.trace() / count
         weights = np.linalg.solve(gram, self._sums.T)
-        return Classifier(jnp.asarray(self._projection), jnp.asarray(weights, jnp.float32), jnp.asarray(self._seen))
+        return Classifier(
+            jnp.asarray(self._projection),
+            jnp.asarray(weights, jnp.float32),
+            jnp.asarray(self._seen),
+        )
 
 
 @jax.jit
 def log_posterior(query: jax.Array, classifier: Classifier) -> jax.Array:
-    """log p(class | x), float32 `[B, classes]`, for q(x) `[B, dim]`; -inf for classes that no task of the fit has."""
-    scores = jnp.matmul(_features(query, classifier.projection), classifier.weights, precision="highest")
-    return jax.nn.log_softmax(jnp.where(classifier.seen[None], SHARPNESS * scores, -jnp.inf), axis=-1)
+    """log p(class | x), float32 `[B, classes]`, for q(x) `[B, dim]`; -inf for classes that no
+    task of the fit has.
+    """
+    scores = jnp.matmul(
+        _features(query, classifier.projection), classifier.weights, precision="highest"
+    )
+    return jax.nn.log_softmax(
+        jnp.where(classifier.seen[None], SHARPNESS * scores, -jnp.inf), axis=-1
+    )
 
 
 def task_posterior(log_posterior: np.ndarray, task_of_class: np.ndarray) -> np.ndarray:
-    """p(task | x) `[N, tasks]`: the sum over each task's classes of what the function `log_posterior` gave."""
+    """p(task | x) `[N, tasks]`: the sum over each task's classes of what the function
+    `log_posterior` gave.
+    """
     member = task_of_class[:, None] == np.arange(task_of_class.max() + 1)
     return np.exp(log_posterior) @ member.astype(log_posterior.dtype)

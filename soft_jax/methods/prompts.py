@@ -14,10 +14,11 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def prefix_sources(layout: str, positions: jax.Array, batch: jax.Array) -> jax.Array | None:
     """Which half of an E-prompt each image gets as its key prefix and as its value prefix.
 
-    "separate" gives the key prompt as key and the value prompt as value: None stands for that. "interleaved" is what
-    the published prompt-pool look-up does, which *reshapes* `[2, B, ...]` to `[B, 2, ...]`: flat entry f of the
-    first comes from half f // B, and image b gets entries 2b and 2b + 1. It so depends on the image's position
-    in its batch; for a batch of one image it is the same as "separate".
+    "separate" gives the key prompt as key and the value prompt as value: None stands for that.
+    "interleaved" is what the published prompt-pool look-up does, which *reshapes* `[2, B, ...]` to
+    `[B, 2, ...]`: flat entry f of the first comes from half f // B, and image b gets entries 2b and
+    2b + 1. It so depends on the image's position in its batch; for a batch of one image it is the
+    same as "separate".
 
     Args:
         layout: "separate" or "interleaved".
@@ -33,14 +34,22 @@ def prefix_sources(layout: str, positions: jax.Array, batch: jax.Array) -> jax.A
     return jnp.clip(flat // jnp.maximum(jnp.broadcast_to(batch, positions.shape), 1)[:, None], 0, 1)
 
 
-def prefixes(prompt: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None) -> dict[int, jax.Array]:
-    """A prompt `[layers, 2, length, heads, head_dim]` as `{layer: [1 or B, 2, length, heads, head_dim]}`."""
+def prefixes(
+    prompt: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None
+) -> dict[int, jax.Array]:
+    """A prompt `[layers, 2, length, heads, head_dim]` as `{layer: [1 or B, 2, length, heads,
+    head_dim]}`.
+    """
     rows = prompt[:, None] if sources is None else prompt[:, sources]
     return dict(zip(layers, rows, strict=True))
 
 
-def row_prefixes(rows: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None) -> dict[int, jax.Array]:
-    """As `prefixes` for a prompt of its own per image, `[B, layers, 2, length, heads, head_dim]`."""
+def row_prefixes(
+    rows: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None
+) -> dict[int, jax.Array]:
+    """As `prefixes` for a prompt of its own per image, `[B, layers, 2, length, heads,
+    head_dim]`.
+    """
     if sources is not None:
         rows = jnp.take_along_axis(rows, sources[:, None, :, None, None, None], axis=2)
     return {layer: rows[:, i] for i, layer in enumerate(layers)}
@@ -57,12 +66,15 @@ def similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def nearest(similarity: jax.Array, count: int) -> jax.Array:
-    """L2P's selection for each image by itself: the `count` nearest keys, int `[B, count]`, from `similarity` `[B, size]`."""
+    """L2P's selection for each image by itself: the `count` nearest keys, int `[B, count]`, from
+    `similarity` `[B, size]`.
+    """
     return jax.lax.top_k(similarity, count)[1]
 
 
 def most_selected(selected: jax.Array, weights: jax.Array, size: int) -> jax.Array:
-    """L2P's selection for a batch (Wang et al., 2022, `batchwise_prompt`): what most of its images select, for all of them.
+    """L2P's selection for a batch (Wang et al., 2022, `batchwise_prompt`): what most of its
+    images select, for all of them.
 
     Args:
         selected: int `[B, count]`, each image's own selection.
@@ -72,5 +84,9 @@ def most_selected(selected: jax.Array, weights: jax.Array, size: int) -> jax.Arr
     Returns:
         int `[B, count]`, the same row for each image.
     """
-    votes = jnp.zeros(size, weights.dtype).at[selected].add(jnp.broadcast_to((weights > 0).astype(weights.dtype)[:, None], selected.shape))
+    votes = (
+        jnp.zeros(size, weights.dtype)
+        .at[selected]
+        .add(jnp.broadcast_to((weights > 0).astype(weights.dtype)[:, None], selected.shape))
+    )
     return jnp.broadcast_to(jax.lax.top_k(votes, selected.shape[1])[1][None], selected.shape)

@@ -1,8 +1,10 @@
-"""What a method keeps from older tasks so that training the next one harms them less: PGP, EWC, LwF.
+"""What a method keeps from older tasks so that training the next one harms them less: PGP, EWC,
+LwF.
 
-Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with each task: `init` before the first,
-`update` after each. `before_task` makes of it what the training step gets as an argument, for `loss` and `project`. Those that keep images of
-older tasks are in `rehearsal`.
+Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with
+each task: `init` before the first, `update` after each. `before_task` makes of it what the training
+step gets as an argument, for `loss` and `project`. Those that keep images of older tasks are in
+`rehearsal`.
 """
 
 import dataclasses
@@ -30,10 +32,12 @@ Batch = Mapping[str, Any]
 
 
 class ContinualStrategy:
-    """What a way does unless it says otherwise. `fine_tunes`: it stands alone and trains the whole network; else it joins a prompt method.
+    """What a way does unless it says otherwise. `fine_tunes`: it stands alone and trains the
+    whole network; else it joins a prompt method.
 
-    `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in [0, 1] `[N, H, W, 3]`, `labels` int `[N]`
-    and `class_mask` bool `[classes]`, and in a step the `weights` `[N]` of `train.loss_fn`.
+    `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in
+    [0, 1] `[N, H, W, 3]`, `labels` int `[N]` and `class_mask` bool `[classes]`, and in a step the
+    `weights` `[N]` of `train.loss_fn`.
     """
 
     fine_tunes: ClassVar[bool] = True
@@ -48,7 +52,13 @@ class ContinualStrategy:
         raise NotImplementedError
 
     def loss(
-        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+        logits: jax.Array,
     ):
         """What is added to the loss, a scalar; `logits` `[N, classes]` are the batch's. Nothing."""
         return 0.0
@@ -57,27 +67,43 @@ class ContinualStrategy:
         """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
         return grads
 
-    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """What a task's steps get as `memory`, and the shared part that they start from, from what is stored: both as they are."""
+    def before_task(
+        self, memory: pytrees.Tree, shared: pytrees.Tree
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
+        """What a task's steps get as `memory`, and the shared part that they start from, from
+        what is stored: both as they are.
+        """
         return memory, shared
 
-    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
+    def update(
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+    ) -> pytrees.Tree:
         """The memory after one more task, from a batch of its images."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class PGP(ContinualStrategy):
-    """Prompt Gradient Projection (Qiao et al., 2024): prompts move at right angles to what older tasks' images ask them.
+    """Prompt Gradient Projection (Qiao et al., 2024): prompts move at right angles to what older
+    tasks' images ask them.
 
-    For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq; its value half moves freely, as in the
-    published code. For L2P's pool, U is a basis of the embedded images. U grows by task as in GPM (Saha et al., 2021): the residual's
-    main directions until `threshold` of the task's energy Σ σ² is in it. The published code, whose threshold is also 0.5, centres and
-    reduces features by PCA, weighs σ⁴, and takes the basis among the images, not the features; that is not reproduced. Under the
-    interleaved layout the halves named here are those of the arrays, not of their use. Projection comes after clipping and before Adam, as
-    there: Adam rescales each entry, so the update is only nearly orthogonal, and old tasks can still drift by the G-prompt or the pool.
+    For a prefix, g ← g − g U Uᵀ for its key half, U a basis of the layer's attention queries x Wq;
+    its value half moves freely, as in the published code. For L2P's pool, U is a basis of the
+    embedded images. U grows by task as in GPM (Saha et al., 2021): the residual's main directions
+    until `threshold` of the task's energy Σ σ² is in it. The published code, whose threshold is
+    also 0.5, centres and reduces features by PCA, weighs σ⁴, and takes the basis among the images,
+    not the features; that is not reproduced. Under the interleaved layout the halves named here are
+    those of the arrays, not of their use. Projection comes after clipping and before Adam, as
+    there: Adam rescales each entry, so the update is only nearly orthogonal, and old tasks can
+    still drift by the G-prompt or the pool.
 
-    Memory: `{"projector": [layers, dim, dim]}`, U Uᵀ of the G- and E-prompt layers in turn; of the pool, one.
+    Memory: `{"projector": [layers, dim, dim]}`, U Uᵀ of the G- and E-prompt layers in turn; of the
+    pool, one.
     """
 
     fine_tunes: ClassVar[bool] = False
@@ -90,10 +116,16 @@ class PGP(ContinualStrategy):
 
     def project(self, memory: pytrees.Tree, method: "Method", grads: pytrees.Tree) -> pytrees.Tree:
         """`grads` of `{"adapter": ..., "shared": ...}` with the prompts' projected."""
-        projector, adapter, shared = memory["projector"], dict(grads["adapter"]), dict(grads["shared"])
+        projector, adapter, shared = (
+            memory["projector"],
+            dict(grads["adapter"]),
+            dict(grads["shared"]),
+        )
         if method.pool_size:
             prompt = shared["pool"]["prompt"]
-            moved = prompt - jnp.matmul(prompt, projector[0].astype(prompt.dtype), precision="highest")
+            moved = prompt - jnp.matmul(
+                prompt, projector[0].astype(prompt.dtype), precision="highest"
+            )
             shared["pool"] = shared["pool"] | {"prompt": moved}
         else:
             g_count = len(method.g_layers)
@@ -101,35 +133,62 @@ class PGP(ContinualStrategy):
             adapter["prompt"] = _project_keys(adapter["prompt"], projector[g_count:])
         return {"adapter": adapter, "shared": shared}
 
-    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
+    def update(
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+    ) -> pytrees.Tree:
         """The memory with the directions of one more task."""
         images = batch["images"]
         grams = sum(
-            np.asarray(_grams(method, trainable, backbone, images[start : start + AT_ONCE]), np.float64)
+            np.asarray(
+                _grams(method, trainable, backbone, images[start : start + AT_ONCE]), np.float64
+            )
             for start in range(0, len(images), AT_ONCE)
         )
-        grown = [_grow(np.asarray(old, np.float64), gram, self.threshold) for old, gram in zip(memory["projector"], grams, strict=True)]
+        grown = [
+            _grow(np.asarray(old, np.float64), gram, self.threshold)
+            for old, gram in zip(memory["projector"], grams, strict=True)
+        ]
         return {"projector": jnp.asarray(np.stack(grown), jnp.float32)}
 
 
 def _project_keys(grads: jax.Array, projector: jax.Array) -> jax.Array:
-    """Gradients `[layers, 2, length, heads, head_dim]`, those of the keys without their part in `projector` `[layers, dim, dim]`."""
+    """Gradients `[layers, 2, length, heads, head_dim]`, those of the keys without their part in
+    `projector` `[layers, dim, dim]`.
+    """
     keys = grads[:, 0].reshape(grads.shape[0], grads.shape[2], -1)
-    keys = keys - jnp.einsum("lpd,lde->lpe", keys, projector.astype(keys.dtype), precision="highest")
+    keys = keys - jnp.einsum(
+        "lpd,lde->lpe", keys, projector.astype(keys.dtype), precision="highest"
+    )
     return grads.at[:, 0].set(keys.reshape(grads[:, 0].shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _grams(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array) -> jax.Array:
-    """Σ xᵀx `[layers, dim, dim]` over the tokens of images in [0, 1]: of queries in prompted layers, or of embedded images for a pool."""
+def _grams(
+    method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array
+) -> jax.Array:
+    """Σ xᵀx `[layers, dim, dim]` over the tokens of images in [0, 1]: of queries in prompted
+    layers, or of embedded images for a pool.
+    """
     if method.pool_size:
         features = [ViT(method.vit).apply({"params": backbone}, images, method="embed")]
     else:
         features = _attention_queries(method, trainable, backbone, images)
-    return jnp.stack([jnp.einsum("bnd,bne->de", x, x, precision="highest") for x in (f.astype(jnp.float32) for f in features)])
+    return jnp.stack(
+        [
+            jnp.einsum("bnd,bne->de", x, x, precision="highest")
+            for x in (f.astype(jnp.float32) for f in features)
+        ]
+    )
 
 
-def _attention_queries(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array) -> list[jax.Array]:
+def _attention_queries(
+    method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array
+) -> list[jax.Array]:
     found = {}
 
     def watch(call, args, kwargs, context):
@@ -140,9 +199,14 @@ def _attention_queries(method: "Method", trainable: pytrees.Tree, backbone: pytr
 
     shared = trainable["shared"]
     with nn.intercept_methods(watch):
-        method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, images))
+        method.logits(
+            backbone, trainable["adapter"], shared, method.trunk(backbone, shared, images)
+        )
     last = method.vit.depth - 1  # of whose queries only the [class] token's is used
-    return [found[layer][:, :1] if layer == last else found[layer] for layer in method.g_layers + method.e_layers]
+    return [
+        found[layer][:, :1] if layer == last else found[layer]
+        for layer in method.g_layers + method.e_layers
+    ]
 
 
 def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarray:
@@ -159,10 +223,12 @@ def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class EWC(ContinualStrategy):
-    """Elastic Weight Consolidation (Kirkpatrick et al., 2017), online: + λ/2 Σ F (θ − θ*)² over everything trained.
+    """Elastic Weight Consolidation (Kirkpatrick et al., 2017), online: + λ/2 Σ F (θ − θ*)² over
+    everything trained.
 
-    F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended. All weights are shared: forgetting
-    comes from every step, and the term slows it where F is large.
+    F adds up the tasks' diagonal empirical Fisher informations, θ* is where the last task ended.
+    All weights are shared: forgetting comes from every step, and the term slows it where F is
+    large.
 
     Memory: `{"fisher": F}`, shaped as the shared part; θ* is the shared part as stored.
     """
@@ -178,27 +244,60 @@ class EWC(ContinualStrategy):
         """Nothing to hold on to: F = 0."""
         return {"fisher": jax.tree.map(jnp.zeros_like, shared)}
 
-    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(
+        self, memory: pytrees.Tree, shared: pytrees.Tree
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
         """With θ* as `anchor`."""
         return memory | {"anchor": shared}, shared
 
     def loss(
-        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+        logits: jax.Array,
     ):
         """The term, a scalar."""
-        terms = jax.tree.map(lambda f, x, a: jnp.sum(f * (x - a) ** 2), memory["fisher"], trainable["shared"], memory["anchor"])
+        terms = jax.tree.map(
+            lambda f, x, a: jnp.sum(f * (x - a) ** 2),
+            memory["fisher"],
+            trainable["shared"],
+            memory["anchor"],
+        )
         return self.strength / 2 * sum(jax.tree.leaves(terms))
 
-    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
-        """F with one more task's, the mean over images of the squared gradient of each one's log p(label)."""
-        fisher = _fisher(method, trainable, backbone, batch["images"], batch["labels"], batch["class_mask"])
+    def update(
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+    ) -> pytrees.Tree:
+        """F with one more task's, the mean over images of the squared gradient of each one's log
+        p(label).
+        """
+        fisher = _fisher(
+            method, trainable, backbone, batch["images"], batch["labels"], batch["class_mask"]
+        )
         return {"fisher": jax.tree.map(jnp.add, memory["fisher"], fisher)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fisher(method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array, labels: jax.Array, class_mask: jax.Array):
+def _fisher(
+    method: "Method",
+    trainable: pytrees.Tree,
+    backbone: pytrees.Tree,
+    images: jax.Array,
+    labels: jax.Array,
+    class_mask: jax.Array,
+):
     def log_p(shared, image, label):
-        logits = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, image[None]))
+        logits = method.logits(
+            backbone, trainable["adapter"], shared, method.trunk(backbone, shared, image[None])
+        )
         return jax.nn.log_softmax(jnp.where(class_mask[None], logits, -jnp.inf))[0, label]
 
     def add(total, one):
@@ -224,22 +323,41 @@ class Distillation(ContinualStrategy):
         """No class is old."""
         return {"seen": jnp.zeros(method.classes, bool)}
 
-    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(
+        self, memory: pytrees.Tree, shared: pytrees.Tree
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
         """With the old network as `shared`."""
         return memory | {"shared": shared}, shared
 
     def loss(
-        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+        logits: jax.Array,
     ):
         """The term, a scalar; 0 while no class is old."""
         seen, weights, shared = memory["seen"], batch["weights"], memory["shared"]
-        before = method.logits(backbone, trainable["adapter"], shared, method.trunk(backbone, shared, batch["images"]))
-        # Nothing is old: a softmax over nothing would be NaN, so all classes stand in and the term is multiplied by 0.
+        before = method.logits(
+            backbone, trainable["adapter"], shared, method.trunk(backbone, shared, batch["images"])
+        )
+        # Nothing is old: a softmax over nothing would be NaN, so all classes stand in and the term
+        # is multiplied by 0.
         old = jnp.where(seen.any(), seen, True)[None]
         log_then, log_now = (
-            jax.nn.log_softmax(jnp.where(old, x / self.temperature, -jnp.inf)) for x in (jax.lax.stop_gradient(before), logits)
+            jax.nn.log_softmax(jnp.where(old, x / self.temperature, -jnp.inf))
+            for x in (jax.lax.stop_gradient(before), logits)
         )
-        divergence = jnp.sum(jnp.where(old, jnp.exp(log_then) * (jnp.where(old, log_then, 0) - jnp.where(old, log_now, 0)), 0), axis=-1)
+        divergence = jnp.sum(
+            jnp.where(
+                old,
+                jnp.exp(log_then) * (jnp.where(old, log_then, 0) - jnp.where(old, log_now, 0)),
+                0,
+            ),
+            axis=-1,
+        )
         mean = jnp.sum(jnp.where(weights > 0, divergence * weights, 0)) / weights.sum()
         return self.strength * self.temperature**2 * mean * seen.any().astype(mean.dtype)
 
@@ -247,8 +365,8 @@ class Distillation(ContinualStrategy):
 class LwF(Distillation):
     """Learning without Forgetting (Li and Hoiem, 2016): distillation on the new images alone.
 
-    There, the new classes' columns are trained first, alone; here everything is from the start. All weights are shared: old tasks drift
-    wherever the new images do not speak for the old ones.
+    There, the new classes' columns are trained first, alone; here everything is from the start. All
+    weights are shared: old tasks drift wherever the new images do not speak for the old ones.
     """
 
     @classmethod
@@ -256,7 +374,14 @@ class LwF(Distillation):
         """λ is `lwf_strength`."""
         return cls(config.lwf_strength)
 
-    def update(self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch) -> pytrees.Tree:
+    def update(
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+    ) -> pytrees.Tree:
         """Its task's classes among the old ones."""
         return {"seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
 

@@ -1,10 +1,12 @@
-"""Rehearsal: images of older tasks, the exemplars, that are trained on again beside the new ones: DER++, iCaRL, BiC.
+"""Rehearsal: images of older tasks, the exemplars, that are trained on again beside the new
+ones: DER++, iCaRL, BiC.
 
-These are strategies that keep, beside arrays, which images of the training set are their exemplars: rows of that set, equally many
-of every class seen (`exemplars` // classes), so a continued run needs the same set, which it checks. All of them train the whole network,
-with the cross entropy over all classes seen: they forget as fine-tuning does wherever so few images, which they come to know by heart, do
-not speak for the rest. They are the paper's rehearsal baselines on this backbone, under this project's optimizer and crops; where the
-originals differ is said in each.
+These are strategies that keep, beside arrays, which images of the training set are their exemplars:
+rows of that set, equally many of every class seen (`exemplars` // classes), so a continued run
+needs the same set, which it checks. All of them train the whole network, with the cross entropy
+over all classes seen: they forget as fine-tuning does wherever so few images, which they come to
+know by heart, do not speak for the rest. They are the paper's rehearsal baselines on this backbone,
+under this project's optimizer and crops; where the originals differ is said in each.
 """
 
 import dataclasses
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reviewed:
-    """What a trained network makes of exemplars, of older tasks' ones first, and of images of the task it was trained on.
+    """What a trained network makes of exemplars, of older tasks' ones first, and of images of
+    the task it was trained on.
 
-    `rows` int `[N]` of the training set, in the order in which they would be kept; `labels` int `[N]`; `features` `[N, dim]` and `logits`
-    `[N, classes]` of the images as test images are prepared; `new` and `seen` bool `[classes]`, the task's classes, and those and all
-    before.
+    `rows` int `[N]` of the training set, in the order in which they would be kept; `labels` int
+    `[N]`; `features` `[N, dim]` and `logits` `[N, classes]` of the images as test images are
+    prepared; `new` and `seen` bool `[classes]`, the task's classes, and those and all before.
     """
 
     rows: np.ndarray
@@ -42,7 +45,8 @@ class Reviewed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rehearsal(ContinualStrategy):
-    """What the three share. `joined`: exemplars are images of an epoch like the task's own; else every batch gets as many more of them.
+    """What the three share. `joined`: exemplars are images of an epoch like the task's own; else
+    every batch gets as many more of them.
 
     Memory: `{"rows": int32 [exemplars]}`, -1 where there are none yet, and each one's own.
     """
@@ -59,30 +63,47 @@ class Rehearsal(ContinualStrategy):
     def check(self, classes: int) -> None:
         """Raise UserError where there are too few exemplars for so many classes."""
         if self.buffer_size < self.least * classes:
-            raise UserError(f"buffer_size: {self.buffer_size} is below {self.least * classes}, {self.least} for each of {classes} classes")
+            raise UserError(
+                f"buffer_size: {self.buffer_size} is below {self.least * classes}, {self.least} "
+                f"for each of {classes} classes"
+            )
 
     def share(self, seen: np.ndarray) -> int:
-        """How many exemplars each class has when those of `seen` bool `[classes]` have been learned."""
+        """How many exemplars each class has when those of `seen` bool `[classes]` have been
+        learned.
+        """
         return self.buffer_size // int(seen.sum())
 
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Those of a task's `rows`, in random order, that are not trained on; `labels` are theirs, `seen` counts the task's classes in."""
+        """Those of a task's `rows`, in random order, that are not trained on; `labels` are
+        theirs, `seen` counts the task's classes in.
+        """
         return rows[:0]
 
-    def candidate_indices(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Those of a task's `rows`, in random order, that `update_buffer` chooses from, in that order; arguments as in `held_out`."""
+    def candidate_indices(
+        self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray
+    ) -> np.ndarray:
+        """Those of a task's `rows`, in random order, that `update_buffer` chooses from, in that
+        order; arguments as in `held_out`.
+        """
         return rows[first_of_each(labels, self.share(seen))]
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `loss` needs of every image of a batch beside image and label, by name; shapes are those of one image."""
+        """What `loss` needs of every image of a batch beside image and label, by name; shapes
+        are those of one image.
+        """
         return {}
 
     def table(self, memory: pytrees.Tree, count: int) -> dict[str, np.ndarray]:
         """`columns` of `count` images of a task and the exemplars after them."""
         return {}
 
-    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """The memory after a task, and what of its network is stored and classifies; `shared` is as it was trained."""
+    def update_buffer(
+        self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
+        """The memory after a task, and what of its network is stored and classifies; `shared` is
+        as it was trained.
+        """
         raise NotImplementedError
 
 
@@ -94,7 +115,9 @@ def rows_of(memory: pytrees.Tree) -> np.ndarray:
 
 def all_rows_of(memory: pytrees.Tree) -> np.ndarray:
     """The exemplars, with those that are kept for validation."""
-    rows = np.concatenate([np.asarray(memory[name]) for name in ("rows", "validation") if name in memory])
+    rows = np.concatenate(
+        [np.asarray(memory[name]) for name in ("rows", "validation") if name in memory]
+    )
     return rows[rows >= 0]
 
 
@@ -111,12 +134,15 @@ def _padded(rows: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DERpp(Rehearsal):
-    """Dark Experience Replay++ (Buzzega et al., 2020): exemplars with their labels, and with the logits that the network once gave them.
+    """Dark Experience Replay++ (Buzzega et al., 2020): exemplars with their labels, and with the
+    logits that the network once gave them.
 
-    CE(new) + β CE(exemplars) + α MSE of the exemplars' logits to those of when they were new, with β = 1 and α = 0.1 as for Tiny-ImageNet
-    with 200 exemplars there, and half of it all: the cross entropy is the mean over a batch and as many exemplars. (Fewer exemplars than a
-    batch has images are all in it, and β is their share of it.) There, a reservoir takes images and logits in at every step, and a second
-    batch is drawn for the third term; here they are taken after a task, equally many of each class.
+    CE(new) + β CE(exemplars) + α MSE of the exemplars' logits to those of when they were new, with
+    β = 1 and α = 0.1 as for Tiny-ImageNet with 200 exemplars there, and half of it all: the cross
+    entropy is the mean over a batch and as many exemplars. (Fewer exemplars than a batch has images
+    are all in it, and β is their share of it.) There, a reservoir takes images and logits in at
+    every step, and a second batch is drawn for the third term; here they are taken after a task,
+    equally many of each class.
 
     Memory: `rows`, and `logits` float32 `[exemplars, classes]`.
     """
@@ -126,66 +152,108 @@ class DERpp(Rehearsal):
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No exemplars."""
-        return {"rows": np.full(self.buffer_size, -1, np.int32), "logits": np.zeros((self.buffer_size, method.classes), np.float32)}
+        return {
+            "rows": np.full(self.buffer_size, -1, np.int32),
+            "logits": np.zeros((self.buffer_size, method.classes), np.float32),
+        }
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Whether an image is an exemplar (1 or 0), and its logits of then."""
-        return {"replayed": jax.ShapeDtypeStruct((), np.float32), "then": jax.ShapeDtypeStruct((classes,), np.float32)}
+        return {
+            "replayed": jax.ShapeDtypeStruct((), np.float32),
+            "then": jax.ShapeDtypeStruct((classes,), np.float32),
+        }
 
     def table(self, memory: pytrees.Tree, count: int) -> dict[str, np.ndarray]:
         """New images have no logits of then."""
         kept = np.asarray(memory["logits"])[np.asarray(memory["rows"]) >= 0]
         new = np.zeros((count, kept.shape[1]), np.float32)
-        return {"replayed": np.repeat(np.float32([0, 1]), [count, len(kept)]), "then": np.concatenate([new, kept])}
+        return {
+            "replayed": np.repeat(np.float32([0, 1]), [count, len(kept)]),
+            "then": np.concatenate([new, kept]),
+        }
 
     def loss(
-        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+        logits: jax.Array,
     ):
         """The third term, a scalar; 0 without exemplars."""
         weights = batch["weights"] * batch["replayed"]
         squares = jnp.mean((logits - batch["then"]) ** 2, axis=1)
-        return self.alpha / 2 * jnp.sum(jnp.where(weights > 0, squares * weights, 0)) / jnp.maximum(weights.sum(), 1)
+        return (
+            self.alpha
+            / 2
+            * jnp.sum(jnp.where(weights > 0, squares * weights, 0))
+            / jnp.maximum(weights.sum(), 1)
+        )
 
-    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """Some of the new images at random, with their logits of now; fewer of the old. The network as it is."""
+    def update_buffer(
+        self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
+        """Some of the new images at random, with their logits of now; fewer of the old. The
+        network as it is.
+        """
         old = np.asarray(memory["rows"]) >= 0
         logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
         kept = first_of_each(known.labels, self.share(known.seen))
         room = np.zeros((self.buffer_size - len(kept), logits.shape[1]))
         rows = _padded(known.rows[kept], self.buffer_size)
-        return {"rows": rows, "logits": np.concatenate([logits[kept], room]).astype(np.float32)}, shared
+        return {
+            "rows": rows,
+            "logits": np.concatenate([logits[kept], room]).astype(np.float32),
+        }, shared
 
 
 @dataclasses.dataclass(frozen=True)
 class ICaRL(Distillation, Rehearsal):
-    """iCaRL (Rebuffi et al., 2017): exemplars chosen by herding, distillation, and the nearest mean of exemplars as the class of an image.
+    """iCaRL (Rebuffi et al., 2017): exemplars chosen by herding, distillation, and the nearest
+    mean of exemplars as the class of an image.
 
-    There, each class has a sigmoid of its own and old classes' targets are the old network's; here it is the cross entropy and LwF's
-    distillation with T = 2 over the same images, as in its later reimplementations. argmin |f/|f| − μ| over means μ of norm 1 is argmax
-    f · μ, so the stored classifier is the means.
+    There, each class has a sigmoid of its own and old classes' targets are the old network's; here
+    it is the cross entropy and LwF's distillation with T = 2 over the same images, as in its later
+    reimplementations. argmin |f/|f| − μ| over means μ of norm 1 is argmax f · μ, so the stored
+    classifier is the means.
 
-    Memory: that of the distillation, `rows`, and `head`, the trained classifier: training goes on from it, and the old network
-    answers with it.
+    Memory: that of the distillation, `rows`, and `head`, the trained classifier: training goes on
+    from it, and the old network answers with it.
     """
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
-        return super().init(method, shared) | {"rows": np.full(self.buffer_size, -1, np.int32), "head": shared["head"]}
+        return super().init(method, shared) | {
+            "rows": np.full(self.buffer_size, -1, np.int32),
+            "head": shared["head"],
+        }
 
-    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(
+        self, memory: pytrees.Tree, shared: pytrees.Tree
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The network with its trained classifier, as the old one and to start from."""
         return super().before_task(memory, shared | {"head": memory["head"]})
 
-    def candidate_indices(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    def candidate_indices(
+        self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray
+    ) -> np.ndarray:
         """All: herding is towards their mean."""
         return rows
 
-    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """New classes' exemplars by herding, fewer of the old; the network with the means of all, as it is now, as its classifier.
+    def update_buffer(
+        self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
+        """New classes' exemplars by herding, fewer of the old; the network with the means of
+        all, as it is now, as its classifier.
 
-        A class without exemplars, since it has no images or is not learned yet, has no mean, and never wins.
+        A class without exemplars, since it has no images or is not learned yet, has no mean, and
+        never wins.
         """
-        features = known.features / np.maximum(np.linalg.norm(known.features, axis=1, keepdims=True), 1e-12)
+        features = known.features / np.maximum(
+            np.linalg.norm(known.features, axis=1, keepdims=True), 1e-12
+        )
         share, order = self.share(known.seen), np.arange(len(known.rows))
         for label in np.unique(known.labels[known.new[known.labels]]):
             members = np.flatnonzero(known.labels == label)
@@ -194,15 +262,23 @@ class ICaRL(Distillation, Rehearsal):
         means = np.zeros((len(known.seen), features.shape[1]))
         np.add.at(means, known.labels[kept], features[kept])
         means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        bias = np.where(np.isin(np.arange(len(means)), known.labels[kept]), 0, -np.inf).astype(np.float32)
+        bias = np.where(np.isin(np.arange(len(means)), known.labels[kept]), 0, -np.inf).astype(
+            np.float32
+        )
         served = {"kernel": means.T.astype(np.float32), "bias": bias}
         rows = _padded(known.rows[kept], self.buffer_size)
         return {"seen": known.seen, "rows": rows, "head": shared["head"]}, shared | {"head": served}
 
 
 def herding(features: np.ndarray, count: int) -> np.ndarray:
-    """An order of `features` `[N, dim]`, the first `count` such that each beginning has the mean nearest to that of all (alg. 4)."""
-    target, total, rest = features.mean(axis=0), np.zeros(features.shape[1]), np.ones(len(features), bool)
+    """An order of `features` `[N, dim]`, the first `count` such that each beginning has the mean
+    nearest to that of all (alg. 4).
+    """
+    target, total, rest = (
+        features.mean(axis=0),
+        np.zeros(features.shape[1]),
+        np.ones(len(features), bool),
+    )
     chosen = []
     for number in range(1, min(count, len(features)) + 1):
         distance = np.linalg.norm(target - (total + features) / number, axis=1)
@@ -213,13 +289,16 @@ def herding(features: np.ndarray, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class BiC(Distillation, Rehearsal):
-    """Bias correction (Wu et al., 2019): exemplars and distillation, then α and β for the new classes' logits from images not trained on.
+    """Bias correction (Wu et al., 2019): exemplars and distillation, then α and β for the new
+    classes' logits from images not trained on.
 
-    (1 − λ) CE + λ KL at T = 2 with λ = old classes / all, here divided by 1 − λ. A tenth of each class's exemplars, one at least, is for α
-    and β alone and never trained on. α z + β is put into the classifier's columns for classification and for the next task's distillation;
-    training goes on from those before it. There, exemplars are chosen by herding, here at random.
+    (1 − λ) CE + λ KL at T = 2 with λ = old classes / all, here divided by 1 − λ. A tenth of each
+    class's exemplars, one at least, is for α and β alone and never trained on. α z + β is put into
+    the classifier's columns for classification and for the next task's distillation; training goes
+    on from those before it. There, exemplars are chosen by herding, here at random.
 
-    Memory: that of the distillation, `rows`, `validation` int32 `[exemplars]`, and `head`, the classifier before the correction.
+    Memory: that of the distillation, `rows`, `validation` int32 `[exemplars]`, and `head`, the
+    classifier before the correction.
     """
 
     least: ClassVar[int] = 2
@@ -227,37 +306,65 @@ class BiC(Distillation, Rehearsal):
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
         empty = np.full(self.buffer_size, -1, np.int32)
-        return super().init(method, shared) | {"rows": empty, "validation": empty, "head": shared["head"]}
+        return super().init(method, shared) | {
+            "rows": empty,
+            "validation": empty,
+            "head": shared["head"],
+        }
 
-    def before_task(self, memory: pytrees.Tree, shared: pytrees.Tree) -> tuple[pytrees.Tree, pytrees.Tree]:
+    def before_task(
+        self, memory: pytrees.Tree, shared: pytrees.Tree
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
         """The corrected network as the old one, and that before the correction to start from."""
         return super().before_task(memory, shared)[0], shared | {"head": memory["head"]}
 
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """The first of each class: a tenth of its exemplars, or of its images where those are fewer; none of a class of one image."""
+        """The first of each class: a tenth of its exemplars, or of its images where those are
+        fewer; none of a class of one image.
+        """
         counts = np.bincount(labels)
         held = [
-            np.flatnonzero(labels == label)[: max(1, min(self.share(seen), counts[label]) // 10)] for label in np.flatnonzero(counts > 1)
+            np.flatnonzero(labels == label)[: max(1, min(self.share(seen), counts[label]) // 10)]
+            for label in np.flatnonzero(counts > 1)
         ]
         return rows[np.sort(np.concatenate([*held, np.zeros(0, int)]))]
 
     def loss(
-        self, memory: pytrees.Tree, method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, batch: Batch, logits: jax.Array
+        self,
+        memory: pytrees.Tree,
+        method: "Method",
+        trainable: pytrees.Tree,
+        backbone: pytrees.Tree,
+        batch: Batch,
+        logits: jax.Array,
     ):
         """The term, a scalar; 0 while no class is old."""
         term = super().loss(memory, method, trainable, backbone, batch, logits)
-        old, seen = (mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"]))
+        old, seen = (
+            mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"])
+        )
         return term / self.temperature**2 * old / jnp.maximum(seen - old, 1)
 
-    def update_buffer(self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """Some of the new images at random, fewer of the old; the network with α and β in its classifier."""
+    def update_buffer(
+        self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
+    ) -> tuple[pytrees.Tree, pytrees.Tree]:
+        """Some of the new images at random, fewer of the old; the network with α and β in its
+        classifier.
+        """
         count = max(1, self.share(known.seen) // 10)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
         held = np.isin(known.rows, np.asarray(memory["validation"]))
-        held |= np.isin(known.rows, self.held_out(known.rows[fresh], known.labels[fresh], known.seen))
+        held |= np.isin(
+            known.rows, self.held_out(known.rows[fresh], known.labels[fresh], known.seen)
+        )
         validation = np.flatnonzero(held)[first_of_each(known.labels[held], count)]
-        kept = np.flatnonzero(~held)[first_of_each(known.labels[~held], self.share(known.seen) - count)]
-        rows = {"rows": _padded(known.rows[kept], self.buffer_size), "validation": _padded(known.rows[validation], self.buffer_size)}
+        kept = np.flatnonzero(~held)[
+            first_of_each(known.labels[~held], self.share(known.seen) - count)
+        ]
+        rows = {
+            "rows": _padded(known.rows[kept], self.buffer_size),
+            "validation": _padded(known.rows[validation], self.buffer_size),
+        }
         served = shared["head"]
         if (known.seen & ~known.new).any():
             served = _corrected(served, known.new, *bias(known, validation))
@@ -265,10 +372,11 @@ class BiC(Distillation, Rehearsal):
 
 
 def bias(known: Reviewed, validation: np.ndarray) -> tuple[float, float]:
-    """α and β of the new classes' logits: the least cross entropy over the classes seen on the images `validation`, int `[M]`.
+    """α and β of the new classes' logits: the least cross entropy over the classes seen on the
+    images `validation`, int `[M]`.
 
-    Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. (There, β alone is
-    held near 0, by a weight decay.)
+    Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α
+    and N(0, 1) of β. (There, β alone is held near 0, by a weight decay.)
     """
     from scipy.optimize import minimize  # only BiC needs it, and it takes long to import
 

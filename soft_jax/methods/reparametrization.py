@@ -1,10 +1,13 @@
-"""Weight reparametrisations: what a task's own arrays do to the frozen parameters before the forward pass.
+"""Weight reparametrisations: what a task's own arrays do to the frozen parameters before the
+forward pass.
 
-Each class is one kind: `slot` names its arrays in an adapter, `init` draws them, `weights` turns them into parameters that take the
-place of the backbone's (`kernels`), or stand beside them (`Bottleneck`). Products and sums are taken in float32: bfloat16 steps by 0.004
-near 1, which is where masks are. To add a kind, write its class here and its line in `REPARAMETRIZATIONS`.
+Each class is one kind: `slot` names its arrays in an adapter, `init` draws them, `weights` turns
+them into parameters that take the place of the backbone's (`kernels`), or stand beside them
+(`Bottleneck`). Products and sums are taken in float32: bfloat16 steps by 0.004 near 1, which is
+where masks are. To add a kind, write its class here and its line in `REPARAMETRIZATIONS`.
 
-Of every kind, nothing of an old task's arrays changes later, so none of them forgets by itself: see `methods` for what does.
+Of every kind, nothing of an old task's arrays changes later, so none of them forgets by itself: see
+`methods` for what does.
 """
 
 import dataclasses
@@ -22,11 +25,18 @@ from soft_jax.errors import UserError
 from soft_jax.models.vit import ViTConfig
 from soft_jax.store import packing
 
-WEIGHTS = {"qkv": ("attn/qkv",), "qv": ("attn/qkv",), "proj": ("attn/proj",), "mlp": ("mlp/fc1", "mlp/fc2")}
+WEIGHTS = {
+    "qkv": ("attn/qkv",),
+    "qv": ("attn/qkv",),
+    "proj": ("attn/proj",),
+    "mlp": ("mlp/fc1", "mlp/fc2"),
+}
 
 
 def kernel_paths(weights: Iterable[str], layers: Iterable[int]) -> tuple[str, ...]:
-    """Paths of the kernels of `weights` ("qkv", "proj", "mlp") in `layers`, counted from 0. Biases are never among them."""
+    """Paths of the kernels of `weights` ("qkv", "proj", "mlp") in `layers`, counted from 0.
+    Biases are never among them.
+    """
     names = [name for weight in weights for name in WEIGHTS[weight]]
     return tuple(f"blocks_{layer}/{name}/kernel" for layer in layers for name in names)
 
@@ -40,12 +50,14 @@ Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def _kaiming(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    # PyTorch's default for a linear layer, kaiming_uniform(a=√5): U(-1/√in, 1/√in). Shapes are [..., in, out].
+    # PyTorch's default for a linear layer, kaiming_uniform(a=√5): U(-1/√in, 1/√in). Shapes are
+    # [..., in, out].
     bound = 1 / math.sqrt(shape[-2])
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-# Table 5's. Fans are those of one task's mask; the published code draws the stack of all tasks' at once, whose fans are larger.
+# Table 5's. Fans are those of one task's mask; the published code draws the stack of all tasks' at
+# once, whose fans are larger.
 MASK_INITS: dict[str, Draw] = {
     "uniform": lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.99, 1),
     "ones": lambda key, shape: jnp.ones(shape, jnp.float32),
@@ -55,11 +67,20 @@ MASK_INITS: dict[str, Draw] = {
 }
 
 
-def _draw(key: jax.Array, backbone: pytrees.Tree, paths: tuple[str, ...], draw: Draw) -> pytrees.Tree:
-    """An array for each kernel of `paths`. Raises KeyError naming the paths that the backbone does not have."""
+def _draw(
+    key: jax.Array, backbone: pytrees.Tree, paths: tuple[str, ...], draw: Draw
+) -> pytrees.Tree:
+    """An array for each kernel of `paths`. Raises KeyError naming the paths that the backbone
+    does not have.
+    """
     kernels = pytrees.flatten(pytrees.select(backbone, paths))
     keys = jax.random.split(key, len(kernels))
-    return pytrees.unflatten({path: draw(k, kernel.shape) for k, (path, kernel) in zip(keys, kernels.items(), strict=True)})
+    return pytrees.unflatten(
+        {
+            path: draw(k, kernel.shape)
+            for k, (path, kernel) in zip(keys, kernels.items(), strict=True)
+        }
+    )
 
 
 def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
@@ -69,7 +90,8 @@ def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
 
 
 class Reparametrization:
-    """What a kind does unless it says otherwise. `slot` names its arrays in an adapter, `kernels` the parameters that they replace.
+    """What a kind does unless it says otherwise. `slot` names its arrays in an adapter,
+    `kernels` the parameters that they replace.
 
     `rank` is that of its matrices; 0: they are of any rank.
     """
@@ -94,7 +116,8 @@ class Reparametrization:
 
 @dataclasses.dataclass(frozen=True)
 class SoftMask(Reparametrization):
-    """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1) is the published code's.
+    """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1)
+    is the published code's.
 
     `stored_as` and `stored_rank` say how the store keeps masks (`packing`).
     """
@@ -129,10 +152,12 @@ class SoftMask(Reparametrization):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_k_mask(scores: jax.Array, keep: int) -> jax.Array:
-    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores themselves (straight-through).
+    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores
+    themselves (straight-through).
 
-    Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so the lowest that is kept is found bit by
-    bit: a float's bits, those of negative ones inverted, are in the order of the floats. So is the place where the equal ones end.
+    Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so
+    the lowest that is kept is found bit by bit: a float's bits, those of negative ones inverted,
+    are in the order of the floats. So is the place where the equal ones end.
     """
     width = 8 * scores.dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")
@@ -146,7 +171,9 @@ def top_k_mask(scores: jax.Array, keep: int) -> jax.Array:
 
     def first() -> jax.Array:
         places = jnp.arange(scores.size, dtype=jnp.uint32)
-        return level & (places < _highest(places.dtype, lambda place: _count(level & (places < place)) <= room))
+        return level & (
+            places < _highest(places.dtype, lambda place: _count(level & (places < place)) <= room)
+        )
 
     level = jax.lax.cond(_count(level) == room, lambda: level, first)
     return (above | level).astype(scores.dtype).reshape(scores.shape)
@@ -157,7 +184,9 @@ def _count(where: jax.Array) -> jax.Array:
 
 
 def _highest(kind: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The highest number of an unsigned `kind` that `holds`; 0 does, and with any number all below it."""
+    """The highest number of an unsigned `kind` that `holds`; 0 does, and with any number all
+    below it.
+    """
 
     def raised(step: jax.Array, number: jax.Array) -> jax.Array:
         higher = number | (kind.type(1) << (kind.type(8 * kind.itemsize - 1) - step.astype(kind)))
@@ -178,10 +207,12 @@ def num_kept(share: float, size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class BinaryMask(Reparametrization):
-    """WSN (Kang et al., 2022): scores s, and the top share `density` of |s| in each kernel as a binary mask, straight-through to |s|.
+    """WSN (Kang et al., 2022): scores s, and the top share `density` of |s| in each kernel as a
+    binary mask, straight-through to |s|.
 
-    With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10)) as in the published code, instead of 0.
-    They are drawn with the task and not trained. The store keeps a bit a weight, and of the small values those that are used.
+    With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10))
+    as in the published code, instead of 0. They are drawn with the task and not trained. The store
+    keeps a bit a weight, and of the small values those that are used.
     """
 
     adapter_key: ClassVar[str] = "scores"
@@ -194,39 +225,65 @@ class BinaryMask(Reparametrization):
         score_key, minor_key = jax.random.split(key)
         own = {"scores": _draw(score_key, backbone, self.kernels, _kaiming)}
         if self.soft:
-            minor = _draw(minor_key, backbone, self.kernels, lambda k, shape: jax.random.uniform(k, shape, jnp.float32, -50, -10))
+            minor = _draw(
+                minor_key,
+                backbone,
+                self.kernels,
+                lambda k, shape: jax.random.uniform(k, shape, jnp.float32, -50, -10),
+            )
             own["minor"] = jax.tree.map(jax.nn.sigmoid, minor)
         return own
 
     def _binary(self, own: pytrees.Tree) -> pytrees.Tree:
-        return jax.tree.map(lambda scores: top_k_mask(jnp.abs(scores), num_kept(self.density, scores.size)), own["scores"])
+        return jax.tree.map(
+            lambda scores: top_k_mask(jnp.abs(scores), num_kept(self.density, scores.size)),
+            own["scores"],
+        )
 
     def masks(self, own: pytrees.Tree) -> pytrees.Tree:
         """The masks that the scores stand for."""
         masks = self._binary(own)
         if not self.soft:
             return masks
-        return jax.tree.map(lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor), masks, own["minor"])
+        return jax.tree.map(
+            lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor),
+            masks,
+            own["minor"],
+        )
 
     def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
         """θ ⊙ m."""
         return masked(backbone, self.masks(own))
 
     def pack(self, own: pytrees.Tree) -> pytrees.Tree:
-        """Which weights are kept, a bit each, and the small values of the others, float32 `[size - kept]`."""
+        """Which weights are kept, a bit each, and the small values of the others, float32 `[size
+        - kept]`.
+        """
         binary = self._binary(own)
         packed = {"bits": jax.tree.map(packing.pack_bits, binary)}
         if self.soft:
-            packed["minor"] = jax.tree.map(lambda mask, minor: minor.reshape(-1)[self._dropped(mask)], binary, own["minor"])
+            packed["minor"] = jax.tree.map(
+                lambda mask, minor: minor.reshape(-1)[self._dropped(mask)], binary, own["minor"]
+            )
         return packed
 
     def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
-        """Scores of 1 and 0, and the small values where they are used: the same masks, to the bit."""
+        """Scores of 1 and 0, and the small values where they are used: the same masks, to the
+        bit.
+        """
         kernels = pytrees.select(backbone, self.kernels)
-        own = {"scores": jax.tree.map(lambda kernel, bits: packing.unpack_bits(bits, kernel.shape), kernels, packed["bits"])}
+        own = {
+            "scores": jax.tree.map(
+                lambda kernel, bits: packing.unpack_bits(bits, kernel.shape),
+                kernels,
+                packed["bits"],
+            )
+        }
         if self.soft:
             own["minor"] = jax.tree.map(
-                lambda mask, minor: jnp.zeros(mask.size).at[self._dropped(mask)].set(minor).reshape(mask.shape),
+                lambda mask, minor: (
+                    jnp.zeros(mask.size).at[self._dropped(mask)].set(minor).reshape(mask.shape)
+                ),
                 own["scores"],
                 packed["minor"],
             )
@@ -238,10 +295,11 @@ class BinaryMask(Reparametrization):
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Reparametrization):
-    """LoRA (Hu et al., 2022): W + 8 A B, rank `rank`, for q, k, v each by itself and `proj`, `fc1`, `fc2` whole.
+    """LoRA (Hu et al., 2022): W + 8 A B, rank `rank`, for q, k, v each by itself and `proj`,
+    `fc1`, `fc2` whole.
 
-    8 is alpha / rank of the published baseline (32 / 4), at every rank of Table 7; its dropout of 0.1 on the way in is left out.
-    B starts at 0: a new task starts as the backbone, to the bit.
+    8 is alpha / rank of the published baseline (32 / 4), at every rank of Table 7; its dropout of
+    0.1 on the way in is left out. B starts at 0: a new task starts as the backbone, to the bit.
     """
 
     adapter_key: ClassVar[str] = "lora"
@@ -251,17 +309,25 @@ class LoRA(Reparametrization):
     parts: tuple[int, ...] = (0, 1, 2)  # of q, k, v
 
     def _columns(self, path: str) -> tuple[tuple[int, ...], int]:
-        """The column blocks of a kernel that get a product of their own, and how many blocks it has."""
+        """The column blocks of a kernel that get a product of their own, and how many blocks it
+        has.
+        """
         return (self.parts, 3) if path.endswith("attn/qkv/kernel") else ((0,), 1)
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
-        """For each kernel `{"a": [blocks, in, rank], "b": [blocks, rank, out / all blocks]}`, float32."""
+        """For each kernel `{"a": [blocks, in, rank], "b": [blocks, rank, out / all blocks]}`,
+        float32.
+        """
         own = {}
         kernels = pytrees.flatten(pytrees.select(backbone, self.kernels))
-        for k, (path, kernel) in zip(jax.random.split(key, len(kernels)), kernels.items(), strict=True):
+        for k, (path, kernel) in zip(
+            jax.random.split(key, len(kernels)), kernels.items(), strict=True
+        ):
             blocks, of = self._columns(path)
             own[f"{path}/a"] = _kaiming(k, (len(blocks), kernel.shape[0], self.rank))
-            own[f"{path}/b"] = jnp.zeros((len(blocks), self.rank, kernel.shape[1] // of), jnp.float32)
+            own[f"{path}/b"] = jnp.zeros(
+                (len(blocks), self.rank, kernel.shape[1] // of), jnp.float32
+            )
         return pytrees.unflatten(own)
 
     def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
@@ -269,18 +335,26 @@ class LoRA(Reparametrization):
         own, merged = pytrees.flatten(own), {}
         for path, kernel in pytrees.flatten(pytrees.select(backbone, self.kernels)).items():
             blocks, of = self._columns(path)
-            products = jnp.einsum("gir,gro->gio", own[f"{path}/a"], own[f"{path}/b"], precision="highest")
-            placed = jnp.zeros((of, kernel.shape[0], kernel.shape[1] // of), products.dtype).at[np.array(blocks)].set(products)
+            products = jnp.einsum(
+                "gir,gro->gio", own[f"{path}/a"], own[f"{path}/b"], precision="highest"
+            )
+            placed = (
+                jnp.zeros((of, kernel.shape[0], kernel.shape[1] // of), products.dtype)
+                .at[np.array(blocks)]
+                .set(products)
+            )
             merged[path] = kernel + self.SCALE * jnp.moveaxis(placed, 0, 1).reshape(kernel.shape)
         return pytrees.unflatten(merged)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck(Reparametrization):
-    """Adapter (Houlsby et al., 2019), placed as the published baseline's: x + up(GELU(down x)) behind fc1 and behind fc2, no biases.
+    """Adapter (Houlsby et al., 2019), placed as the published baseline's: x + up(GELU(down x))
+    behind fc1 and behind fc2, no biases.
 
-    The published ones are never trained (they require no gradient); these are. `up` starts at 0: a new task starts as the backbone.
-    They stand beside the backbone's parameters, under the names that `vit.Mlp` looks for, so there is nothing to superpose for Gradient ID.
+    The published ones are never trained (they require no gradient); these are. `up` starts at 0: a
+    new task starts as the backbone. They stand beside the backbone's parameters, under the names
+    that `vit.Mlp` looks for, so there is nothing to superpose for Gradient ID.
     """
 
     adapter_key: ClassVar[str] = "bottleneck"
@@ -298,7 +372,9 @@ class Bottleneck(Reparametrization):
         own = {}
         for layer, k in zip(self.layers, jax.random.split(key, len(self.layers)), strict=True):
             mlp = backbone[f"blocks_{layer}"]["mlp"]
-            for name, dense, one in zip(("adapter1", "adapter2"), ("fc1", "fc2"), jax.random.split(k), strict=True):
+            for name, dense, one in zip(
+                ("adapter1", "adapter2"), ("fc1", "fc2"), jax.random.split(k), strict=True
+            ):
                 width = mlp[dense]["kernel"].shape[1]
                 own[f"blocks_{layer}/mlp/{name}/down"] = _kaiming(one, (width, self.rank))
                 own[f"blocks_{layer}/mlp/{name}/up"] = jnp.zeros((self.rank, width), jnp.float32)
@@ -315,11 +391,18 @@ def _lora(c, layers):
     return LoRA(kernel_paths(weights, layers), c.rank, parts)
 
 
-# A kind by the name it has in a config's `method`, from the config's settings and its layers, counted from 0.
+# A kind by the name it has in a config's `method`, from the config's settings and its layers,
+# counted from 0.
 REPARAMETRIZATIONS = {
-    "softtf": lambda c, layers: SoftMask(kernel_paths(c.target_modules.split("+"), layers), c.mask_init, c.mask_storage, c.rank),
-    "wsn": lambda c, layers: BinaryMask(kernel_paths(c.target_modules.split("+"), layers), c.density),
-    "softnet": lambda c, layers: BinaryMask(kernel_paths(c.target_modules.split("+"), layers), c.density, soft=True),
+    "softtf": lambda c, layers: SoftMask(
+        kernel_paths(c.target_modules.split("+"), layers), c.mask_init, c.mask_storage, c.rank
+    ),
+    "wsn": lambda c, layers: BinaryMask(
+        kernel_paths(c.target_modules.split("+"), layers), c.density
+    ),
+    "softnet": lambda c, layers: BinaryMask(
+        kernel_paths(c.target_modules.split("+"), layers), c.density, soft=True
+    ),
     "lora": _lora,
     "adapter": lambda c, layers: Bottleneck(layers, c.rank),
 }

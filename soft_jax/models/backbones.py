@@ -1,8 +1,8 @@
 """Pre-trained backbones: where they are found, and their arrays under our names.
 
-Two namings are read, from `.npz` and `.safetensors` files: Google's ViT releases (`Transformer/encoderblock_0/...`) and timm's
-(`blocks.0.attn.qkv.weight`), which is also that of its models on the Hugging Face Hub. Every array of a file is used, or reported by name
-as left out.
+Two namings are read, from `.npz` and `.safetensors` files: Google's ViT releases
+(`Transformer/encoderblock_0/...`) and timm's (`blocks.0.attn.qkv.weight`), which is also that of
+its models on the Hugging Face Hub. Every array of a file is used, or reported by name as left out.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ from soft_jax.models.vit import ViT, ViTConfig
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A named backbone: its sizes, its file, and where the file can be had (bundled when `url` is empty)."""
+    """A named backbone: its sizes, its file, and where the file can be had (bundled when `url`
+    is empty).
+    """
 
     vit: ViTConfig
     file: str
@@ -44,20 +46,32 @@ def _vit(image_size: int, patch_size: int, dim: int, depth: int, heads: int) -> 
 BUCKET = "https://storage.googleapis.com/vit_models/"
 _AUGREG = "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
 BACKBONES = {
-    # The backbone of the paper's tables: the original ImageNet-21k release, without its pre_logits layer.
-    "vit_b16": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16.npz", BUCKET + "imagenet21k/ViT-B_16.npz"),
-    "vit_b32": Source(_vit(224, 32, 768, 12, 12), "ViT-B_32.npz", BUCKET + "imagenet21k/ViT-B_32.npz"),
-    "vit_l16": Source(_vit(224, 16, 1024, 24, 16), "ViT-L_16.npz", BUCKET + "imagenet21k/ViT-L_16.npz"),
-    # Its successor, ImageNet-21k with augmentation and regularization (Steiner et al., 2021), before any fine-tuning.
+    # The backbone of the paper's tables: the original ImageNet-21k release, without its pre_logits
+    # layer.
+    "vit_b16": Source(
+        _vit(224, 16, 768, 12, 12), "ViT-B_16.npz", BUCKET + "imagenet21k/ViT-B_16.npz"
+    ),
+    "vit_b32": Source(
+        _vit(224, 32, 768, 12, 12), "ViT-B_32.npz", BUCKET + "imagenet21k/ViT-B_32.npz"
+    ),
+    "vit_l16": Source(
+        _vit(224, 16, 1024, 24, 16), "ViT-L_16.npz", BUCKET + "imagenet21k/ViT-L_16.npz"
+    ),
+    # Its successor, ImageNet-21k with augmentation and regularization (Steiner et al., 2021),
+    # before any fine-tuning.
     "vit_b16_augreg": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16-augreg.npz", BUCKET + _AUGREG),
-    # Table 2's: ImageNet-1k with the SAM optimizer (Chen et al., 2022), and DINO's self-supervision (Caron et al., 2021) in timm's naming.
-    "vit_b16_sam": Source(_vit(224, 16, 768, 12, 12), "ViT-B_16-sam.npz", BUCKET + "sam/ViT-B_16.npz"),
+    # Table 2's: ImageNet-1k with the SAM optimizer (Chen et al., 2022), and DINO's self-supervision
+    # (Caron et al., 2021) in timm's naming.
+    "vit_b16_sam": Source(
+        _vit(224, 16, 768, 12, 12), "ViT-B_16-sam.npz", BUCKET + "sam/ViT-B_16.npz"
+    ),
     "vit_b16_dino": Source(
         _vit(224, 16, 768, 12, 12),
         "ViT-B_16-dino.safetensors",
         "https://huggingface.co/timm/vit_base_patch16_224.dino/resolve/main/model.safetensors",
     ),
-    # Supervised on Tiny-ImageNet at 32 pixels, 17.6% top-1: weak, but pre-trained; it ships with the package.
+    # Supervised on Tiny-ImageNet at 32 pixels, 17.6% top-1: weak, but pre-trained; it ships with
+    # the package.
     "vit_ti8_32": Source(_vit(32, 8, 192, 12, 3), "vit_ti8_32.npz"),
 }
 
@@ -66,8 +80,8 @@ BACKBONES = {
 class Backbone:
     """Frozen parameters with what identifies them.
 
-    `params` is the float32 tree of `ViT`; `fingerprint` the hex SHA-256 of the file (what `sha256sum` prints);
-    `left_out` the arrays of the file that the ViT has no use for.
+    `params` is the float32 tree of `ViT`; `fingerprint` the hex SHA-256 of the file (what
+    `sha256sum` prints); `left_out` the arrays of the file that the ViT has no use for.
     """
 
     name: str
@@ -78,7 +92,8 @@ class Backbone:
 
 
 def locate(name: str, path: str = "") -> Path:
-    """The file of backbone `name`: `path` if given, else the bundled or cached copy, else a download.
+    """The file of backbone `name`: `path` if given, else the bundled or cached copy, else a
+    download.
 
     Raises UserError when `name` is unknown, `path` does not exist, or the download fails.
     """
@@ -89,7 +104,10 @@ def locate(name: str, path: str = "") -> Path:
         given = Path(path).expanduser()
         found = given / source.file if given.is_dir() else given
         if not found.is_file():
-            raise UserError(f"backbone_path: no file at {found}; give the path of {source.file} or of the folder it is in")
+            raise UserError(
+                f"backbone_path: no file at {found}; give the path of {source.file} or of the "
+                "folder it is in"
+            )
         return found
     if not source.url:
         return Path(str(resources.files("soft_jax") / "assets" / source.file))
@@ -102,7 +120,10 @@ def _download(source: Source, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"Downloading {source.url} to {target}")
-        with urllib.request.urlopen(source.url, timeout=60) as response, open(partial, "wb") as file:
+        with (
+            urllib.request.urlopen(source.url, timeout=60) as response,
+            open(partial, "wb") as file,
+        ):
             shutil.copyfileobj(response, file)
         expected = response.headers.get("Content-Length")
         if expected and partial.stat().st_size != int(expected):
@@ -111,7 +132,8 @@ def _download(source: Source, target: Path) -> Path:
     except (OSError, urllib.error.URLError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"backbone: {source.file} is not at {target} and could not be downloaded from {source.url} ({error}). "
+            f"backbone: {source.file} is not at {target} and could not be downloaded from "
+            f"{source.url} ({error}). "
             f"Put a copy there, or name one with --config.backbone_path=FILE"
         ) from error
     return target
@@ -131,9 +153,14 @@ def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32")
     try:
         raw = file.read_bytes()
         arrays = _arrays(file, raw)
-    except Exception as error:  # zipfile, zlib, numpy and safetensors each have their own for damaged bytes
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, numpy and safetensors each have their own for damaged bytes
         kind = ".safetensors" if file.suffix == ".safetensors" else ".npz"
-        raise UserError(f"backbone: {file} is not a readable {kind} file ({type(error).__name__}: {error}); fetch it again") from error
+        raise UserError(
+            f"backbone: {file} is not a readable {kind} file ({type(error).__name__}: {error}); "
+            "fetch it again"
+        ) from error
     try:
         params, left_out = convert(arrays, native)
     except ValueError as error:
@@ -149,19 +176,26 @@ def _arrays(file: Path, raw: bytes) -> dict[str, np.ndarray]:
         return {key: archive[key] for key in archive.files}
 
 
-def convert(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[pytrees.Tree, tuple[str, ...]]:
-    """A checkpoint's arrays as our tree, in float32 (float64 arrays stay so), and the names left out.
+def convert(
+    arrays: Mapping[str, np.ndarray], vit: ViTConfig
+) -> tuple[pytrees.Tree, tuple[str, ...]]:
+    """A checkpoint's arrays as our tree, in float32 (float64 arrays stay so), and the names left
+    out.
 
     Raises ValueError naming an array that is missing or of the wrong shape.
     """
     naming = _from_google if any(key.startswith("Transformer/") for key in arrays) else _from_timm
     leaves, used = naming(arrays, vit)
-    shapes = jax.eval_shape(ViT(vit).init, jax.random.key(0), jnp.zeros((1, vit.image_size, vit.image_size, 3)))
+    shapes = jax.eval_shape(
+        ViT(vit).init, jax.random.key(0), jnp.zeros((1, vit.image_size, vit.image_size, 3))
+    )
     expected = pytrees.flatten(shapes["params"])
     for path, leaf in expected.items():
         if leaves[path].shape != leaf.shape:
             raise ValueError(f"{path} is {leaves[path].shape}, expected {leaf.shape}")
-    return pytrees.unflatten({k: _at_least_float32(v) for k, v in leaves.items()}), tuple(sorted(set(arrays) - used))
+    return pytrees.unflatten({k: _at_least_float32(v) for k, v in leaves.items()}), tuple(
+        sorted(set(arrays) - used)
+    )
 
 
 def _at_least_float32(array: np.ndarray) -> np.ndarray:
@@ -186,7 +220,9 @@ class _Taken(dict):
         return array
 
 
-def _from_timm(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[dict[str, np.ndarray], set[str]]:
+def _from_timm(
+    arrays: Mapping[str, np.ndarray], vit: ViTConfig
+) -> tuple[dict[str, np.ndarray], set[str]]:
     taken = _Taken(arrays)
     leaves = {
         "cls_token": taken.take("cls_token"),
@@ -208,7 +244,9 @@ def _from_timm(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[dict[s
     return leaves, taken.used
 
 
-def _from_google(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[dict[str, np.ndarray], set[str]]:
+def _from_google(
+    arrays: Mapping[str, np.ndarray], vit: ViTConfig
+) -> tuple[dict[str, np.ndarray], set[str]]:
     taken = _Taken(arrays)
     d, heads = vit.dim, (vit.heads, vit.head_dim)
     leaves = {
@@ -221,17 +259,28 @@ def _from_google(arrays: Mapping[str, np.ndarray], vit: ViTConfig) -> tuple[dict
     }
     for i in range(vit.depth):
         theirs, ours = f"Transformer/encoderblock_{i}", f"blocks_{i}"
-        # The released files number a layer's parts 0 to 3; Flax's own numbering starts anew with each class.
-        second_norm, attention, mlp = (2, 1, 3) if f"{theirs}/LayerNorm_2/scale" in arrays else (1, 0, 0)
+        # The released files number a layer's parts 0 to 3; Flax's own numbering starts anew with
+        # each class.
+        second_norm, attention, mlp = (
+            (2, 1, 3) if f"{theirs}/LayerNorm_2/scale" in arrays else (1, 0, 0)
+        )
         for norm, index in (("norm1", 0), ("norm2", second_norm)):
             for leaf in ("scale", "bias"):
                 leaves[f"{ours}/{norm}/{leaf}"] = taken.take(f"{theirs}/LayerNorm_{index}/{leaf}")
         attention = f"{theirs}/MultiHeadDotProductAttention_{attention}"
-        kernels = [taken.take(f"{attention}/{part}/kernel", (d, *heads)).reshape(d, d) for part in ("query", "key", "value")]
-        biases = [taken.take(f"{attention}/{part}/bias", heads).reshape(d) for part in ("query", "key", "value")]
+        kernels = [
+            taken.take(f"{attention}/{part}/kernel", (d, *heads)).reshape(d, d)
+            for part in ("query", "key", "value")
+        ]
+        biases = [
+            taken.take(f"{attention}/{part}/bias", heads).reshape(d)
+            for part in ("query", "key", "value")
+        ]
         leaves[f"{ours}/attn/qkv/kernel"] = np.concatenate(kernels, axis=1)
         leaves[f"{ours}/attn/qkv/bias"] = np.concatenate(biases)
-        leaves[f"{ours}/attn/proj/kernel"] = taken.take(f"{attention}/out/kernel", (*heads, d)).reshape(d, d)
+        leaves[f"{ours}/attn/proj/kernel"] = taken.take(
+            f"{attention}/out/kernel", (*heads, d)
+        ).reshape(d, d)
         leaves[f"{ours}/attn/proj/bias"] = taken.take(f"{attention}/out/bias")
         mlp = f"{theirs}/MlpBlock_{mlp}"
         for dense, index in (("fc1", 0), ("fc2", 1)):
@@ -248,11 +297,15 @@ def _no_deeper(arrays: Mapping[str, np.ndarray], pattern: str, vit: ViTConfig) -
 
 
 def interpolate_positions(pos_embed: np.ndarray, grid: int) -> np.ndarray:
-    """Position embeddings `[1, 1 + g·g, dim]` for a `grid` × `grid` image, bicubic; the [class] position is kept."""
+    """Position embeddings `[1, 1 + g·g, dim]` for a `grid` × `grid` image, bicubic; the [class]
+    position is kept.
+    """
     tokens, dim = pos_embed.shape[1:]
     old = round((tokens - 1) ** 0.5)
     if old == grid:
         return pos_embed
     cells = jnp.asarray(pos_embed[0, 1:]).reshape(old, old, dim)
     resized = jax.image.resize(cells, (grid, grid, dim), "cubic", antialias=False)
-    return np.concatenate([pos_embed[:, :1], np.asarray(resized).reshape(1, grid * grid, dim)], axis=1)
+    return np.concatenate(
+        [pos_embed[:, :1], np.asarray(resized).reshape(1, grid * grid, dim)], axis=1
+    )

@@ -1,6 +1,8 @@
-"""Vision Transformer (Dosovitskiy et al., 2021) in Flax linen, pre-norm, with optional key/value prefixes.
+"""Vision Transformer (Dosovitskiy et al., 2021) in Flax linen, pre-norm, with optional key/value
+prefixes.
 
-The module knows nothing of masks or tasks: a method changes the parameter tree and fills `prefix` before `apply`.
+The module knows nothing of masks or tasks: a method changes the parameter tree and fills `prefix`
+before `apply`.
 """
 
 import dataclasses
@@ -37,39 +39,52 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of the backbone's patch size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of the backbone's patch size "
+                f"{self.patch_size}"
+            )
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scaled dot-product attention of queries `[B, Q, heads, D]` over keys and values `[B, K, heads, D]`: as the queries.
+    """Scaled dot-product attention of queries `[B, Q, heads, D]` over keys and values `[B, K,
+    heads, D]`: as the queries.
 
-    Softmax in float32 or wider, its sum divided out last, where it is smallest; heads come first throughout. On a CPU that takes a
-    quarter of the time of Flax's, whose batched products XLA takes over strided arrays.
+    Softmax in float32 or wider, its sum divided out last, where it is smallest; heads come first
+    throughout. On a CPU that takes a quarter of the time of Flax's, whose batched products XLA
+    takes over strided arrays.
     """
     accumulate_dtype = q.dtype if jnp.finfo(q.dtype).bits >= 32 else jnp.float32
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=accumulate_dtype)
     unnormalized = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    values = jnp.einsum("bhqk,bhkd->bhqd", unnormalized.astype(v.dtype), v, preferred_element_type=accumulate_dtype)
+    values = jnp.einsum(
+        "bhqk,bhkd->bhqd", unnormalized.astype(v.dtype), v, preferred_element_type=accumulate_dtype
+    )
     return (values / unnormalized.sum(axis=-1, keepdims=True)).astype(v.dtype).transpose(0, 2, 1, 3)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; a prefix is put before the layer's own keys and values (prefix tuning)."""
+    """Multi-head self-attention; a prefix is put before the layer's own keys and values (prefix
+    tuning).
+    """
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None
+    ) -> jax.Array:
         """Tokens `[B, N, dim]` to the same, the first `queries` of them (all by default).
 
         `prefix` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
         """
         c = self.config
         batch, tokens, _ = x.shape
-        qkv = nn.Dense(3 * c.dim, dtype=c.dtype, name="qkv")(x).reshape(batch, tokens, 3, c.heads, c.head_dim)
+        qkv = nn.Dense(3 * c.dim, dtype=c.dtype, name="qkv")(x).reshape(
+            batch, tokens, 3, c.heads, c.head_dim
+        )
         q, k, v = qkv[:, :queries, 0], qkv[:, :, 1], qkv[:, :, 2]
         if prefix is not None:
             prefix = jnp.broadcast_to(prefix.astype(k.dtype), (batch, *prefix.shape[1:]))
@@ -82,8 +97,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two dense layers with the erf GELU between them.
 
-    Where its parameters hold `adapter1` or `adapter2`, `{"down": [width, rank], "up": [rank, width]}`, that residual bottleneck follows
-    fc1 or fc2. A backbone has none; a task may bring them.
+    Where its parameters hold `adapter1` or `adapter2`, `{"down": [width, rank], "up": [rank,
+    width]}`, that residual bottleneck follows fc1 or fc2. A backbone has none; a task may bring
+    them.
     """
 
     config: ViTConfig
@@ -93,12 +109,16 @@ class Mlp(nn.Module):
         """Tokens `[B, N, dim]` to the same."""
         c = self.config
         x = self._adapted("adapter1", nn.Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x))
-        return self._adapted("adapter2", nn.Dense(c.dim, dtype=c.dtype, name="fc2")(nn.gelu(x, approximate=False)))
+        return self._adapted(
+            "adapter2", nn.Dense(c.dim, dtype=c.dtype, name="fc2")(nn.gelu(x, approximate=False))
+        )
 
     def _adapted(self, name: str, x: jax.Array) -> jax.Array:
         if not self.has_variable("params", name):
             return x
-        down, up = (self.get_variable("params", name)[part].astype(x.dtype) for part in ("down", "up"))
+        down, up = (
+            self.get_variable("params", name)[part].astype(x.dtype) for part in ("down", "up")
+        )
         return x + nn.gelu(x @ down, approximate=False) @ up
 
 
@@ -113,7 +133,9 @@ class Block(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None
+    ) -> jax.Array:
         """Tokens `[B, N, dim]` to the same; `prefix` and `queries` as for `Attention`."""
         c = self.config
         x = x[:, :queries] + Attention(c, name="attn")(_layer_norm(c, "norm1")(x), prefix, queries)
@@ -131,20 +153,31 @@ class ViT(nn.Module):
     def setup(self):
         """Name the parameters: patch_embed, cls_token, pos_embed, blocks_0 and on, norm."""
         c = self.config
-        self.patch_embed = nn.Conv(c.dim, (c.patch_size, c.patch_size), (c.patch_size, c.patch_size), padding="VALID", dtype=c.dtype)
+        self.patch_embed = nn.Conv(
+            c.dim,
+            (c.patch_size, c.patch_size),
+            (c.patch_size, c.patch_size),
+            padding="VALID",
+            dtype=c.dtype,
+        )
         self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, c.dim))
-        self.pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, c.grid**2 + 1, c.dim))
+        self.pos_embed = self.param(
+            "pos_embed", nn.initializers.normal(0.02), (1, c.grid**2 + 1, c.dim)
+        )
         self.blocks = [Block(c) for _ in range(c.depth)]
         self.norm = _layer_norm(c, "norm")
 
     def embed(self, images: jax.Array, prompts: jax.Array | None = None) -> jax.Array:
-        """Images in [0, 1] `[B, H, W, 3]` to tokens `[B, 1 + prompts + patches, dim]`: [class] token, `prompts` `[B, P, dim]`, patches.
+        """Images in [0, 1] `[B, H, W, 3]` to tokens `[B, 1 + prompts + patches, dim]`: [class]
+        token, `prompts` `[B, P, dim]`, patches.
 
         Prompts get no position; they are trained where they stand.
         """
         c = self.config
         with jax.default_matmul_precision(_precision(c)):
-            patches = self.patch_embed(images.astype(c.dtype)).reshape(images.shape[0], c.grid**2, c.dim)
+            patches = self.patch_embed(images.astype(c.dtype)).reshape(
+                images.shape[0], c.grid**2, c.dim
+            )
         cls = jnp.broadcast_to(self.cls_token.astype(c.dtype), (images.shape[0], 1, c.dim))
         tokens = jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
         if prompts is None:
@@ -152,23 +185,39 @@ class ViT(nn.Module):
         return jnp.concatenate([tokens[:, :1], prompts.astype(c.dtype), tokens[:, 1:]], axis=1)
 
     def run_blocks(
-        self, tokens: jax.Array, prefix: Prefix | None = None, start: int = 0, stop: int | None = None, prompts: int = 0
+        self,
+        tokens: jax.Array,
+        prefix: Prefix | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prompts: int = 0,
     ) -> jax.Array:
         """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`.
 
-        After the last layer only the [class] token and the `prompts` tokens behind it are left, `[B, 1 + prompts, dim]`.
-        `prefix[layer]` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
+        After the last layer only the [class] token and the `prompts` tokens behind it are left,
+        `[B, 1 + prompts, dim]`. `prefix[layer]` is `[B or 1, 2, length, heads, head_dim]`, keys
+        then values.
         """
         prefix = prefix or {}
         with jax.default_matmul_precision(_precision(self.config)):
             for layer in range(self.config.depth)[start:stop]:
                 # Nothing reads the other tokens of the last layer.
-                tokens = self.blocks[layer](tokens, prefix.get(layer), queries=1 + prompts if layer == self.config.depth - 1 else None)
+                tokens = self.blocks[layer](
+                    tokens,
+                    prefix.get(layer),
+                    queries=1 + prompts if layer == self.config.depth - 1 else None,
+                )
         return tokens
 
     def pool(self, tokens: jax.Array, prompts: int = 0) -> jax.Array:
-        """The [class] token after the final norm, `[B, dim]`; with `prompts`, the mean of that many prompts' (L2P's features)."""
-        return self.norm(tokens[:, 1 : 1 + prompts]).mean(axis=1) if prompts else self.norm(tokens[:, 0])
+        """The [class] token after the final norm, `[B, dim]`; with `prompts`, the mean of that
+        many prompts' (L2P's features).
+        """
+        return (
+            self.norm(tokens[:, 1 : 1 + prompts]).mean(axis=1)
+            if prompts
+            else self.norm(tokens[:, 0])
+        )
 
     def __call__(self, images: jax.Array, prefix: Prefix | None = None) -> jax.Array:
         """Features `[B, dim]` of images in [0, 1] `[B, H, W, 3]`."""
@@ -176,5 +225,6 @@ class ViT(nn.Module):
 
 
 def _precision(config: ViTConfig) -> str:
-    # TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32, and "float32" would not be what it says.
+    # TPUs and GPUs would otherwise multiply float32 in bfloat16 or TF32, and "float32" would not be
+    # what it says.
     return "default" if config.dtype == "bfloat16" else "highest"

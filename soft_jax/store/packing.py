@@ -1,8 +1,9 @@
 """How a task's masks are kept in the store: as they are, or smaller.
 
-Packing is done once, when a task ends, and the task goes on with what unpacking gives: figures are those of what is stored. A soft mask is
-near 1, so what is kept is its distance from 1, in a dict of arrays; a mask of ones stays one, to the bit, in each of these ways. Of a
-binary mask a bit a weight is kept.
+Packing is done once, when a task ends, and the task goes on with what unpacking gives: figures are
+those of what is stored. A soft mask is near 1, so what is kept is its distance from 1, in a dict of
+arrays; a mask of ones stays one, to the bit, in each of these ways. Of a binary mask a bit a weight
+is kept.
 """
 
 import math
@@ -18,7 +19,9 @@ Packed = dict[str, jax.Array]
 
 
 def _quantized(mask: jax.Array, levels: int) -> Packed:
-    """Whole multiples, -`levels` to `levels`, of a step that each row of the mask `[in, out]` has for itself."""
+    """Whole multiples, -`levels` to `levels`, of a step that each row of the mask `[in, out]`
+    has for itself.
+    """
     delta = mask - 1
     step = jnp.max(jnp.abs(delta), axis=1, keepdims=True) / levels
     whole = jnp.round(delta / jnp.where(step > 0, step, 1)).astype(jnp.int8)
@@ -42,7 +45,9 @@ def _pack_int4(mask: jax.Array, rank: int) -> Packed:
 
 
 def _unpack_int4(packed: Packed, columns: int) -> jax.Array:
-    halves = jnp.stack([packed["whole"] & 15, packed["whole"] >> 4], axis=-1).reshape(len(packed["whole"]), -1)[:, :columns]
+    halves = jnp.stack([packed["whole"] & 15, packed["whole"] >> 4], axis=-1).reshape(
+        len(packed["whole"]), -1
+    )[:, :columns]
     return _dequantized(packed | {"whole": halves.astype(jnp.int8) - 8})
 
 
@@ -63,7 +68,9 @@ def unpack_bits(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Packing(NamedTuple):
-    """A way to keep masks smaller: `pack(mask [in, out], rank)` and `unpack(packed, columns of the mask)`."""
+    """A way to keep masks smaller: `pack(mask [in, out], rank)` and `unpack(packed, columns of
+    the mask)`.
+    """
 
     pack: Callable[[jax.Array, int], Packed]
     unpack: Callable[[Packed, int], jax.Array]
@@ -72,7 +79,12 @@ class Packing(NamedTuple):
 KINDS = {
     "int8": Packing(_pack_int8, lambda packed, columns: _dequantized(packed)),
     "int4": Packing(_pack_int4, _unpack_int4),
-    "lowrank": Packing(_pack_low_rank, lambda packed, columns: 1 + jnp.matmul(packed["left"], packed["right"], precision="highest")),
+    "lowrank": Packing(
+        _pack_low_rank,
+        lambda packed, columns: (
+            1 + jnp.matmul(packed["left"], packed["right"], precision="highest")
+        ),
+    ),
 }
 
 
@@ -80,7 +92,9 @@ STORED_AS = ("float32", *KINDS)
 
 
 def pack(masks: pytrees.Tree, kind: str, rank: int) -> pytrees.Tree:
-    """Masks, a tree of float32 `[in, out]`, as they are kept, by `kind` of STORED_AS: "float32" as they are, "lowrank" of `rank`."""
+    """Masks, a tree of float32 `[in, out]`, as they are kept, by `kind` of STORED_AS: "float32"
+    as they are, "lowrank" of `rank`.
+    """
     if kind == "float32":
         return masks
     return jax.tree.map(lambda mask: KINDS[kind].pack(mask, rank), masks)

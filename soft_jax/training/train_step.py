@@ -24,7 +24,8 @@ Batch = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Everything static of a training step. `learning_rate` is the optimizer's own; `augment` None takes images as they are.
+    """Everything static of a training step. `learning_rate` is the optimizer's own; `augment`
+    None takes images as they are.
 
     With `cache_queries` a batch brings its q(x) along; else it is that of the augmented images.
     """
@@ -84,21 +85,27 @@ def init_state(step_config: StepConfig, adapter: Adapter, shared: Shared) -> Tra
 
 def stream(seed: int, name: str, task: int) -> jax.Array:
     """The key of one named stream of randomness of one task; steps fold their own number in."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), task)
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), task
+    )
 
 
 def loss_fn(
-    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, step_config: StepConfig
+    trainable: dict[str, pytrees.Tree],
+    backbone: pytrees.Tree,
+    batch: Batch,
+    step_config: StepConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of weight 1 (Soft-TF, section 3).
+    """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of
+    weight 1 (Soft-TF, section 3).
 
-    k is the task's key, and for L2P each of the pool's keys that the batch selects (Wang et al., 2022, eq. 5); a method without keys
-    has no such term, one with a memory adds its own.
+    k is the task's key, and for L2P each of the pool's keys that the batch selects (Wang et al.,
+    2022, eq. 5); a method without keys has no such term, one with a memory adds its own.
 
-    `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for padding, which
-    stands at the end), `class_mask` bool `[classes]`, the task's classes (with rehearsal all seen), `memory`, the method's `columns`, and
-    `query` `[B, dim]` where the step_config says so.
-    The second result names the terms.
+    `batch` holds `images` in [0, 1] `[B, H, W, 3]`, `labels` int `[B]`, `weights` `[B]` (0 for
+    padding, which stands at the end), `class_mask` bool `[classes]`, the task's classes (with
+    rehearsal all seen), `memory`, the method's `columns`, and `query` `[B, dim]` where the
+    step_config says so. The second result names the terms.
     """
     method, weights = step_config.method, batch["weights"]
     images, total = batch["images"], weights.sum()
@@ -109,16 +116,27 @@ def loss_fn(
     adapter, shared = trainable["adapter"], trainable["shared"]
     query, selected, pulled = None, None, jnp.zeros(len(weights), weights.dtype)
     if method.by_task or method.pool_size:
-        query = batch["query"] if step_config.cache_queries else jax.lax.stop_gradient(method.query(backbone, images))
+        query = (
+            batch["query"]
+            if step_config.cache_queries
+            else jax.lax.stop_gradient(method.query(backbone, images))
+        )
     if method.by_task:
         pulled += prompts.similarity(query.astype(adapter["key"].dtype), adapter["key"][None])[:, 0]
     if method.pool_size:
         to_pool = method.pool_similarity(shared, query)
-        # As published, a training batch shares its selection; it holds one task, and training may know that.
-        selected = prompts.most_selected(prompts.nearest(to_pool, method.top_k), weights, method.pool_size)
+        # As published, a training batch shares its selection; it holds one task, and training may
+        # know that.
+        selected = prompts.most_selected(
+            prompts.nearest(to_pool, method.top_k), weights, method.pool_size
+        )
         pulled += jnp.take_along_axis(to_pool, selected, axis=1).sum(axis=1)
-    sources = prompts.prefix_sources(method.prefix_layout, jnp.arange(len(weights)), total.astype(int))
-    logits = method.logits(backbone, adapter, shared, method.trunk(backbone, shared, images, selected), sources)
+    sources = prompts.prefix_sources(
+        method.prefix_layout, jnp.arange(len(weights)), total.astype(int)
+    )
+    logits = method.logits(
+        backbone, adapter, shared, method.trunk(backbone, shared, images, selected), sources
+    )
     masked = jnp.where(batch["class_mask"][None], logits, -jnp.inf)
     cross_entropy = mean(optax.softmax_cross_entropy_with_integer_labels(masked, batch["labels"]))
     key_similarity = mean(pulled)
@@ -126,18 +144,27 @@ def loss_fn(
     if method.strategy:
         loss += method.strategy.loss(batch["memory"], method, trainable, backbone, batch, logits)
     hits = mean((masked.argmax(axis=-1) == batch["labels"]).astype(weights.dtype))
-    terms = {"loss": loss, "cross_entropy": cross_entropy, "key_similarity": key_similarity, "accuracy": hits}
+    terms = {
+        "loss": loss,
+        "cross_entropy": cross_entropy,
+        "key_similarity": key_similarity,
+        "accuracy": hits,
+    }
     return loss, terms | {"logits": logits} | ({} if query is None else {"query": query})
 
 
 def gradients(
-    trainable: dict[str, pytrees.Tree], backbone: pytrees.Tree, batch: Batch, step_config: StepConfig
+    trainable: dict[str, pytrees.Tree],
+    backbone: pytrees.Tree,
+    batch: Batch,
+    step_config: StepConfig,
 ) -> tuple[pytrees.Tree, dict[str, Any]]:
-    """Gradients of every trained array, clipped to a global norm, then projected where the method does; with `loss_fn`'s terms and
-    `grad_norm` (before clipping).
+    """Gradients of every trained array, clipped to a global norm, then projected where the
+    method does; with `loss_fn`'s terms and `grad_norm` (before clipping).
 
-    Where `batch["freeze_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then leaves it as it is, to the bit.
-    Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_` does (Optax divides by the norm alone).
+    Where `batch["freeze_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then
+    leaves it as it is, to the bit. Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_`
+    does (Optax divides by the norm alone).
     """
     grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, step_config)
     if "g_prompt" in grads["shared"]:
@@ -152,16 +179,28 @@ def gradients(
 
 
 def train_step(
-    state: TrainState, backbone: pytrees.Tree, batch: Batch, key: jax.Array, *, step_config: StepConfig
+    state: TrainState,
+    backbone: pytrees.Tree,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    step_config: StepConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on uint8 images: augment, query, gradients, Adam. `key` is the task's augmentation stream.
+    """One step on uint8 images: augment, query, gradients, Adam. `key` is the task's
+    augmentation stream.
 
-    Returns the new state and the scalars `loss`, `cross_entropy`, `key_similarity`, `accuracy` and `grad_norm`.
+    Returns the new state and the scalars `loss`, `cross_entropy`, `key_similarity`, `accuracy` and
+    `grad_norm`.
     """
     images = batch["images"]
     if step_config.augment is not None:
         images = augment(jax.random.fold_in(key, state.step), images, step_config.augment)
-    grads, terms = gradients(state.trainable, backbone, {**batch, "images": to_unit(images, batch["weights"].dtype)}, step_config)
+    grads, terms = gradients(
+        state.trainable,
+        backbone,
+        {**batch, "images": to_unit(images, batch["weights"].dtype)},
+        step_config,
+    )
     updates, opt_state = step_config.optimizer().update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     return TrainState(state.step + 1, trainable, opt_state), {name: terms[name] for name in TERMS}
@@ -184,9 +223,10 @@ def train_steps(
     Args:
         state: as for `train_step`.
         backbone: frozen parameters.
-        pool: what a batch is taken from by row: `images` uint8 `[N, H, W, 3]`, `labels` int `[N]`, the method's
-            `columns`, and `query` `[N, dim]` if any.
-        batches: `rows` int `[CHUNK, B]` of the pool and `weights` `[CHUNK, B]`, of which the first `count` are used.
+        pool: what a batch is taken from by row: `images` uint8 `[N, H, W, 3]`, `labels` int `[N]`,
+            the method's `columns`, and `query` `[N, dim]` if any.
+        batches: `rows` int `[CHUNK, B]` of the pool and `weights` `[CHUNK, B]`, of which the first
+            `count` are used.
         fixed: the rest of a batch, the same for every step.
         key: the task's augmentation stream.
         count: int, at most CHUNK.
@@ -200,12 +240,24 @@ def train_steps(
     def step(index, carry):
         state, terms = carry
         rows = jax.lax.with_sharding_constraint(batches["rows"][index], sharding)
-        taken = {name: jax.lax.with_sharding_constraint(array[rows], sharding) for name, array in pool.items()}
-        batch = {**taken, **fixed, "weights": jax.lax.with_sharding_constraint(batches["weights"][index], sharding)}
+        taken = {
+            name: jax.lax.with_sharding_constraint(array[rows], sharding)
+            for name, array in pool.items()
+        }
+        batch = {
+            **taken,
+            **fixed,
+            "weights": jax.lax.with_sharding_constraint(batches["weights"][index], sharding),
+        }
         state, now = train_step(state, backbone, batch, key, step_config=step_config)
         return state, {name: terms[name].at[index].set(now[name]) for name in TERMS}
 
-    return jax.lax.fori_loop(0, count, step, (state, {name: jnp.zeros(CHUNK, batches["weights"].dtype) for name in TERMS}))
+    return jax.lax.fori_loop(
+        0,
+        count,
+        step,
+        (state, {name: jnp.zeros(CHUNK, batches["weights"].dtype) for name in TERMS}),
+    )
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -214,7 +266,10 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     counts = collections.Counter(device.process_index for device in devices)
     if len(set(counts.values())) > 1:
-        raise UserError(f"distributed: the processes have {sorted(counts.values())} devices, expected the same number for each")
+        raise UserError(
+            f"distributed: the processes have {sorted(counts.values())} devices, expected the same "
+            "number for each"
+        )
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -230,24 +285,43 @@ def by_row(mesh: Mesh) -> NamedSharding:
 
 @functools.cache
 def compile_step(step_config: StepConfig, mesh: Mesh) -> Any:
-    """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a run."""
+    """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a
+    run.
+    """
     whole, rows = replicated(mesh), by_row(mesh)
-    batch = {"images": rows, "labels": rows, "weights": rows, "class_mask": whole, "freeze_g_prompt": whole, "memory": whole}
-    batch |= dict.fromkeys(step_config.method.columns, rows) | ({"query": rows} if step_config.cache_queries else {})
+    batch = {
+        "images": rows,
+        "labels": rows,
+        "weights": rows,
+        "class_mask": whole,
+        "freeze_g_prompt": whole,
+        "memory": whole,
+    }
+    batch |= dict.fromkeys(step_config.method.columns, rows) | (
+        {"query": rows} if step_config.cache_queries else {}
+    )
     step = functools.partial(train_step, step_config=step_config)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole
+    )
 
 
 @functools.cache
 def compile_steps(step_config: StepConfig, mesh: Mesh) -> Any:
-    """`train_steps` jitted over `mesh`, the state donated: every device holds the whole pool and works on its rows of each batch."""
+    """`train_steps` jitted over `mesh`, the state donated: every device holds the whole pool and
+    works on its rows of each batch.
+    """
     steps = functools.partial(train_steps, step_config=step_config, sharding=by_row(mesh))
-    return jax.jit(steps, donate_argnums=0, in_shardings=replicated(mesh), out_shardings=replicated(mesh))
+    return jax.jit(
+        steps, donate_argnums=0, in_shardings=replicated(mesh), out_shardings=replicated(mesh)
+    )
 
 
 @functools.cache
 def compile_init(step_config: StepConfig, mesh: Mesh) -> Any:
-    """`init_state` jitted over `mesh`, of copies: a step donates its state, and others hold the adapter and the shared part."""
+    """`init_state` jitted over `mesh`, of copies: a step donates its state, and others hold the
+    adapter and the shared part.
+    """
 
     def init(adapter, shared):
         return init_state(step_config, *jax.tree.map(jnp.copy, (adapter, shared)))
