@@ -105,11 +105,8 @@ class Config:
     flip: bool = True
     # Evaluation: "per_sample", "batch_vote" (the published one) and "oracle" are always reported
     # together
-    shots: tuple[int, ...] = (
-        7,
-        # Test images that the vote of Gradient ID looks at
-        # of them
-    )
+    # Images of a test batch that batch_vote's Gradient ID looks at, a row for each number; 0: all.
+    shots: tuple[int, ...] = (7,)
     eval_batch_size: int = 256  # of the forward passes; no figure depends on it
     # Of the devices' memory for tasks' θ ⊙ m; what does not fit is read from the workdir again
     weights_cache_mb: int = 1024

@@ -55,7 +55,9 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
     held, before = 0, np.asarray(memory["projector"], float)
     for _ in range(2):
         images, labels = pictures(rng)
-        memory = method.strategy.update(memory, method, trainable, backbone, training_indices(images, labels))
+        memory = method.strategy.update(
+            memory, method, trainable, backbone, training_indices(images, labels)
+        )
         for layer, projector in enumerate(np.asarray(memory["projector"], float)):
             np.testing.assert_allclose(projector @ projector, projector, atol=1e-5)
             gram = np.asarray(
@@ -223,7 +225,9 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     assert start is trainable["shared"]
     assert method.strategy.loss(recalled, method, trainable, backbone, None, None) == 0
     images, labels = pictures(rng, 5)
-    memory = method.strategy.update(memory, method, trainable, backbone, training_indices(images, labels))
+    memory = method.strategy.update(
+        memory, method, trainable, backbone, training_indices(images, labels)
+    )
     recalled, _ = method.before_task(memory, trainable["shared"])
 
     def log_p(kernel, image, label):
@@ -247,7 +251,9 @@ def test_ewc_is_the_quadratic_around_the_last_task(whole, backbone, rng):
     }
     loss = method.strategy.loss(recalled, method, moved, backbone, None, None)
     assert loss == pytest.approx(3.0 / 2 * 0.01 * float(fisher.sum()), rel=1e-3)
-    again = method.strategy.update(memory, method, trainable, backbone, training_indices(images, labels))
+    again = method.strategy.update(
+        memory, method, trainable, backbone, training_indices(images, labels)
+    )
     np.testing.assert_allclose(again["fisher"]["head"]["kernel"], 2 * fisher, rtol=1e-5)
 
 
@@ -268,7 +274,9 @@ def test_lwf_holds_the_old_answers(whole, backbone, rng):
     memory = method.strategy.init(method, trainable["shared"])
     moved = trainable | {"shared": jax.tree.map(lambda x: x * 2, trainable["shared"])}
     assert loss(memory, moved) == 0  # nothing is old
-    memory = method.strategy.update(memory, method, trainable, backbone, training_indices(images, labels))
+    memory = method.strategy.update(
+        memory, method, trainable, backbone, training_indices(images, labels)
+    )
     assert memory["seen"].tolist() == MASK.tolist()
     assert loss(memory, trainable) == pytest.approx(0, abs=1e-5)
     then, now = (np.asarray(logits_of(t["shared"]), float)[:3, :2] / 2 for t in (trainable, moved))
