@@ -1,195 +1,39 @@
-"""A run on disk: one Orbax checkpoint per finished task, the state of the task in training, and
-the run's config.
+"""The folder of a run: its config, one checkpoint per finished task, and the state of the task in
+training.
 
-    WORKDIR/config.json       what the run is; another config is refused
-    WORKDIR/tasks/000/        a task: adapter, shared part, statistics, memory and manifest, written
-    whole or not at all WORKDIR/training/000-000500/   task 0 after its 500th step, until the task
-    is finished
+    WORKDIR/config.json             what the run is (`records.RunRecord`); another run is refused
+    WORKDIR/tasks/000/              a task: adapter, shared part, statistics, memory and manifest,
+                                    written whole or not at all
+    WORKDIR/training/000-000500/    task 0 after its 500th step, until the task is finished
+    WORKDIR/damaged/                training states that could not be used
 
-Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
+`config.json` is written once, when the run begins, and stays as it is: a run of an older format
+keeps its file, and every task of it is held against the record that the migrations make of that.
 """
 
+import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from soft_jax import distributed, pytrees
+from soft_jax import distributed
 from soft_jax.errors import UserError
+from soft_jax.store import checkpoint, formats, records
+from soft_jax.store.records import RunRecord, TaskManifest, TrainingManifest
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _checkpointer(items: Mapping[str, Any]) -> ocp.Checkpointer:
-    # One directory an array (no OCDBT): damage then has a name.
-    handlers = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in items}
-    return ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(**handlers, manifest=ocp.JsonCheckpointHandler())
-    )
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted name, for any pytree; the name is also the array's directory on disk."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Save pytrees of jax arrays and a JSON manifest as one checkpoint, whole or not at all.
-
-    Raises UserError when it can't be written; nothing else on disk changes then.
-    """
-    named = {
-        name: leaves for name, tree in items.items() if (leaves := _named(tree))
-    }  # an item may be empty
-    hashes = {
-        f"{name}/{leaf}": pytrees.sha256(array)
-        for name, leaves in named.items()
-        for leaf, array in leaves.items()
-    }
-    manifest = dict(manifest, sha256=hashes)
-    manifest["manifest_sha256"] = _digest(manifest)
-    args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
-    try:
-        with _checkpointer(named) as checkpointer:
-            checkpointer.save(
-                path.absolute(),
-                args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)),
-            )
-    # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
-    except Exception as error:
-        if distributed.is_primary():
-            clean(path.parent)
-        raise UserError(
-            f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are "
-            "as they were; "
-            f"make room or mend the disk, and give the same command again"
-        ) from error
-
-
-def clean(folder: Path) -> None:
-    """Remove what saves that were cut off left behind."""
-    # Threads of a save that just failed may still be writing: a few tries.
-    for _ in range(50):
-        partials = list(folder.glob("*orbax-checkpoint-tmp*"))
-        if not partials:
-            return
-        for partial in partials:
-            shutil.rmtree(partial, ignore_errors=True)
-        time.sleep(0.1)
-
-
-def load_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises UserError when it is missing or damaged."""
-    try:
-        with _checkpointer({}) as checkpointer:
-            restored = checkpointer.restore(
-                path.absolute(), args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            )
-        manifest = dict(restored.manifest)
-        expected = manifest.pop("manifest_sha256")
-    except Exception as error:  # missing files, bad JSON, bad UTF-8: all mean the same
-        raise UserError(
-            f"{path}: the manifest can't be read ({type(error).__name__}); {_ADVICE}"
-        ) from error
-    if _digest(manifest) != expected:
-        raise UserError(
-            f"{path}: the manifest does not have the SHA-256 it was saved with; {_ADVICE}"
-        )
-    return manifest
-
-
-_ADVICE = (
-    "restore this folder from a copy, or move it and all later tasks away and give the same "
-    "command again to retrain them"
-)
-
-
-def load(
-    path: Path, templates: Mapping[str, Any], sharding: Sharding, part: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Items like `templates` (pytrees of arrays or shapes), placed by `sharding`, and the
-    manifest, all verified.
-
-    With `part`, a template may leave arrays of its item out: they are neither read nor verified.
-    Raises UserError naming the array that is missing, of another shape, or not what was saved.
-    """
-    manifest = load_manifest(path)
-    out = {}
-    for item, template in templates.items():
-        leaves = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for name, leaf in _named(template).items()
-        }
-        expected = {
-            key.removeprefix(f"{item}/"): value
-            for key, value in manifest["sha256"].items()
-            if key.startswith(f"{item}/")
-        }
-        if odd := sorted(
-            leaves.keys() - expected.keys() if part else leaves.keys() ^ expected.keys()
-        ):
-            raise UserError(
-                f"{path}: {item}/{odd[0]} is only in the "
-                f"{'checkpoint' if odd[0] in expected else 'configured method'}"
-            )
-        arrays = _restore(path, item, leaves) if leaves else {}
-        for name, array in arrays.items():
-            if array.shape != leaves[name].shape or pytrees.sha256(array) != expected[name]:
-                raise UserError(
-                    f"{path}: array {item}/{name} is not what was saved (its SHA-256 differs); "
-                    f"{_ADVICE}"
-                )
-        out[item] = jax.tree.unflatten(
-            jax.tree.structure(template), [arrays[name] for name in leaves]
-        )
-    return out, manifest
-
-
-def _restore(
-    path: Path, item: str, leaves: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    def read(part):
-        restore_args = ocp.checkpoint_utils.construct_restore_args(part)
-        args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
-        with _checkpointer({item: part}) as checkpointer:
-            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{item: args}))[
-                item
-            ]
-
-    try:
-        return read(leaves)
-    except Exception as whole:  # find the array to blame, one by one
-        for name, leaf in leaves.items():
-            try:
-                read({name: leaf})
-            except Exception as error:
-                reason = str(error).splitlines()[0][:200]
-                raise UserError(
-                    f"{path}: array {item}/{name} can't be read ({reason}); {_ADVICE}"
-                ) from whole
-        raise UserError(
-            f"{path}: {item} can't be read ({str(whole).splitlines()[0][:200]}); {_ADVICE}"
-        ) from whole
+# As `task_path` writes them, so that no two names are the same task.
+_TASK_NAME = re.compile(r"[0-9]{3}|[1-9][0-9]{3,}")
+_STATE_NAME = re.compile(r"([0-9]{3}|[1-9][0-9]{3,})-([0-9]{6}|[1-9][0-9]{6,})")
+# What is written in a workdir; where one of them is a link, the writing would happen elsewhere.
+_OURS = ("config.json", ".config.json.partial", ".lock", "tasks", "training", "damaged")
 
 
 class Reader:
@@ -200,15 +44,29 @@ class Reader:
     def __init__(self, workdir: str | Path):
         self.root = Path(workdir).expanduser()
         self.tasks, self.training = self.root / "tasks", self.root / "training"
-        self.identity: dict[str, Any] = {}
+        self.record: RunRecord | None = None  # what the run is, once it has been read or claimed
+        self._format = 0  # of config.json
 
-    def read_identity(self) -> dict[str, Any]:
-        """What makes the run this one (`config.json`); every task is checked against it. Raises
-        UserError where there is no run.
+    @property
+    def _config(self) -> Path:
+        return self.root / "config.json"
+
+    def read_record(self) -> RunRecord:
+        """Return what makes the run this one (`config.json`); every task is held against it.
+
+        Raises UserError where there is no run, its file is damaged or changed by hand, or of a
+        newer format.
         """
-        config = self.root / "config.json"
+        self.record, self._format = self._read_config()
+        return self.record
+
+    def _read_config(self) -> tuple[RunRecord, int]:
+        config = self._config
+        for name in _OURS:
+            checkpoint.refuse_link(self.root / name)
         try:
-            self.identity = json.loads(config.read_text())
+            with open(os.open(config, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                data = json.loads(file.read())
         except OSError as error:
             raise UserError(
                 f"workdir: {self.root} holds no run ({config.name} can't be read: {error.strerror})"
@@ -217,7 +75,33 @@ class Reader:
             raise UserError(
                 f"workdir: {config} is damaged ({error}); restore it, or take another workdir"
             ) from error
-        return self.identity
+        where = f"workdir: {config}"
+        record = RunRecord.from_json(formats.upgrade("run", data, where), where)
+        return record, formats.number(data)
+
+    def compare_settings(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Raise UserError, with a line for each setting that differs, when the folder's run has
+        others than `settings`, by the rule of `records.differences`.
+        """
+        there = self.read_record()
+        self._refuse(
+            records.differences(there, settings, defaults, ignore_unused=self._format == 0)
+        )
+
+    def compare(self, record: RunRecord, defaults: Mapping[str, Any]) -> None:
+        """Do as `compare_settings`, and compare the hashes and the tasks' classes too."""
+        there = self.read_record()
+        self._refuse(
+            records.differences(there, record.settings, defaults, ignore_unused=self._format == 0)
+            + records.origin_differences(there, record)
+        )
+
+    def _refuse(self, lines: list[str]) -> None:
+        if lines:
+            raise UserError(
+                f"workdir: {self.root} holds a run of another config; take another workdir, or its "
+                "settings:\n" + "\n".join(f"  {line}" for line in lines)
+            )
 
     def task_path(self, task: int) -> Path:
         """Where task `task` (from 0) is kept."""
@@ -225,52 +109,59 @@ class Reader:
 
     def present(self) -> list[int]:
         """The tasks that are there, in order."""
-        return (
-            sorted(int(path.name) for path in self.tasks.iterdir() if path.name.isdigit())
-            if self.tasks.is_dir()
-            else []
+        if not self.tasks.is_dir():
+            return []
+        return sorted(
+            int(path.name) for path in self.tasks.iterdir() if _TASK_NAME.fullmatch(path.name)
         )
 
     def finished(self) -> int:
         """How many tasks are finished. Raises UserError where one is missing among them."""
         there = self.present()
-        if there != list(range(len(there))):
+        self.check_complete(there)
+        return len(there)
+
+    def check_complete(self, there: Sequence[int]) -> None:
+        """Raise UserError where `there`, what `present` gave, leaves a task out."""
+        if list(there) != list(range(len(there))):
             missing = min(set(range(there[-1])) - set(there))
             raise UserError(
-                f"{self.task_path(missing)} is missing, later tasks are there; {_ADVICE}"
+                f"{self.task_path(missing)} is missing, later tasks are there; {checkpoint.ADVICE}"
             )
-        return len(there)
 
     def load_task(
         self, task: int, templates: Mapping[str, Any], sharding: Sharding, part: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Items of a finished task ("adapter", "shared", "statistics", "memory") like
-        `templates`, and its manifest, verified as by `load`.
+    ) -> tuple[dict[str, Any], TaskManifest]:
+        """Return items of a finished task ("adapter", "shared", "statistics", "memory") like
+        `templates`, and its manifest, verified as by `checkpoint.load_items`.
 
-        Raises UserError when an array is damaged, or the task is missing, another one, of another
-        run or another backbone.
+        Raises UserError when an array is damaged, or the task is missing, another one, or of
+        another run.
         """
+        manifest, path = self.load_task_manifest(task), self.task_path(task)
+        return checkpoint.load_items(path, manifest.sha256, templates, sharding, part), manifest
+
+    def load_task_manifest(self, task: int) -> TaskManifest:
+        """Return a finished task's manifest alone. Raises UserError as `load_task`."""
         path = self.task_path(task)
         if not path.is_dir():
-            raise UserError(f"{path} is missing; {_ADVICE}")
-        items, manifest = load(path, templates, sharding, part)
-        self._check_origin(task, manifest)
-        return items, manifest
-
-    def load_task_manifest(self, task: int) -> dict[str, Any]:
-        """A finished task's manifest alone. Raises UserError as `load_task`."""
-        manifest = load_manifest(self.task_path(task))
-        self._check_origin(task, manifest)
+            raise UserError(f"{path} is missing; {checkpoint.ADVICE}")
+        data = formats.upgrade("task", checkpoint.load_manifest(path), path)
+        manifest = TaskManifest.from_json(data, path)
+        self._check_origin(path, task, manifest)
         return manifest
 
-    def _check_origin(self, task: int, manifest: Mapping[str, Any]) -> None:
-        for key, now in {"task": task, **self.identity}.items():
-            there = manifest["task"] if key == "task" else manifest["run"].get(key)
-            if there != now:
-                raise UserError(
-                    f"{self.task_path(task)}: {key} is {there!r}, expected {now!r}: this task is "
-                    f"from elsewhere; {_ADVICE}"
-                )
+    def _check_origin(self, path: Path, task: int, manifest: TaskManifest) -> None:
+        expected = self.record or self.read_record()
+        lines = records.differences(manifest.run, expected.settings, {})
+        lines += records.origin_differences(manifest.run, expected)
+        if manifest.task != task:
+            lines.insert(0, f"task: {manifest.task} there, {task} now")
+        if lines:
+            raise UserError(
+                f"{path}: this task is from elsewhere, it is not of this run's config.json "
+                f"({'; '.join(lines)}); {checkpoint.ADVICE}"
+            )
 
 
 class Store(Reader):
@@ -279,7 +170,9 @@ class Store(Reader):
     """
 
     def __init__(self, workdir: str | Path):
-        """Make the folder, or open it. Raises UserError when it can't be written, or another
+        """Make the folder, or open it.
+
+        Raises UserError when it can't be written, something of ours in it is a link, or another
         process runs in it.
         """
         super().__init__(workdir)
@@ -296,18 +189,23 @@ class Store(Reader):
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            for name in _OURS:
+                checkpoint.refuse_link(self.root / name)
             self._lock()
             for folder in (self.tasks, self.training):
                 folder.mkdir(exist_ok=True)
-                clean(folder)
+                checkpoint.clean(folder)
+            self._opened = self._folders()
         except OSError as error:
             raise UserError(
                 f"workdir: {self.root} can't be written ({error}); name another with --workdir=DIR"
             ) from error
 
     def _lock(self) -> None:
-        # The kernel lets go of it when the process ends, however it ends.
-        self._locked = open(self.root / ".lock", "w")  # noqa: SIM115
+        # Not emptied: whatever it is, it stays as it is. The kernel lets go of the lock when the
+        # process ends, however it ends.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._locked = open(os.open(self.root / ".lock", flags, 0o666), "r+b")  # noqa: SIM115
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -322,73 +220,136 @@ class Store(Reader):
         if self._locked:
             self._locked.close()
 
-    def compare(self, identity: Mapping[str, Any]) -> None:
-        """Raise UserError when the folder holds a run that differs in any of `identity`'s
-        entries (JSON values).
-        """
-        config = self.root / "config.json"
-        if not config.exists():
-            if self.finished():
-                raise UserError(
-                    f"workdir: {self.root} has tasks but no config.json; restore it, or take "
-                    "another workdir"
-                )
-            return
-        there = self.read_identity()
-        now = json.loads(json.dumps(identity))
-        lines = [
-            f"  {key}: {there.get(key)!r} there, {value!r} now"
-            for key, value in now.items()
-            if there.get(key) != value
-        ]
-        if lines:
+    def compare_settings(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        """Do as `Reader.compare_settings`; a folder without a run is fine."""
+        if self._holds_run():
+            super().compare_settings(settings, defaults)
+
+    def compare(self, record: RunRecord, defaults: Mapping[str, Any]) -> None:
+        """Do as `Reader.compare`; a folder without a run is fine."""
+        if self._holds_run():
+            super().compare(record, defaults)
+
+    def _holds_run(self) -> bool:
+        """Whether config.json is there. Raises UserError where tasks are there without it."""
+        if os.path.lexists(self._config):
+            return True
+        if self.present():
             raise UserError(
-                f"workdir: {self.root} holds a run of another config; take another workdir, or its "
-                "settings:\n" + "\n".join(lines)
+                f"workdir: {self.root} has tasks but no config.json; restore it, or take "
+                "another workdir"
+            )
+        return False
+
+    def claim(self, record: RunRecord, defaults: Mapping[str, Any]) -> Path | None:
+        """Make the folder this run's: write `record`, or find that the run there is this one.
+
+        Where there was no config.json, training states, which nothing says the run of, are set
+        aside; returns the folder where they are now, else None. Raises UserError as `compare`
+        does, or where the processes of a run don't see the same folder.
+        """
+        self.compare(record, defaults)
+        new = not self._holds_run()
+        self._check_shared_view(new)
+        aside = None
+        if new:
+            self.record, self._format = record, len(formats.MIGRATIONS["run"])
+            if self._states():
+                aside = self._move_states_aside()
+            if distributed.is_primary():
+                text = json.dumps(formats.stamped("run", record.to_json()), indent=2)
+                checkpoint.write_text(self._config, text + "\n")
+        distributed.barrier()
+        return aside
+
+    def _check_shared_view(self, new: bool) -> None:
+        """Raise UserError in all processes where they don't find the same run, tasks and states."""
+        seen = [new, self.present(), [path.name for path in self._states()]]
+        number = zlib.crc32(json.dumps(seen).encode()) >> 1
+        most, least = distributed.all_max(number, -number)
+        if most != -least:
+            raise UserError(
+                f"workdir: the processes of this run see different things in {self.root}; give all "
+                "of them one folder that they share"
             )
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder this run's: `identity` is what makes it this one. Raises UserError as
-        `compare` does.
-        """
-        self.compare(identity)
-        self.identity = json.loads(json.dumps(identity))
-        distributed.barrier()  # all have compared
-        if distributed.is_primary():
-            write_text(self.root / "config.json", json.dumps(self.identity, indent=2) + "\n")
+    def save_task(self, task: int, items: Mapping[str, Any], manifest: TaskManifest) -> None:
+        """Keep a finished task's `items` ("adapter", "shared", "statistics", "memory") with
+        `manifest`, whose `run` and `sha256` are filled in, and drop the training state.
 
-    def save_task(self, task: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Keep a finished task's `items` ("adapter", "shared", "statistics", "memory"), and drop
-        its training state.
+        Raises UserError when it can't be written, or the folder is no longer this run's.
         """
-        save(self.task_path(task), items, {"task": task, "run": self.identity, **manifest})
+        self._check_still_ours()
+        data = manifest.to_json() | {"task": task, "run": self.record.to_json()}
+        checkpoint.save(self.task_path(task), items, formats.stamped("task", data))
         self._keep_only(None)
 
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
         """Keep the state of task `task` after `step` steps and `seconds` of training in the
-        place of the one before.
+        place of the one before. Raises UserError as `save_task`.
         """
+        self._check_still_ours()
         path = self.training / f"{task:03d}-{step:06d}"
         if not distributed.all_max(path.exists())[0]:
-            save(path, {"state": state}, {"task": task, "step": step, "seconds": seconds})
+            manifest = TrainingManifest(
+                run_fingerprint=self.record.fingerprint, task=task, step=step, seconds=seconds
+            )
+            data = formats.stamped("training", manifest.to_json())
+            checkpoint.save(path, {"state": state}, data)
         self._keep_only(path)
 
     def load_training(
         self, task: int, template: Any, sharding: Sharding
     ) -> tuple[Any, float] | None:
-        """The latest kept state of task `task` and its seconds, None if there is none. Raises
-        UserError when it is damaged.
+        """Return the latest kept state of task `task` and its seconds, None if there is none.
+
+        Raises UserError when it is damaged, or of another run, task or step than its folder says:
+        `set_aside_training` is what is left to do then. A state of format 0 says no run; it is
+        taken where config.json is of format 0 too.
         """
-        kept = [path for path in self._states() if path.name.startswith(f"{task:03d}-")]
+        kept = [path for path in self._states() if _state_of(path)[0] == task]
         if not kept:
             return None
-        items, manifest = load(kept[-1], {"state": template}, sharding)
-        return items["state"], manifest["seconds"]
+        path = kept[-1]
+        checkpoint.refuse_link(path)
+        data = formats.upgrade("training", checkpoint.load_manifest(path), path)
+        manifest = TrainingManifest.from_json(data, path)
+        self._check_state(path, manifest)
+        items = checkpoint.load_items(path, manifest.sha256, {"state": template}, sharding)
+        step = checkpoint.named_leaves(items["state"]).get("step")
+        if step is not None and int(distributed.to_host(step)) != manifest.step:
+            raise UserError(
+                f"{path}: the state in it is that after step {int(distributed.to_host(step))}, "
+                f"expected {manifest.step}"
+            )
+        return items["state"], manifest.seconds
+
+    def _check_state(self, path: Path, manifest: TrainingManifest) -> None:
+        if manifest.run_fingerprint is None:
+            if self._format > 0:
+                raise UserError(
+                    f"{path}: this training state is of an older format than the run's "
+                    "config.json, so it is from elsewhere"
+                )
+        elif manifest.run_fingerprint != self.record.fingerprint:
+            raise UserError(
+                f"{path}: this training state is of another run (its fingerprint is "
+                f"{manifest.run_fingerprint[:12]}..., expected {self.record.fingerprint[:12]}...)"
+            )
+        if (there := (manifest.task, manifest.step)) != _state_of(path):
+            raise UserError(
+                f"{path}: this training state is of task {there[0]} after step {there[1]}, which "
+                "is not what its folder is named for"
+            )
 
     def set_aside_training(self) -> Path:
         """Move every kept training state out of the way, never to be read again; returns where
         to.
         """
+        self._check_still_ours()
+        return self._move_states_aside()
+
+    def _move_states_aside(self) -> Path:
         aside = self.root / "damaged"
         if distributed.is_primary():
             aside.mkdir(exist_ok=True)
@@ -398,13 +359,45 @@ class Store(Reader):
         return aside
 
     def _states(self) -> list[Path]:
-        return sorted(
-            path for path in self.training.iterdir() if re.fullmatch(r"\d+-\d+", path.name)
-        )
+        """The kept training states, in the order of tasks and steps."""
+        if not self.training.is_dir():
+            return []
+        paths = [path for path in self.training.iterdir() if _STATE_NAME.fullmatch(path.name)]
+        return sorted(paths, key=_state_of)
 
     def _keep_only(self, path: Path | None) -> None:
         if distributed.is_primary():
             for other in self._states():
                 if other != path:
-                    shutil.rmtree(other)
+                    checkpoint.remove(other)
         distributed.barrier()
+
+    def _folders(self) -> list[tuple[int, int]]:
+        """Device and inode of the folders that are written in."""
+        stats = [os.stat(folder) for folder in (self.root, self.tasks, self.training)]
+        return [(stat.st_dev, stat.st_ino) for stat in stats]
+
+    def _check_still_ours(self) -> None:
+        """Raise UserError in all processes when the folder was moved, removed, or made another's:
+        Orbax would make it anew, and the run would end well in a folder that holds half of it.
+        """
+
+        def look() -> None:
+            if not distributed.is_primary():
+                return
+            with contextlib.suppress(OSError, UserError):
+                if self._folders() == self._opened and self._read_config()[0] == self.record:
+                    return
+            raise UserError(
+                f"workdir: {self.root} is no longer the folder that this run was started in (it "
+                "was moved, removed or changed while the run trained); nothing more was written. "
+                "Put it back as it was and give the same command again"
+            )
+
+        distributed.run_on_all(look)
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """Task and step that a training state's folder is named for."""
+    task, step = path.name.split("-")
+    return int(task), int(step)

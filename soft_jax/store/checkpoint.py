@@ -1,0 +1,258 @@
+"""Pytrees of arrays and a JSON manifest as one Orbax checkpoint, whole or not at all, and text
+files written the same way.
+
+Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from soft_jax import distributed, pytrees
+from soft_jax.errors import UserError
+
+ADVICE = (
+    "restore this folder from a copy, or move it and all later tasks away and give the same "
+    "command again to retrain them"
+)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise UserError where `path` is a symbolic link: what is written there would go elsewhere."""
+    if path.is_symlink():
+        raise UserError(
+            f"workdir: {path} is a symbolic link; put what it points to in its place, or remove it"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, UTF-8, whole or not at all: on the disk when this returns.
+
+    Raises UserError when it can't be written; the file is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    refuse_link(partial)
+    try:
+        partial.unlink(missing_ok=True)  # of a process that was killed
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(partial, flags, 0o666), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); make room or mend the disk, and give "
+            "the same command again"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems can't; the file itself is safe there.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpointer(items: Mapping[str, Any]) -> ocp.Checkpointer:
+    # One directory an array (no OCDBT): damage then has a name.
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in items}
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(**handlers, manifest=ocp.JsonCheckpointHandler())
+    )
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted name, for any pytree; the name is also the array's directory on disk."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Save pytrees of jax arrays and a JSON manifest as one checkpoint, whole or not at all.
+
+    The manifest gets the key "sha256": the hash of each array by "item/leaf". Raises UserError when
+    it can't be written; nothing else on disk changes then.
+    """
+    # An item may be empty.
+    named = {name: leaves for name, tree in items.items() if (leaves := named_leaves(tree))}
+    hashes = {
+        f"{name}/{leaf}": pytrees.sha256(array)
+        for name, leaves in named.items()
+        for leaf, array in leaves.items()
+    }
+    manifest = dict(manifest, sha256=hashes)
+    manifest["manifest_sha256"] = _digest(manifest)
+    args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
+    try:
+        with _checkpointer(named) as checkpointer:
+            checkpointer.save(
+                path.absolute(),
+                args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)),
+            )
+    # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
+    except Exception as error:
+        if distributed.is_primary():
+            clean(path.parent)
+        raise UserError(
+            f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are "
+            "as they were; make room or mend the disk, and give the same command again"
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves that were cut off left behind."""
+    # Threads of a save that just failed may still be writing: a few tries.
+    for _ in range(50):
+        partials = list(folder.glob("*orbax-checkpoint-tmp*"))
+        if not partials:
+            return
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                remove(partial)
+        time.sleep(0.1)
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest as it was saved, with "sha256" of each array in it.
+
+    It is read as the plain JSON that Orbax writes: setting up Orbax takes far longer than that, and
+    a report reads one manifest a task. Raises UserError when it is missing or damaged.
+    """
+    try:
+        manifest = json.loads((path / "manifest" / "metadata").read_bytes())
+        expected = manifest.pop("manifest_sha256")
+    except Exception as error:  # missing files, bad JSON, bad UTF-8: all mean the same
+        raise UserError(
+            f"{path}: the manifest can't be read ({type(error).__name__}); {ADVICE}"
+        ) from error
+    if _digest(manifest) != expected:
+        raise UserError(
+            f"{path}: the manifest does not have the SHA-256 it was saved with; {ADVICE}"
+        )
+    return manifest
+
+
+def load_items(
+    path: Path,
+    hashes: Mapping[str, str],
+    templates: Mapping[str, Any],
+    sharding: Sharding,
+    part: bool = False,
+) -> dict[str, Any]:
+    """Return items like `templates` (pytrees of arrays or shapes), placed by `sharding`, verified.
+
+    `hashes` are those of the manifest, by "item/leaf". With `part`, a template may leave arrays of
+    its item out: they are neither read nor verified. Raises UserError naming the array that is
+    missing, of another shape, or not what was saved.
+    """
+    out, folder = {}, path.absolute()
+    for item, template in templates.items():
+        leaves = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in named_leaves(template).items()
+        }
+        expected = {
+            key.removeprefix(f"{item}/"): value
+            for key, value in hashes.items()
+            if key.startswith(f"{item}/")
+        }
+        if odd := sorted(
+            leaves.keys() - expected.keys() if part else leaves.keys() ^ expected.keys()
+        ):
+            raise UserError(
+                f"{path}: {item}/{odd[0]} is only in the "
+                f"{'checkpoint' if odd[0] in expected else 'configured method'}"
+            )
+        # Looked at before the arrays are read: what changes meanwhile is hashed again next time.
+        states = {name: _state_on_disk(path / item / name) for name in leaves}
+        arrays = _restore(path, item, leaves) if leaves else {}
+        for name, array in arrays.items():
+            key, state = (str(folder / item / name), str(array.dtype), expected[name]), states[name]
+            known = state is not None and _verified.get(key) == state
+            if array.shape != leaves[name].shape or not (
+                known or pytrees.sha256(array) == expected[name]
+            ):
+                raise UserError(
+                    f"{path}: array {item}/{name} is not what was saved (its SHA-256 differs); "
+                    f"{ADVICE}"
+                )
+            if state is not None:
+                _verified[key] = state
+        out[item] = jax.tree.unflatten(
+            jax.tree.structure(template), [arrays[name] for name in leaves]
+        )
+    return out
+
+
+def _state_on_disk(folder: Path) -> tuple | None:
+    """What is another when an array's files were written again: inode, size and time of each. None
+    where they can't be looked at.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat()) for entry in entries]
+    except OSError:
+        return None
+    return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+# What this process has verified: by folder, dtype that it was read as, and hash, the state of an
+# array's files. An array that is read again and again while predicting is hashed once, as long as
+# its files stay as they were. Threads share it: one look-up or one entry is atomic in a dict.
+_verified: dict[tuple[str, str, str], tuple] = {}
+
+
+def _restore(
+    path: Path, item: str, leaves: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    def read(part):
+        restore_args = ocp.checkpoint_utils.construct_restore_args(part)
+        args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
+        with _checkpointer({item: part}) as checkpointer:
+            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{item: args}))[
+                item
+            ]
+
+    try:
+        return read(leaves)
+    except Exception as whole:  # find the array to blame, one by one
+        for name, leaf in leaves.items():
+            try:
+                read({name: leaf})
+            except Exception as error:
+                reason = str(error).splitlines()[0][:200]
+                raise UserError(
+                    f"{path}: array {item}/{name} can't be read ({reason}); {ADVICE}"
+                ) from whole
+        raise UserError(
+            f"{path}: {item} can't be read ({str(whole).splitlines()[0][:200]}); {ADVICE}"
+        ) from whole
