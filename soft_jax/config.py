@@ -1,32 +1,29 @@
-"""Every setting of a run, its default and its checks; `configs/*.py` and the command line fill
-it.
+"""Every setting of a run, its default, its type and its range.
+
+`configs/*.py` and the command line fill a `Config`. What a method, scenario or backbone makes of a
+setting is checked where that part is registered (`methods.registry`, `data.scenarios`), so that
+this module imports nothing that takes time.
 """
 
 import ast
 import dataclasses
+import difflib
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from soft_jax.errors import UserError
-from soft_jax.methods import prompts, regularization, rehearsal, reparametrization
-from soft_jax.store import packing
 
-HOSTS = ("dualprompt", "l2p")
-STRATEGIES = (
-    regularization.REGULARIZATION | rehearsal.REHEARSAL
-)  # of keeping something from older tasks
-FINE_TUNED = (
-    "ft",
-    *(name for name, way in STRATEGIES.items() if way.fine_tunes),
-)  # methods that train the whole network
-ALONE = ("head", *FINE_TUNED)  # whole methods; the other parts are joined
+if TYPE_CHECKING:
+    import ml_collections
+
 DTYPES = ("float32", "bfloat16")
-# Settings that change where things are or how fast they go, never a figure: a run may be continued
-# with others.
+# Settings that change where things are, what they are called or how fast they go, never a figure:
+# a run may be continued with others.
 RUNTIME_FIELDS = (
+    "name",
     "data_dir",
+    "scenario_file",  # the tasks that it lists make the run what it is, wherever it is
     "backbone_path",
     "eval_batch_size",
     "weights_cache_mb",
@@ -37,80 +34,74 @@ RUNTIME_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. Layers are named from 1, as the paper's tables do; learning rate is for a batch
-    of 256 images.
+    """The settings of one run.
+
+    Layers are counted from 1, as the paper's tables do. The learning rate is that of a batch of 256
+    images. Raises UserError for a value of the wrong type or out of its range, naming the field.
     """
 
     name: str = "softtf"  # names the default workdir
-    # Scenario
-    dataset: str = (
-        "cifar100"  # "digits", or a TFDS image classification set with the splits train and test
-    )
-    data_dir: str = ""  # where TFDS looks; empty: TFDS's own default
-    tasks: int = 10  # 1 is joint training on all classes, the upper bound
+    # Data and tasks
+    dataset: str = "cifar100"  # "digits", "folder", "tiny_imagenet", or the name of a TFDS set
+    data_dir: str = ""  # where the images are; empty: TFDS's own default
+    scenario: str = "equal"  # how classes make tasks: equal, increments, or file
+    tasks: int = 10  # equal: so many tasks of as many classes each; 1 is joint training
+    initial_classes: int = 0  # increments: classes of the first task; 0: as many as of the others
+    increment: int = 10  # increments: classes of each later task; the last has what is left
+    scenario_file: str = ""  # file: a JSON list of tasks, each a list of class names or numbers
+    # NumPy's RandomState(seed).permutation of the classes before they are cut into tasks; -1: label
+    # order, as the paper has it. 1993 is the order that PILOT's figures use.
+    class_order_seed: int = -1
+    validation: float = 0.0  # share of each class's training images held out and evaluated apart
     train_images_per_class: int = 0  # the first so many of each class; 0: all
     test_images_per_class: int = 0
     seed: int = 59
     # Frozen backbone
     backbone: str = "vit_b16"
-    backbone_path: str = (
-        ""  # the file, or the folder it is in; empty: bundled, cached or downloaded
-    )
+    backbone_path: str = ""  # its file, or the folder it is in; empty: bundled, cached, downloaded
     image_size: int = 0  # pixels; 0: the backbone's own
-    dtype: str = (
-        "float32"  # of the computation; masks and their product with the weights are always float32
-    )
-    # Method
-    # Joined by "+": dualprompt or l2p; pgp; one of softtf, wsn, softnet, lora, adapter. Or alone:
-    # head, ft, ewc, lwf, derpp, icarl, bic.
+    dtype: str = "float32"  # of the computation; masks and θ ⊙ m are float32 in any case
+    # Method: parts joined by "+", at most one of each kind: a prompt host (dualprompt, l2p), pgp,
+    # and a reparametrization (softtf, wsn, softnet, lora, adapter). Or one that stands alone: head,
+    # ft, ewc, lwf, derpp, icarl, bic.
     method: str = "dualprompt+softtf"
-    mask_layers: tuple[int, ...] = (
-        10,
-        11,
-        12,
-    )  # that softtf, wsn, softnet, lora and adapter change
-    target_modules: str = "qkv+proj"  # joined by "+": qkv, proj, mlp; for lora also qv
+    mask_layers: tuple[int, ...] = (10, 11, 12)  # that the reparametrization changes
+    target_modules: str = "qkv+proj"  # of those layers, joined by "+": qkv, proj, mlp; lora also qv
     mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)
-    # How the store keeps softtf's masks: or int8, int4 (steps by row), lowrank (of `rank`)
-    mask_storage: str = "float32"
+    mask_storage: str = "float32"  # how softtf's masks are stored: or int8, int4, lowrank
     density: float = 0.9  # the share c of each kernel that wsn and softnet keep
     rank: int = 4  # of lora's products, adapter's bottlenecks and lowrank's masks
     pool_size: int = 10  # l2p's prompts, each e_prompt_length long
     top_k: int = 5  # of them for an image
     ewc_strength: float = 1000.0  # λ of ewc's penalty
-    lwf_strength: float = 1.0  # λ of lwf's
-    buffer_size: int = (
-        1000  # images of older tasks, of all together, that derpp, icarl and bic keep
-    )
+    lwf_strength: float = 1.0  # λ of lwf's distillation
+    buffer_size: int = 1000  # images of all older tasks together that derpp, icarl and bic keep
     e_prompt_layers: tuple[int, ...] = (10, 11, 12)
     e_prompt_length: int = 5
     g_prompt_layers: tuple[int, ...] = (1, 2)
     g_prompt_length: int = 5
     prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
     key_loss_weight: float = 1.0  # λ of the key-matching term
-    # Train with q(x) of the whole image, computed once, not of each crop as the paper does
+    # Train with q(x) of the whole image, computed once, instead of each crop's as the paper does.
     cache_queries: bool = False
-    # Train the G-prompt in the first task only; the paper trains it on, and old tasks drift with it
+    # Train the G-prompt in the first task only. The paper trains it on: old tasks drift with it.
     freeze_g_prompt: bool = False
     # Training
     epochs: int = 20
-    batch_size: int = 24  # over all devices
+    batch_size: int = 24  # images over all devices
     learning_rate: float = 0.03  # × batch_size / 256
-    clip_norm: float = 1.0
-    crop_scale: tuple[float, float] = (
-        0.05,
-        1.0,
-    )  # of the image's area; (1, 1) with crop_ratio (1, 1): no crop
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    clip_norm: float = 1.0  # the largest global norm of the gradients
+    crop_scale: tuple[float, float] = (0.05, 1.0)  # shares of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height; (1, 1) in both: no crop
     flip: bool = True
-    # Evaluation: "per_sample", "batch_vote" (the published one) and "oracle" are always reported
-    # together
+    # Evaluation: every protocol that applies to the method is reported.
     # Images of a test batch that batch_vote's Gradient ID looks at, a row for each number; 0: all.
     shots: tuple[int, ...] = (7,)
     eval_batch_size: int = 256  # of the forward passes; no figure depends on it
-    # Of the devices' memory for tasks' θ ⊙ m; what does not fit is read from the workdir again
+    # Of the devices' memory for tasks' θ ⊙ m; what doesn't fit is read from the workdir again.
     weights_cache_mb: int = 1024
-    # Random features M of q(x) for prototype task identity; a task keeps 2 M² bytes of statistics
+    # Random features M of q(x) for prototype task identity, of which a task keeps 2 M² bytes; 0:
+    # leave it out.
     prototype_features: int = 2000
     # Running
     checkpoint_every: int = 500  # steps between saves inside a task
@@ -118,175 +109,124 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if not _has_type(value := getattr(self, field.name), field.type):
-                raise UserError(f"{field.name}: {value!r} is not {_type_name(field.type)}")
-        self._check_method()
-        self._one_of("prefix_layout", prompts.LAYOUTS)
-        self._one_of("mask_init", reparametrization.MASK_INITS)
-        self._one_of("dtype", DTYPES)
-        self._one_of("mask_storage", packing.STORED_AS)
-        self._check_mask_weights()
-        for field in (
-            "tasks",
-            "epochs",
-            "batch_size",
-            "eval_batch_size",
-            "checkpoint_every",
-            "e_prompt_length",
-            "g_prompt_length",
-            "prototype_features",
-            "rank",
-            "pool_size",
-            "top_k",
-            "buffer_size",
-        ):
-            self._at_least(field, 1)
-        for field in ("learning_rate", "clip_norm"):
-            self._at_least(field, 1e-12)
-        for field in (
-            "image_size",
-            "key_loss_weight",
-            "seed",
-            "weights_cache_mb",
-            "train_images_per_class",
-            "test_images_per_class",
-            "ewc_strength",
-            "lwf_strength",
-        ):
-            self._at_least(field, 0)
+            _check_type(field.name, getattr(self, field.name), field.type)
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: {self.dtype!r} is unknown; known are {', '.join(DTYPES)}")
+        for least, names in _LEAST.items():
+            for name in names:
+                if getattr(self, name) < least:
+                    raise UserError(f"{name}: {getattr(self, name)!r} is below {least:g}")
+        for name in ("seed", "class_order_seed"):
+            if getattr(self, name) >= 2**31:
+                raise UserError(f"{name}: {getattr(self, name)} is not below 2**31")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         if min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
             raise UserError(
                 f"shots: {self.shots!r} are not different numbers of images, each 0 (all) or more"
             )
         if not 0 < self.density <= 1:
             raise UserError(f"density: {self.density} is not a share above 0 and at most 1")
-        if self.top_k > self.pool_size:
-            raise UserError(f"top_k: {self.top_k} is above pool_size, {self.pool_size}")
-        for field in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, field)
+        if not 0 <= self.validation < 1:
+            raise UserError(f"validation: {self.validation} is not a share from 0 to below 1")
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise UserError(f"{field}: {(low, high)} is not a range above 0")
-        if self.seed >= 2**31:
-            raise UserError(f"seed: {self.seed} is not below 2**31")
-        both = set(self.e_prompt_layers) & set(self.g_prompt_layers)
-        if both and "dualprompt" in self.method:
-            raise UserError(
-                f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; a layer takes "
-                "one prompt"
-            )
-
-    def _check_mask_weights(self) -> None:
-        weights = self.target_modules.split("+")
-        for weight in weights:
-            if weight not in reparametrization.WEIGHTS:
-                raise UserError(
-                    f"target_modules: {weight!r} is unknown; join any of "
-                    f"{', '.join(reparametrization.WEIGHTS)} with '+'"
-                )
-        if len(set(weights)) < len(weights) or {"qv", "qkv"} <= set(weights):
-            raise UserError(f"target_modules: {self.target_modules!r} names weights twice")
-        if "qv" in weights and "lora" not in self.method.split("+"):
-            raise UserError(
-                "target_modules: 'qv' is for lora, which treats q, k and v apart; take 'qkv'"
-            )
-
-    def _check_method(self) -> None:
-        parts, joined = (
-            self.method.split("+"),
-            (
-                HOSTS,
-                tuple(name for name in STRATEGIES if name not in ALONE),
-                tuple(reparametrization.REPARAMETRIZATIONS),
-            ),
-        )
-        known = {*ALONE, *(part for group in joined for part in group)}
-        if unknown := [part for part in parts if part not in known]:
-            raise UserError(
-                f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}"
-            )
-        if (len(parts) > 1 and set(parts) & set(ALONE)) or len(set(parts)) < len(parts):
-            raise UserError(
-                f"method: {self.method!r}: {', '.join(ALONE)} stand alone, and a part is named once"
-            )
-        for group in joined:
-            if len(chosen := [part for part in parts if part in group]) > 1:
-                raise UserError(
-                    f"method: {self.method!r} names both {chosen[0]} and {chosen[1]}; one of them "
-                    "at most"
-                )
-        if self.mask_storage != "float32" and "softtf" not in parts:
-            raise UserError(
-                f"mask_storage: {self.method!r} has no soft masks to keep as {self.mask_storage}; "
-                "leave it as float32"
-            )
-        if self.cache_queries and set(parts) & set(ALONE):
-            raise UserError(f"cache_queries: {self.method!r} asks nothing of q(x); leave it off")
-        if "pgp" in parts and not set(parts) & set(HOSTS):
-            raise UserError(
-                f"method: {self.method!r}: pgp projects prompts, so it needs one of "
-                f"{', '.join(HOSTS)}"
-            )
-
-    def _one_of(self, field: str, known: Iterable[str]) -> None:
-        if getattr(self, field) not in known:
-            raise UserError(
-                f"{field}: {getattr(self, field)!r} is unknown; known are {', '.join(known)}"
-            )
-
-    def _at_least(self, field: str, least: float) -> None:
-        if not getattr(self, field) >= least:
-            raise UserError(f"{field}: {getattr(self, field)!r} is below {least:g}")
+                raise UserError(f"{name}: {(low, high)} is not a range above 0")
+        if self.crop_scale[1] > 1:
+            raise UserError(f"crop_scale: {self.crop_scale} reaches above 1, the whole image")
 
     @property
     def benchmark(self) -> str:
-        """Key of the published tables ("c100_10"), or a name of our own."""
+        """Key of the published tables ("c100_10"), or a name of our own for other tasks."""
         short = {
             "cifar100": "c100",
             "imagenet_r": "imr",
             "caltech_birds2011": "cub",
             "tiny_imagenet": "tiny",
         }
-        return f"{short.get(self.dataset, self.dataset)}_{self.tasks}"
+        name = short.get(self.dataset, self.dataset)
+        order = "" if self.class_order_seed < 0 else f"_order{self.class_order_seed}"
+        return f"{name}_{self.tasks if self.scenario == 'equal' else self.scenario}{order}"
 
 
-def config_dict(**settings: Any) -> ml_collections.ConfigDict:
-    """The defaults with `settings` in their place, as what `config_flags` edits."""
-    return as_config_dict(Config(**settings))
+# The least value of each number that has one.
+_LEAST = {
+    1: (
+        "tasks",
+        "increment",
+        "epochs",
+        "batch_size",
+        "eval_batch_size",
+        "checkpoint_every",
+        "e_prompt_length",
+        "g_prompt_length",
+        "rank",
+        "pool_size",
+        "top_k",
+        "buffer_size",
+    ),
+    1e-12: ("learning_rate", "clip_norm"),
+    0: (
+        "image_size",
+        "initial_classes",
+        "key_loss_weight",
+        "seed",
+        "weights_cache_mb",
+        "train_images_per_class",
+        "test_images_per_class",
+        "ewc_strength",
+        "lwf_strength",
+        "prototype_features",
+    ),
+    -1: ("class_order_seed",),
+}
+DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
 
 
-def as_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """`config` as what `config_flags` edits."""
+def from_settings(settings: Mapping[str, Any]) -> Config:
+    """Make the `Config` of `settings`, in which JSON may have turned tuples into lists.
+
+    Raises UserError for an unknown field, naming the nearest, or a bad value.
+    """
+    for name in settings:
+        if name not in DEFAULTS:
+            raise UserError(unknown("setting", name, DEFAULTS))
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Say that `name` is no known `what`, with the nearest that is, or else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return f"{what} {name!r} is unknown; {hint}"
+
+
+def config_dict(**settings: Any) -> "ml_collections.ConfigDict":
+    """Return the defaults with `settings` in their place, as what `config_flags` edits."""
+    return as_config_dict(from_settings(settings))
+
+
+def as_config_dict(config: Config) -> "ml_collections.ConfigDict":
+    """Return `config` as what `config_flags` edits."""
+    import ml_collections  # here, since it takes as long as all the rest
+
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-    """The checked `Config`. Raises UserError for an unknown field or a bad value, by name."""
-    values = config.to_dict()
-    if unknown := values.keys() - {field.name for field in dataclasses.fields(Config)}:
-        raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
-    values = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
-    return Config(**values)
-
-
-def from_identity(identity: Mapping[str, Any]) -> Config:
-    """The `Config` of a run's `config.json`, which holds more than that; RUNTIME_FIELDS settings
-    are at their defaults.
-    """
-    fields = {field.name for field in dataclasses.fields(Config)}
-    settings = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in identity.items() if key in fields
-    }
-    if isinstance(settings.get("shots"), int):  # of a run from when there was one number
-        settings["shots"] = (settings["shots"],)
-    return Config(**settings)
+def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
+    """Check a config file's settings. Raises UserError for an unknown field or a bad value."""
+    return from_settings(config.to_dict())
 
 
 def parse_argument(argument: str | None) -> dict[str, Any]:
-    """A config's string argument ("tasks=20,method=dualprompt,layers=3-5") as settings.
+    """Read a config's string argument ("tasks=20,method=dualprompt,layers=3-5") as settings.
 
-    Keys are the fields of `Config`, and `layers` for the E-prompt and masked layers at once.
-    Layers, and other lists of numbers, are "10-12" or "3+5+7". Raises UserError for an unknown key
-    or a value of the wrong type, by name.
+    Keys are the fields of `Config`, and `layers` for the E-prompt and masked layers at once. Layers
+    and other lists of numbers are written "10-12" or "3+5+7". Raises UserError for an unknown key,
+    one that stands twice, or a value of the wrong type, by name.
     """
     fields = {field.name: field.type for field in dataclasses.fields(Config)}
     settings: dict[str, Any] = {}
@@ -294,28 +234,31 @@ def parse_argument(argument: str | None) -> dict[str, Any]:
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
             raise UserError(f"config argument {item!r}: write key=value")
-        if key == "layers":
-            settings["e_prompt_layers"] = settings["mask_layers"] = _parse(
-                key, text, tuple[int, ...]
-            )
-        elif key in fields:
-            settings[key] = _parse(key, text, fields[key])
-        else:
-            raise UserError(
-                f"config argument: unknown key {key!r}; known are layers, {', '.join(fields)}"
-            )
+        if key != "layers" and key not in fields:
+            raise UserError(f"config argument: {unknown('key', key, ['layers', *fields])}")
+        names = ("e_prompt_layers", "mask_layers") if key == "layers" else (key,)
+        if set(names) & settings.keys():
+            raise UserError(f"config argument: {key} is given twice")
+        value = _parse(key, text, fields[names[0]])
+        settings |= dict.fromkeys(names, value)
     return settings
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise UserError where a field's value is not of its type, or a number is not finite."""
+    if not _has_type(value, kind):
+        raise UserError(f"{name}: {value!r} is not {_type_name(kind)}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{name}: {value!r} is not finite")
 
 
 def _has_type(value: Any, kind: Any) -> bool:
     if kind == tuple[int, ...]:
         return isinstance(value, tuple) and len(value) > 0 and all(type(v) is int for v in value)
     if kind == tuple[float, float]:
-        return (
-            isinstance(value, tuple)
-            and len(value) == 2
-            and all(type(v) in (int, float) for v in value)
-        )
+        numbers = isinstance(value, tuple) and all(type(v) in (int, float) for v in value)
+        return numbers and len(value) == 2
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -335,18 +278,26 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             value = _parse_numbers(text)
         elif kind == tuple[float, float]:
             value = tuple(float(part) for part in text.split("-"))
+        elif kind is bool:
+            value = ast.literal_eval(text.capitalize())
         else:
-            value = ast.literal_eval(text.capitalize() if kind is bool else text)
+            value = float(text) if kind is float else int(text)
     except (ValueError, SyntaxError):
         value = None
     if not _has_type(value, kind):
         raise UserError(f"config argument: {key}={text!r} is not {_type_name(kind)}")
-    return float(value) if kind is float else value
+    return value
+
+
+_MOST_NUMBERS = 10_000  # in one list: more is a slip, and would fill memory before it is found
 
 
 def _parse_numbers(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in text.split("+"):
         first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
+        span = range(int(first), int(last or first) + 1)
+        if len(numbers) + len(span) > _MOST_NUMBERS:
+            raise ValueError
+        numbers += span
     return tuple(numbers)

@@ -90,6 +90,18 @@ def _order(seed: int, task: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, zlib.crc32(b"shuffle"), task, epoch]).permutation(count)
 
 
+def pad(rows: np.ndarray, length: int) -> np.ndarray:
+    """Return `rows` `[N, ...]` with zeros behind them, `length` in all."""
+    return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _cores() -> int:
+    """Return how many cores this process may use; macOS can only tell how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def from_files(
     schedule: BatchSampler,
     files: EncodedImages,
@@ -126,7 +138,7 @@ def from_files(
 
     # A thread makes a whole batch; decoding and resizing let go of Python's lock. Twice as many
     # batches wait as threads work, if they fit.
-    threads = max(2, len(os.sched_getaffinity(0)))
+    threads = max(2, _cores())
     waiting = max(1, min(2 * threads, AHEAD_BYTES // (3 * each * spec.size**2)))
     options = grain.ReadOptions(num_threads=min(threads, waiting), prefetch_buffer_size=waiting)
     iterator = iter(grain.MapDataset.range(schedule.steps).map(load).to_iter_dataset(options))

@@ -17,6 +17,7 @@ import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.data import images as images_lib
+from soft_jax.data import scenarios
 from soft_jax.data.augmentation import prepare_test
 from soft_jax.errors import UserError
 
@@ -108,6 +109,13 @@ class Dataset:
     train: InMemoryImages | EncodedImages
     test: InMemoryImages | EncodedImages
     class_names: tuple[str, ...]
+    validation: InMemoryImages | EncodedImages | None = None
+
+    def with_validation(self, share: float, seed: int) -> "Dataset":
+        """Return the set with `share` of each class's training images held out as `validation`."""
+        held = scenarios.hold_out(self.train.labels, share, seed)
+        kept, taken = (self.train.take(np.flatnonzero(mask)) for mask in (~held, held))
+        return dataclasses.replace(self, train=kept, validation=taken)
 
     def first(self, train: int, test: int) -> "Dataset":
         """The set with the first `train` and `test` images of each class, in their order; 0 is
@@ -144,8 +152,7 @@ def load(name: str, data_dir: str = "") -> Dataset:
     Raises UserError when there is no such set, it is neither prepared nor can be, or it does not
     fit.
     """
-    own = {"digits": lambda _: _digits(), "tiny_imagenet": _tiny_imagenet, "folder": _folder}
-    return own[name](data_dir) if name in own else _tfds(name, data_dir)
+    return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir)
 
 
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
@@ -158,7 +165,7 @@ def _every_fifth(labels: np.ndarray) -> np.ndarray:
     return test
 
 
-def _digits() -> Dataset:
+def _digits(data_dir: str) -> Dataset:
     """1,797 handwritten digits, 8 × 8 in 17 levels, enlarged to 32 × 32; every fifth image of a
     class is for the test.
     """
@@ -233,6 +240,14 @@ def _folder(data_dir: str) -> Dataset:
         _from_paths(pairs["test"], f"{root}/test"),
         names,
     )
+
+
+# Sets of our own by name; to add one, write a function of `data_dir` that returns a `Dataset`.
+DATASETS: dict[str, Callable[[str], Dataset]] = {
+    "digits": _digits,
+    "tiny_imagenet": _tiny_imagenet,
+    "folder": _folder,
+}
 
 
 def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> InMemoryImages | EncodedImages:
