@@ -6,6 +6,11 @@ import jax.numpy as jnp
 LAYOUTS = ("separate", "interleaved")
 
 
+def from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return layers that a setting counts from 1, counted from 0, in order and each once."""
+    return tuple(sorted({layer - 1 for layer in layers}))
+
+
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Prompts and prompt keys start from U(-1, 1), float32 `shape`."""
     return jax.random.uniform(key, shape, jnp.float32, -1, 1)

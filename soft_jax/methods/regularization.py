@@ -1,24 +1,17 @@
-"""What a method keeps from older tasks so that training the next one harms them less: PGP, EWC,
-LwF.
-
-Each class is one way. Its memory, a pytree that keeps its shapes from task to task, is stored with
-each task: `init` before the first, `update` after each. `before_task` makes of it what the training
-step gets as an argument, for `loss` and `project`. Those that keep images of older tasks are in
+"""Strategies that keep arrays of older tasks: PGP, EWC, LwF. Those that keep images are in
 `rehearsal`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import pytrees
-from soft_jax.models.vit import ViT
+from soft_jax.methods.strategy import Batch, ContinualStrategy
 
 if TYPE_CHECKING:
     from soft_jax.config import Config
@@ -26,65 +19,6 @@ if TYPE_CHECKING:
 
 IMAGES = 256  # of a task's training images that `update` looks at, prepared as test images are
 AT_ONCE = 32
-
-
-Batch = Mapping[str, Any]
-
-
-class ContinualStrategy:
-    """What a way does unless it says otherwise. `fine_tunes`: it stands alone and trains the
-    whole network; else it joins a prompt method.
-
-    `memory` is its own; `trainable` `{"adapter": ..., "shared": ...}`; a batch holds `images` in
-    [0, 1] `[N, H, W, 3]`, `labels` int `[N]` and `class_mask` bool `[classes]`, and in a step the
-    `weights` `[N]` of `train.loss_fn`.
-    """
-
-    fine_tunes: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, config: "Config") -> Self:
-        """The way with its settings of `config`: none."""
-        return cls()
-
-    def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """The memory before the first task."""
-        raise NotImplementedError
-
-    def loss(
-        self,
-        memory: pytrees.Tree,
-        method: "Method",
-        trainable: pytrees.Tree,
-        backbone: pytrees.Tree,
-        batch: Batch,
-        logits: jax.Array,
-    ):
-        """What is added to the loss, a scalar; `logits` `[N, classes]` are the batch's. Nothing."""
-        return 0.0
-
-    def project(self, memory: pytrees.Tree, method: "Method", grads: pytrees.Tree) -> pytrees.Tree:
-        """`grads`, shaped as `trainable`, as the optimizer gets them: as they are."""
-        return grads
-
-    def before_task(
-        self, memory: pytrees.Tree, shared: pytrees.Tree
-    ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """What a task's steps get as `memory`, and the shared part that they start from, from
-        what is stored: both as they are.
-        """
-        return memory, shared
-
-    def update(
-        self,
-        memory: pytrees.Tree,
-        method: "Method",
-        trainable: pytrees.Tree,
-        backbone: pytrees.Tree,
-        batch: Batch,
-    ) -> pytrees.Tree:
-        """The memory after one more task, from a batch of its images."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,32 +40,18 @@ class PGP(ContinualStrategy):
     pool, one.
     """
 
+    published_as: ClassVar[str] = "PGP"
     fine_tunes: ClassVar[bool] = False
     threshold: float = 0.5
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """Nothing is held yet."""
-        count = 1 if method.pool_size else len(method.g_layers + method.e_layers)
-        return {"projector": jnp.zeros((count, method.vit.dim, method.vit.dim), jnp.float32)}
+        """Hold nothing yet."""
+        count, dim = method.host.count_projectors(), method.architecture.dim
+        return {"projector": jnp.zeros((count, dim, dim), jnp.float32)}
 
     def project(self, memory: pytrees.Tree, method: "Method", grads: pytrees.Tree) -> pytrees.Tree:
-        """`grads` of `{"adapter": ..., "shared": ...}` with the prompts' projected."""
-        projector, adapter, shared = (
-            memory["projector"],
-            dict(grads["adapter"]),
-            dict(grads["shared"]),
-        )
-        if method.pool_size:
-            prompt = shared["pool"]["prompt"]
-            moved = prompt - jnp.matmul(
-                prompt, projector[0].astype(prompt.dtype), precision="highest"
-            )
-            shared["pool"] = shared["pool"] | {"prompt": moved}
-        else:
-            g_count = len(method.g_layers)
-            shared["g_prompt"] = _project_keys(shared["g_prompt"], projector[:g_count])
-            adapter["prompt"] = _project_keys(adapter["prompt"], projector[g_count:])
-        return {"adapter": adapter, "shared": shared}
+        """Return `grads` with those of the prompts projected."""
+        return method.host.project(grads, memory["projector"])
 
     def update(
         self,
@@ -156,17 +76,6 @@ class PGP(ContinualStrategy):
         return {"projector": jnp.asarray(np.stack(grown), jnp.float32)}
 
 
-def _project_keys(grads: jax.Array, projector: jax.Array) -> jax.Array:
-    """Gradients `[layers, 2, length, heads, head_dim]`, those of the keys without their part in
-    `projector` `[layers, dim, dim]`.
-    """
-    keys = grads[:, 0].reshape(grads.shape[0], grads.shape[2], -1)
-    keys = keys - jnp.einsum(
-        "lpd,lde->lpe", keys, projector.astype(keys.dtype), precision="highest"
-    )
-    return grads.at[:, 0].set(keys.reshape(grads[:, 0].shape))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _grams(
     method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array
@@ -174,39 +83,13 @@ def _grams(
     """Σ xᵀx `[layers, dim, dim]` over the tokens of images in [0, 1]: of queries in prompted
     layers, or of embedded images for a pool.
     """
-    if method.pool_size:
-        features = [ViT(method.vit).apply({"params": backbone}, images, method="embed")]
-    else:
-        features = _attention_queries(method, trainable, backbone, images)
+    features = method.host.projection_inputs(method, trainable, backbone, images)
     return jnp.stack(
         [
             jnp.einsum("bnd,bne->de", x, x, precision="highest")
             for x in (f.astype(jnp.float32) for f in features)
         ]
     )
-
-
-def _attention_queries(
-    method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array
-) -> list[jax.Array]:
-    found = {}
-
-    def watch(call, args, kwargs, context):
-        out = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.path[-1:] == ("qkv",):
-            found[int(context.module.path[0].removeprefix("blocks_"))] = out[..., : method.vit.dim]
-        return out
-
-    shared = trainable["shared"]
-    with nn.intercept_methods(watch):
-        method.logits(
-            backbone, trainable["adapter"], shared, method.trunk(backbone, shared, images)
-        )
-    last = method.vit.depth - 1  # of whose queries only the [class] token's is used
-    return [
-        found[layer][:, :1] if layer == last else found[layer]
-        for layer in method.g_layers + method.e_layers
-    ]
 
 
 def _grow(projector: np.ndarray, gram: np.ndarray, threshold: float) -> np.ndarray:
@@ -233,6 +116,8 @@ class EWC(ContinualStrategy):
     Memory: `{"fisher": F}`, shaped as the shared part; θ* is the shared part as stored.
     """
 
+    settings: ClassVar[tuple[str, ...]] = ("ewc_strength",)
+    published_as: ClassVar[str] = "EWC"
     strength: float = 1000.0
 
     @classmethod
@@ -321,7 +206,7 @@ class Distillation(ContinualStrategy):
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old."""
-        return {"seen": jnp.zeros(method.classes, bool)}
+        return {"seen": jnp.zeros(method.num_classes, bool)}
 
     def before_task(
         self, memory: pytrees.Tree, shared: pytrees.Tree
@@ -369,6 +254,9 @@ class LwF(Distillation):
     weights are shared: old tasks drift wherever the new images do not speak for the old ones.
     """
 
+    settings: ClassVar[tuple[str, ...]] = ("lwf_strength",)
+    published_as: ClassVar[str] = "LwF"
+
     @classmethod
     def from_config(cls, config: "Config") -> Self:
         """λ is `lwf_strength`."""
@@ -384,7 +272,3 @@ class LwF(Distillation):
     ) -> pytrees.Tree:
         """Its task's classes among the old ones."""
         return {"seen": memory["seen"] | jnp.asarray(batch["class_mask"])}
-
-
-# A way by the name it has in a config's `method`.
-REGULARIZATION: dict[str, type[ContinualStrategy]] = {"pgp": PGP, "ewc": EWC, "lwf": LwF}

@@ -18,7 +18,8 @@ import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.errors import UserError
-from soft_jax.methods.regularization import Batch, ContinualStrategy, Distillation
+from soft_jax.methods.regularization import Distillation
+from soft_jax.methods.strategy import Batch, ContinualStrategy
 
 if TYPE_CHECKING:
     from soft_jax.config import Config
@@ -51,6 +52,7 @@ class Rehearsal(ContinualStrategy):
     Memory: `{"rows": int32 [exemplars]}`, -1 where there are none yet, and each one's own.
     """
 
+    settings: ClassVar[tuple[str, ...]] = ("buffer_size",)
     joined: ClassVar[bool] = True
     least: ClassVar[int] = 1  # exemplars of a class
     buffer_size: int
@@ -60,7 +62,7 @@ class Rehearsal(ContinualStrategy):
         """With as many exemplars as `config` says."""
         return cls(buffer_size=config.buffer_size)
 
-    def check(self, classes: int) -> None:
+    def check_classes(self, classes: int) -> None:
         """Raise UserError where there are too few exemplars for so many classes."""
         if self.buffer_size < self.least * classes:
             raise UserError(
@@ -147,6 +149,7 @@ class DERpp(Rehearsal):
     Memory: `rows`, and `logits` float32 `[exemplars, classes]`.
     """
 
+    published_as: ClassVar[str] = "DER++"
     joined: ClassVar[bool] = False
     alpha: float = 0.1
 
@@ -154,7 +157,7 @@ class DERpp(Rehearsal):
         """No exemplars."""
         return {
             "rows": np.full(self.buffer_size, -1, np.int32),
-            "logits": np.zeros((self.buffer_size, method.classes), np.float32),
+            "logits": np.zeros((self.buffer_size, method.num_classes), np.float32),
         }
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -222,6 +225,8 @@ class ICaRL(Distillation, Rehearsal):
     Memory: that of the distillation, `rows`, and `head`, the trained classifier: training goes on
     from it, and the old network answers with it.
     """
+
+    published_as: ClassVar[str] = "iCaRL"
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
         """No class is old, no exemplars."""
@@ -301,6 +306,7 @@ class BiC(Distillation, Rehearsal):
     classifier before the correction.
     """
 
+    published_as: ClassVar[str] = "BiC"
     least: ClassVar[int] = 2
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
@@ -396,7 +402,3 @@ def _corrected(head: pytrees.Tree, new: np.ndarray, alpha: float, beta: float) -
     scale = np.where(new, alpha, 1).astype(np.float32)
     bias = np.asarray(head["bias"]) * scale + np.where(new, beta, 0).astype(np.float32)
     return {"kernel": np.asarray(head["kernel"]) * scale, "bias": bias}
-
-
-# A way by the name it has in a config's `method`.
-REHEARSAL: dict[str, type[Rehearsal]] = {"derpp": DERpp, "icarl": ICaRL, "bic": BiC}

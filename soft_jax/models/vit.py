@@ -6,18 +6,23 @@ before `apply`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Prefix = Mapping[int, jax.Array]
+from soft_jax import pytrees
+from soft_jax.models import vit_checkpoints
+from soft_jax.models.protocol import Architecture, Prefix
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """Sizes of a ViT. `dtype` is the dtype of its computation; parameters keep their own."""
+class ViTConfig(Architecture):
+    """Sizes of a ViT, and what the rest of the program has to know of the family."""
 
     image_size: int
     patch_size: int
@@ -27,15 +32,18 @@ class ViTConfig:
     mlp_dim: int
     dtype: str = "float32"
 
-    @property
-    def grid(self) -> int:
-        """Patches along one side of an image."""
-        return self.image_size // self.patch_size
+    # "qv" is "qkv" for those that tell q, k and v apart (LoRA).
+    modules: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "qkv": ("attn/qkv",),
+        "qv": ("attn/qkv",),
+        "proj": ("attn/proj",),
+        "mlp": ("mlp/fc1", "mlp/fc2"),
+    }
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.heads
+    def grid(self) -> int:
+        """Return the number of patches along one side of an image."""
+        return self.image_size // self.patch_size
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -45,6 +53,45 @@ class ViTConfig:
             )
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+
+    def module(self) -> "ViT":
+        """Return the Flax module."""
+        return ViT(self)
+
+    def block_path(self, layer: int) -> str:
+        """Return "blocks_3" and the like."""
+        return f"blocks_{layer}"
+
+    def layer_of(self, path: str) -> int | None:
+        """Return 3 for "blocks_3/attn/qkv/kernel", None for what is in no block."""
+        found = re.match(r"blocks_(\d+)/", path)
+        return int(found[1]) if found else None
+
+    def fused(self, path: str) -> int:
+        """Return 3 for the kernel that holds q, k and v."""
+        return 3 if path.endswith("attn/qkv/kernel") else 1
+
+    def query_layer(self, path: Sequence[str]) -> int | None:
+        """Return the layer of a fused qkv product."""
+        return self.layer_of("/".join(path)) if tuple(path[-2:]) == ("attn", "qkv") else None
+
+    def bottleneck_widths(self, layer: int) -> dict[str, int]:
+        """Return the places behind fc1 and behind fc2, where `Mlp` looks for them."""
+        mlp = f"{self.block_path(layer)}/mlp"
+        return {f"{mlp}/adapter1": self.mlp_dim, f"{mlp}/adapter2": self.dim}
+
+    def convert(self, arrays: Mapping[str, np.ndarray]) -> tuple[pytrees.Tree, tuple[str, ...]]:
+        """Read Google's or timm's naming (`vit_checkpoints`)."""
+        return vit_checkpoints.convert(arrays, self)
+
+    def at_size(self, image_size: int) -> "ViTConfig":
+        """Return this ViT for images of `image_size` pixels, a multiple of the patch size."""
+        return dataclasses.replace(self, image_size=image_size)
+
+    def fit_size(self, params: pytrees.Tree) -> pytrees.Tree:
+        """Return `params` with the position embeddings resized to this grid."""
+        resized = vit_checkpoints.interpolate_positions(params["pos_embed"], self.grid)
+        return params | {"pos_embed": resized}
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -1,0 +1,259 @@
+"""Masks: real-valued ones (Soft-TF), and binary ones from scores (WSN, SoftNet)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from soft_jax import pytrees
+from soft_jax.config import Config
+from soft_jax.errors import UserError
+from soft_jax.methods.reparametrization import (
+    Draw,
+    Reparametrization,
+    draw_for,
+    kaiming,
+    targets,
+)
+from soft_jax.models.protocol import Architecture
+from soft_jax.store import packing
+
+# Table 5's. Fans are those of one task's mask; the published code draws the stack of all tasks' at
+# once, whose fans are larger.
+MASK_INITS: dict[str, Draw] = {
+    "uniform": lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.99, 1),
+    "ones": lambda key, shape: jnp.ones(shape, jnp.float32),
+    "xavier": lambda key, shape: jax.nn.initializers.xavier_uniform()(key, shape, jnp.float32),
+    "kaiming": kaiming,
+    "normal": lambda key, shape: 0.01 * jax.random.normal(key, shape, jnp.float32),
+}
+
+
+def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
+    """The masked kernels alone, θ ⊙ m (Soft-TF, section 3)."""
+    kernels = pytrees.select(backbone, pytrees.flatten(masks))
+    return jax.tree.map(jnp.multiply, kernels, masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftMask(Reparametrization):
+    """Soft-TF: a real-valued mask for each kernel, drawn as `init_as` says (Table 5); U(0.99, 1)
+    is the published code's.
+
+    `stored_as` and `stored_rank` say how the store keeps masks (`packing`).
+    """
+
+    adapter_key: ClassVar[str] = "mask"
+    settings: ClassVar[tuple[str, ...]] = (
+        *Reparametrization.settings,
+        "mask_init",
+        "mask_storage",
+        "rank",
+    )
+    published_as: ClassVar[str] = "Soft-TF"
+    kernels: tuple[str, ...]
+    changed_layers: tuple[int, ...]
+    init_as: str = "uniform"
+    stored_as: str = "float32"
+    stored_rank: int = 4
+
+    @classmethod
+    def from_config(cls, config: Config, architecture: Architecture) -> Self:
+        """Make soft masks from their settings, for a backbone."""
+        where = targets(config, architecture)
+        return cls(*where, config.mask_init, config.mask_storage, config.rank)
+
+    @classmethod
+    def settings_used(cls, config: Config) -> tuple[str, ...]:
+        """Leave `rank` out where the store keeps no products."""
+        lowrank = config.mask_storage == "lowrank"
+        return tuple(name for name in cls.settings if name != "rank" or lowrank)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise UserError for an unknown way to draw or to store masks."""
+        for name, known in (("mask_init", MASK_INITS), ("mask_storage", packing.STORED_AS)):
+            if (value := getattr(config, name)) not in known:
+                raise UserError(f"{name}: {value!r} is unknown; known are {', '.join(known)}")
+
+    def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
+        """A task's masks, float32, shaped as the kernels."""
+        return draw_for(key, backbone, self.kernels, MASK_INITS[self.init_as])
+
+    def weights(self, backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
+        """θ ⊙ m."""
+        return masked(backbone, masks)
+
+    def pack(self, masks: pytrees.Tree) -> pytrees.Tree:
+        """The masks as `stored_as` says."""
+        return packing.pack(masks, self.stored_as, self.stored_rank)
+
+    def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
+        """The masks that are stored."""
+        return packing.unpack(packed, self.stored_as, pytrees.select(backbone, self.kernels))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def top_k_mask(scores: jax.Array, keep: int) -> jax.Array:
+    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores
+    themselves (straight-through).
+
+    Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so
+    the lowest that is kept is found bit by bit: a float's bits, those of negative ones inverted,
+    are in the order of the floats. So is the place where the equal ones end.
+    """
+    width = 8 * scores.dtype.itemsize
+    unsigned = jnp.dtype(f"uint{width}")
+    top = unsigned.type(1 << (width - 1))
+    bits = jax.lax.bitcast_convert_type(scores.reshape(-1), unsigned)
+    ranks = jnp.where(bits >= top, ~bits, bits | top)
+
+    lowest = _highest(unsigned, lambda rank: _count(ranks >= rank) >= keep)
+    above, level = ranks > lowest, ranks == lowest
+    room = keep - _count(above)
+
+    def first() -> jax.Array:
+        places = jnp.arange(scores.size, dtype=jnp.uint32)
+        return level & (
+            places < _highest(places.dtype, lambda place: _count(level & (places < place)) <= room)
+        )
+
+    level = jax.lax.cond(_count(level) == room, lambda: level, first)
+    return (above | level).astype(scores.dtype).reshape(scores.shape)
+
+
+def _count(where: jax.Array) -> jax.Array:
+    return jnp.sum(where, dtype=jnp.int32)
+
+
+def _highest(kind: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The highest number of an unsigned `kind` that `holds`; 0 does, and with any number all
+    below it.
+    """
+
+    def raised(step: jax.Array, number: jax.Array) -> jax.Array:
+        higher = number | (kind.type(1) << (kind.type(8 * kind.itemsize - 1) - step.astype(kind)))
+        return jnp.where(holds(higher), higher, number)
+
+    return jax.lax.fori_loop(0, 8 * kind.itemsize, raised, kind.type(0))
+
+
+@top_k_mask.defjvp
+def _straight_through(keep, primals, tangents):
+    return top_k_mask(primals[0], keep), tangents[0]
+
+
+def num_kept(share: float, size: int) -> int:
+    """How many of `size` weights the top `share` is: at least 1."""
+    return max(1, round(share * size))
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryMask(Reparametrization):
+    """WSN (Kang et al., 2022): scores s, and the top share `density` of |s| in each kernel as a
+    binary mask, straight-through to |s|.
+
+    With `soft`, SoftNet (Kang et al., 2023): what is not kept has small real values, σ(U(-50, -10))
+    as in the published code, instead of 0. They are drawn with the task and not trained. The store
+    keeps a bit a weight, and of the small values those that are used.
+    """
+
+    adapter_key: ClassVar[str] = "scores"
+    fixed: ClassVar[tuple[str, ...]] = ("minor",)
+    settings: ClassVar[tuple[str, ...]] = (*Reparametrization.settings, "density")
+    published_as: ClassVar[str] = "WSN"
+    kernels: tuple[str, ...]
+    changed_layers: tuple[int, ...]
+    density: float = 0.9
+    soft: bool = False
+
+    @classmethod
+    def from_config(cls, config: Config, architecture: Architecture) -> Self:
+        """Make binary masks from their settings, for a backbone."""
+        return cls(*targets(config, architecture), config.density)
+
+    def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
+        """A task's scores, and for SoftNet its minor weights, float32, shaped as the kernels."""
+        score_key, minor_key = jax.random.split(key)
+        own = {"scores": draw_for(score_key, backbone, self.kernels, kaiming)}
+        if self.soft:
+            minor = draw_for(
+                minor_key,
+                backbone,
+                self.kernels,
+                lambda k, shape: jax.random.uniform(k, shape, jnp.float32, -50, -10),
+            )
+            own["minor"] = jax.tree.map(jax.nn.sigmoid, minor)
+        return own
+
+    def _binary(self, own: pytrees.Tree) -> pytrees.Tree:
+        return jax.tree.map(
+            lambda scores: top_k_mask(jnp.abs(scores), num_kept(self.density, scores.size)),
+            own["scores"],
+        )
+
+    def masks(self, own: pytrees.Tree) -> pytrees.Tree:
+        """The masks that the scores stand for."""
+        masks = self._binary(own)
+        if not self.soft:
+            return masks
+        return jax.tree.map(
+            lambda mask, minor: mask + jax.lax.stop_gradient((1 - mask) * minor),
+            masks,
+            own["minor"],
+        )
+
+    def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
+        """θ ⊙ m."""
+        return masked(backbone, self.masks(own))
+
+    def pack(self, own: pytrees.Tree) -> pytrees.Tree:
+        """Which weights are kept, a bit each, and the small values of the others, float32 `[size
+        - kept]`.
+        """
+        binary = self._binary(own)
+        packed = {"bits": jax.tree.map(packing.pack_bits, binary)}
+        if self.soft:
+            packed["minor"] = jax.tree.map(
+                lambda mask, minor: minor.reshape(-1)[self._dropped(mask)], binary, own["minor"]
+            )
+        return packed
+
+    def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
+        """Scores of 1 and 0, and the small values where they are used: the same masks, to the
+        bit.
+        """
+        kernels = pytrees.select(backbone, self.kernels)
+        own = {
+            "scores": jax.tree.map(
+                lambda kernel, bits: packing.unpack_bits(bits, kernel.shape),
+                kernels,
+                packed["bits"],
+            )
+        }
+        if self.soft:
+            own["minor"] = jax.tree.map(
+                lambda mask, minor: (
+                    jnp.zeros(mask.size).at[self._dropped(mask)].set(minor).reshape(mask.shape)
+                ),
+                own["scores"],
+                packed["minor"],
+            )
+        return own
+
+    def _dropped(self, mask: jax.Array) -> jax.Array:
+        return jnp.flatnonzero(mask == 0, size=mask.size - num_kept(self.density, mask.size))
+
+
+class SoftNet(BinaryMask):
+    """SoftNet: `BinaryMask` with `soft`."""
+
+    published_as: ClassVar[str] = "SoftNet"
+
+    @classmethod
+    def from_config(cls, config: Config, architecture: Architecture) -> Self:
+        """Make SoftNet's masks from their settings, for a backbone."""
+        return cls(*targets(config, architecture), config.density, soft=True)

@@ -1,0 +1,214 @@
+"""The grammar of a config's `method`, and what each part of it is made of and makes use of.
+
+A method is a prompt host, a strategy and a reparametrization, each of which may be absent, joined
+by "+" in any order: "dualprompt+pgp+softtf". Or it is one part that stands alone. To add a part,
+write its class in a module of its kind, and its line here.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, Config
+from soft_jax.data import scenarios
+from soft_jax.errors import UserError
+from soft_jax.methods.hosts import L2P, DualPrompt, PromptHost
+from soft_jax.methods.low_rank import Bottleneck, LoRA
+from soft_jax.methods.masks import BinaryMask, SoftMask, SoftNet
+from soft_jax.methods.method import Method
+from soft_jax.methods.regularization import EWC, PGP, LwF
+from soft_jax.methods.rehearsal import BiC, DERpp, ICaRL
+from soft_jax.methods.reparametrization import Reparametrization
+from soft_jax.methods.strategy import ContinualStrategy
+from soft_jax.models.protocol import Architecture
+
+HOSTS: dict[str, type[PromptHost]] = {"dualprompt": DualPrompt, "l2p": L2P}
+STRATEGIES: dict[str, type[ContinualStrategy]] = {
+    "pgp": PGP,
+    "ewc": EWC,
+    "lwf": LwF,
+    "derpp": DERpp,
+    "icarl": ICaRL,
+    "bic": BiC,
+}
+REPARAMETRIZATIONS: dict[str, type[Reparametrization]] = {
+    "softtf": SoftMask,
+    "wsn": BinaryMask,
+    "softnet": SoftNet,
+    "lora": LoRA,
+    "adapter": Bottleneck,
+}
+HEAD, FINE_TUNING = "head", "ft"  # train the classifier alone, and the whole network
+
+# What methods without the part in question have no use for.
+_QUERY_SETTINGS = ("key_loss_weight", "cache_queries")
+_TASK_SETTINGS = ("prototype_features",)
+_KERNEL_SETTINGS = ("shots",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A `method` taken apart: the name of each part, None where it is absent, and their classes."""
+
+    host_name: str | None = None
+    strategy_name: str | None = None
+    reparametrization_name: str | None = None
+    whole_network: bool = False
+
+    @property
+    def host(self) -> type[PromptHost]:
+        """Return the prompt host's class."""
+        return HOSTS[self.host_name] if self.host_name else PromptHost
+
+    @property
+    def strategy(self) -> type[ContinualStrategy] | None:
+        """Return the strategy's class."""
+        return STRATEGIES[self.strategy_name] if self.strategy_name else None
+
+    @property
+    def reparametrization(self) -> type[Reparametrization] | None:
+        """Return the reparametrization's class."""
+        name = self.reparametrization_name
+        return REPARAMETRIZATIONS[name] if name else None
+
+    @property
+    def name(self) -> str:
+        """Return the method's one spelling: host, strategy, reparametrization."""
+        names = (self.host_name, self.strategy_name, self.reparametrization_name)
+        named = "+".join(name for name in names if name)
+        return named or (FINE_TUNING if self.whole_network else HEAD)
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        """Return the classes of the parts that are there."""
+        return tuple(x for x in (self.host, self.strategy, self.reparametrization) if x)
+
+
+def stand_alone() -> tuple[str, ...]:
+    """Return the names that no other joins."""
+    fine_tuned = (name for name, strategy in STRATEGIES.items() if strategy.fine_tunes)
+    return (HEAD, FINE_TUNING, *fine_tuned)
+
+
+def parse(method: str) -> Parts:
+    """Take a config's `method` apart. Raises UserError for what the grammar does not have."""
+    names, alone = method.split("+"), stand_alone()
+    known = {*alone, *HOSTS, *STRATEGIES, *REPARAMETRIZATIONS}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}")
+    if (len(names) > 1 and set(names) & set(alone)) or len(set(names)) < len(names):
+        raise UserError(
+            f"method: {method!r}: {', '.join(alone)} stand alone, and a part is named once"
+        )
+    chosen: list[str | None] = []
+    for group in (HOSTS, STRATEGIES, REPARAMETRIZATIONS):
+        these = [name for name in names if name in group]
+        if len(these) > 1:
+            raise UserError(
+                f"method: {method!r} names both {these[0]} and {these[1]}; one of them at most"
+            )
+        chosen.append(these[0] if these else None)
+    parts = Parts(*chosen)
+    fine_tunes = bool(parts.strategy and parts.strategy.fine_tunes)
+    if parts.strategy and not fine_tunes and not parts.host_name:
+        raise UserError(
+            f"method: {method!r}: {parts.strategy_name} projects prompts, so it needs one of "
+            f"{', '.join(HOSTS)}"
+        )
+    return dataclasses.replace(parts, whole_network=fine_tunes or method == FINE_TUNING)
+
+
+def _all_parts() -> tuple[type, ...]:
+    return (*HOSTS.values(), *STRATEGIES.values(), *REPARAMETRIZATIONS.values())
+
+
+def _unused(config: Config) -> dict[str, str]:
+    """Return the settings that have no effect beside the others, and what they would need."""
+    parts = parse(config.method)
+    used = set(parts.host.settings)
+    if parts.strategy:
+        used.update(parts.strategy.settings)
+    if parts.reparametrization:
+        used.update(parts.reparametrization.settings_used(config))
+    by_task = parts.host.per_task or parts.reparametrization is not None
+    kernels = bool(parts.reparametrization and parts.reparametrization.replaces_kernels)
+    of_parts = {name for part in _all_parts() for name in part.settings}
+    unused = dict.fromkeys(of_parts - used, f"method {parts.name!r}")
+    for names, needed in (
+        (_QUERY_SETTINGS, by_task or parts.host.pools),
+        (_TASK_SETTINGS, by_task),
+        (_KERNEL_SETTINGS, kernels),
+    ):
+        unused |= {} if needed else dict.fromkeys(names, f"method {parts.name!r}")
+    scenario = scenarios.SCENARIOS.get(config.scenario)
+    if scenario:
+        of_scenarios = {name for each in scenarios.SCENARIOS.values() for name in each.settings}
+        unused |= dict.fromkeys(
+            of_scenarios - set(scenario.settings), f"scenario {config.scenario!r}"
+        )
+    return unused
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a setting that is no good beside the others, or that has no effect.
+
+    `layers` in a config's argument sets the E-prompt's and the masked layers at once: where one of
+    them is not used, it may be as the other.
+    """
+    parts = parse(config.method)
+    scenarios.check(config)
+    for part in parts.classes:
+        part.check(config)
+    layers = {"e_prompt_layers": "mask_layers", "mask_layers": "e_prompt_layers"}
+    unused = _unused(config)
+    for name, where in unused.items():
+        value = getattr(config, name)
+        twin = layers.get(name)
+        if value == DEFAULTS[name] or (
+            twin and twin not in unused and value == getattr(config, twin)
+        ):
+            continue
+        raise UserError(
+            f"{name}: {value!r} has no effect with {where}; leave it at {DEFAULTS[name]!r}"
+        )
+
+
+def drop_unused(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings`, some of a `Config`'s fields, without those that have no effect."""
+    unused = _unused(Config(**settings))
+    return {name: value for name, value in settings.items() if name not in unused}
+
+
+def used_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that make a run what it is, with the method in its one spelling.
+
+    Those are not among them that have no effect here, nor those that never change a figure.
+    """
+    unused = _unused(config)
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in unused and name not in RUNTIME_FIELDS
+    }
+    return settings | {"method": parse(config.method).name}
+
+
+def make_method(config: Config, architecture: Architecture, class_names: Sequence[str]) -> Method:
+    """Make the method that `config` names, for a backbone and the names of all classes.
+
+    Raises UserError for a layer, module or rank that the backbone does not have.
+    """
+    parts = parse(config.method)
+    parts.host.check_backbone(config, architecture)
+    reparametrization = None
+    if parts.reparametrization:
+        parts.reparametrization.check_backbone(config, architecture)
+        reparametrization = parts.reparametrization.from_config(config, architecture)
+    return Method(
+        architecture=architecture,
+        class_names=tuple(class_names),
+        host=parts.host.from_config(config),
+        strategy=parts.strategy.from_config(config) if parts.strategy else None,
+        reparametrization=reparametrization,
+        trains_backbone=parts.whole_network,
+    )
