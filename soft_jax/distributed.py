@@ -1,30 +1,35 @@
-"""Several processes, one a host, running one program: what each of them holds of an array, and
-what they have to agree on.
+"""Several devices, and several processes (one a host) that run one program: how arrays are split
+over them, and what the processes have to agree on.
 
-With one process every function here is its plain counterpart. All processes must call them in the
-same order.
+With one process every function here is its plain counterpart. Functions that send something must
+be called by all processes in the same order, as all must run the same programs.
 """
 
+import collections
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from soft_jax.errors import UserError
 
 
 def join(others: str) -> None:
-    """Meet the other processes of this program; before anything else of jax is used.
+    """Connect to the other processes of this program. Call it before anything else of jax.
 
-    `others` is "auto" where jax finds them itself (TPU pods, Slurm, Open MPI, Kubernetes), or
-    "HOST:PORT,INDEX,COUNT": where process 0 listens, which one this is, and how many there are.
-    Raises UserError when it can't be read, or no cluster is found; processes that wait for others
-    in vain are ended by jax after five minutes.
+    Args:
+        others: "auto" where jax finds the others by itself (TPU pods, Slurm, Open MPI,
+            Kubernetes), or "HOST:PORT,INDEX,COUNT": the address at which process 0 listens, which
+            process this one is, counted from 0, and how many there are.
+
+    Raises:
+        UserError: `others` can't be read, or there is no cluster. A process that waits five minutes
+            for the others is ended by jax.
     """
     try:
         if others == "auto":
@@ -32,24 +37,55 @@ def join(others: str) -> None:
         else:
             address, index, count = others.split(",")
             jax.distributed.initialize(address, int(count), int(index))
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # not three parts, no numbers, no cluster found, nobody there
+    # Not three parts, parts that are no numbers, no cluster found, or nobody at that address.
+    except (ValueError, RuntimeError) as error:
         raise UserError(
-            f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", the '
-            "same COUNT for all"
+            f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", with '
+            "the same HOST:PORT and COUNT in all processes"
         ) from error
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Return whether this is the process that writes what is written once."""
     return jax.process_index() == 0
 
 
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh of all devices (or of those given) with one axis, `data`.
+
+    The devices stand in the order of their processes, and within a process in that of their ids:
+    the first rows of an array that is split over the mesh are the first process's.
+
+    Raises:
+        UserError: the processes have different numbers of devices.
+    """
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"distributed: the processes have {sorted(counts.values())} devices; expected the same "
+            "number in each"
+        )
+    # Not jax.make_mesh: on TPU slices it reorders what it is given. Each process's rows would then
+    # lie between those of others, and padding would no longer stand at the end of a batch.
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole: backbone, adapters, state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what is split over `data` by its first axis: images, labels."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def to_global(tree: Any, sharding: Sharding) -> Any:
-    """Arrays that every process has whole, placed by `sharding`. Nothing is sent: each process
-    copies its devices' part.
+    """Place arrays by `sharding`, when every process has them whole.
+
+    Nothing is sent: each process copies the part of its devices. Arrays that are split over the
+    processes already are moved to `sharding`.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
@@ -66,8 +102,9 @@ def to_global(tree: Any, sharding: Sharding) -> Any:
 
 
 def local_to_global(tree: Any, sharding: Sharding) -> Any:
-    """Arrays of which each process has its own rows, in the processes' order, as global arrays
-    split by `sharding`.
+    """Make global arrays, split by `sharding`, when each process has its own rows of them.
+
+    The rows of all processes follow each other in the order of the processes.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
@@ -75,25 +112,42 @@ def local_to_global(tree: Any, sharding: Sharding) -> Any:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array, in every process."""
+    """Return the whole of an array to every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def all_max(*values: int) -> tuple[int, ...]:
-    """The highest of the processes' values, for each argument by itself."""
+    """Return, for each argument by itself, the highest value that any process gave.
+
+    Values are sent as int32.
+    """
     if jax.process_count() == 1:
         return values
     return tuple(multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist())
+
+
+def from_primary(*values: int) -> tuple[int, ...]:
+    """Return to every process the values that the first process gave; the others' are ignored.
+
+    All processes give equally many values, which are sent as int32.
+    """
+    if jax.process_count() == 1:
+        return values
+    return tuple(multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist())
 
 
 Result = TypeVar("Result")
 
 
 def run_on_all(function: Callable[[], Result]) -> Result:
-    """`function()` in the first process, which may make files that the others find, then in the
-    others. A UserError in any ends all.
+    """Call `function` in the first process, which may make files that the others find, and then
+    in the others. Return this process's result.
+
+    Raises:
+        UserError: in all processes when `function` raised one in any of them. Where it was not this
+            process's own, the message points to the other's output.
     """
     result, problem = None, None
     for turn in (True, False):
@@ -110,13 +164,17 @@ def run_on_all(function: Callable[[], Result]) -> Result:
 
 
 def check_equal(settings: Mapping[str, Any]) -> None:
-    """Raise UserError in all processes where their settings, JSON values, are not the same."""
+    """Compare the processes' `settings`, JSON values.
+
+    Raises:
+        UserError: in all processes when they are not the same in all.
+    """
     number = int(hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:7], 16)
     most, least = all_max(number, -number)
     if most != -least:
         raise UserError(
             "distributed: the processes were given different settings, data or backbones; give all "
-            "the same command and files"
+            "of them the same command and files"
         )
 
 

@@ -9,21 +9,21 @@ order. A task's θ ⊙ m is made once and kept while a byte budget allows (`Task
 
 import dataclasses
 import functools
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from soft_jax import distributed, pytrees
 from soft_jax.data.augmentation import prepare_test, to_unit
-from soft_jax.inference import identity, prototypes
-from soft_jax.inference.prototypes import Classifier
-from soft_jax.methods import prompts
+from soft_jax.data.batches import pad
+from soft_jax.inference import identity
 from soft_jax.methods.method import Adapter, Method, Shared
-from soft_jax.training import train_step
 
 GRADIENT_BYTES = (
     2**30
@@ -74,7 +74,7 @@ class Batching:
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """`rows` padded with zeros to `size` and split over the devices."""
-        return distributed.to_global(pad(rows, size), train_step.by_row(self.mesh))
+        return distributed.to_global(pad(rows, size), distributed.by_row(self.mesh))
 
     def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
         """`function` of all rows, called on pieces. The rows of its results must not depend on
@@ -86,11 +86,6 @@ class Batching:
         return np.concatenate([distributed.to_host(values)[:count] for values, count in out])
 
 
-def pad(rows: np.ndarray, length: int) -> np.ndarray:
-    """`rows` with zeros after them, `length` in all."""
-    return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
-
-
 class TaskWeights:
     """θ ⊙ m by task, on the devices: those used last, up to `budget` bytes; the rest is loaded
     when it is asked for.
@@ -98,6 +93,10 @@ class TaskWeights:
     `load(task)` gives a task's adapter, from the store or from memory. Where tasks change no
     weights there is nothing to load or to keep. "θ ⊙ m" stands for whatever a method's `weights`
     gives.
+
+    Several threads may share it. They wait while one of them loads, so that a task that two of them
+    miss is loaded once. What a thread was given stays usable after its place went to another task;
+    it takes memory beside the budget until the thread lets go of it.
     """
 
     def __init__(
@@ -105,6 +104,7 @@ class TaskWeights:
     ):
         self._method, self._backbone, self._load, self._budget = method, backbone, load, budget
         self._kept: OrderedDict[int, pytrees.Tree] = OrderedDict()
+        self._lock = threading.RLock()  # reentrant: __getitem__ calls put
         shapes = jax.eval_shape(
             lambda params: method.weights(params, method.init_adapter(jax.random.key(0), params)),
             backbone,
@@ -112,20 +112,23 @@ class TaskWeights:
         self.bytes_each = pytrees.nbytes(shapes)
 
     def __contains__(self, task: int) -> bool:
-        return not self._method.reparam or task in self._kept
+        return not self._method.reparametrization or task in self._kept
 
     def __getitem__(self, task: int) -> pytrees.Tree:
-        if not self._method.reparam:
+        if not self._method.reparametrization:
             return {}
-        if task not in self._kept:
-            self._make_room()
-            self.put(task, self._load(task))
-        self._kept.move_to_end(task)
-        return self._kept[task]
+        with self._lock:
+            if task not in self._kept:
+                self._make_room()
+                self.put(task, self._load(task))
+            self._kept.move_to_end(task)
+            return self._kept[task]
 
     def put(self, task: int, adapter: Adapter) -> None:
         """Keep what `adapter` makes of the backbone as task `task`'s."""
-        if self._method.reparam:
+        if not self._method.reparametrization:
+            return
+        with self._lock:
             self._kept.pop(task, None)
             self._make_room()
             self._kept[task] = _weights(self._method, self._backbone, adapter)
@@ -156,20 +159,20 @@ class TaskWeights:
 class Model:
     """What images are identified and classified with.
 
-    `keys` `[P, dim]` and `prompts` `[P, layers, 2, length, heads, head_dim]` have a row for each
-    task of the scenario (of zeros, or empty, where the method has none); `tasks` are those to
-    choose from, in ascending order. `task_of_class` is int `[classes]`.
+    `rows` are `Method.row_shapes` with a row for each task of the scenario: "key" `[P, dim]` and
+    "prompt" `[P, ...]`, of zeros or empty where the method has none. `tasks` are those to choose
+    from, in ascending order. `task_of_class` is int `[classes]`, -1 for classes in no task.
+    `solved` is what task-identity rules made of all tasks' statistics, by the rule's name.
     """
 
     method: Method
     backbone: pytrees.Tree
     shared: Shared
-    keys: jax.Array
-    prompts: jax.Array
+    rows: Mapping[str, jax.Array]
     weights: TaskWeights
     tasks: tuple[int, ...]
     task_of_class: np.ndarray
-    prototypes: Classifier | None = None
+    solved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def mean_weights(self) -> pytrees.Tree:
@@ -193,9 +196,8 @@ def _encode(
 ) -> tuple[jax.Array, jax.Array | None]:
     # In one program, XLA computes once what the two passes share (the patch embedding at least).
     images = _unit(method, backbone, images, prepared)
-    return method.trunk(backbone, shared, images, selected), method.query(
-        backbone, images
-    ) if queried else None
+    tokens = method.trunk(backbone, shared, images, selected)
+    return tokens, method.query(backbone, images) if queried else None
 
 
 @functools.partial(jax.jit, static_argnames=("method", "prepared"))
@@ -206,8 +208,8 @@ def _query(method: Method, backbone: pytrees.Tree, images: jax.Array, prepared: 
 def _unit(method: Method, backbone: pytrees.Tree, images: jax.Array, prepared: bool) -> jax.Array:
     # Small images are resized where they are used, each time: sending them at the model's size
     # would take longer than that.
-    images = images if prepared else prepare_test(images, method.vit.image_size)
-    return to_unit(images, backbone["cls_token"].dtype)
+    images = images if prepared else prepare_test(images, method.architecture.image_size)
+    return to_unit(images, jax.tree.leaves(backbone)[0].dtype)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -215,20 +217,25 @@ def _logits(
     method: Method,
     backbone: pytrees.Tree,
     weights: pytrees.Tree,
-    prompts_: jax.Array,
+    rows: jax.Array,
     shared: Shared,
     tokens: jax.Array,
     pairs: jax.Array,
 ) -> jax.Array:
     task, _, position, size = pairs.T
-    sources = prompts.prefix_sources(method.prefix_layout, position, size)
-    prefix = method.shared_prefix(shared) | prompts.row_prefixes(
-        prompts_[task], method.e_layers, sources
-    )
+    host = method.host
+    sources = host.sources(position, size)
+    prefix = {**host.shared_prefix(shared), **host.row_prefix(rows[task], sources)}
     return method.classify(pytrees.merge(backbone, weights), prefix, shared, tokens)
 
 
 # Small programs of their own: the large ones above then depend on the size of a piece alone.
+# These alone exchange something between devices. A device that meets such a program waits there for
+# the others, so all devices must meet them in one order: two threads that start theirs at the same
+# time would wait for each other forever. A thread holds the lock while it starts one.
+_exchanging = threading.Lock()
+
+
 @functools.partial(jax.jit, static_argnames=("rows", "sharding"))
 def _grow(part: jax.Array, rows: int, sharding: jax.sharding.Sharding) -> jax.Array:
     grown = jnp.pad(part, ((0, rows - len(part)), *((0, 0) for _ in part.shape[1:])))
@@ -245,8 +252,129 @@ def _insert(
 
 
 @jax.jit
-def _take(tokens: jax.Array, rows: jax.Array) -> jax.Array:
-    return tokens[rows]
+def _take(whole: jax.Array, rows: jax.Array) -> jax.Array:
+    return whole[rows]
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _copy_own(tokens: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array:
+    """Rows of `tokens`, int `[n]` or `[n, S]`, each counted within the part of `tokens` that the
+    device of this slot holds.
+    """
+    by_row = PartitionSpec("data")
+    return jax.shard_map(
+        lambda tokens, rows: tokens[rows], mesh=mesh, in_specs=by_row, out_specs=by_row
+    )(tokens, rows)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+def _exchange(
+    taken: jax.Array, tokens: jax.Array, send: jax.Array, slots: jax.Array, mesh: Mesh
+) -> jax.Array:
+    """`taken` with some slots filled by other devices' rows: each device sends `capacity` rows to
+    each.
+
+    `send`, int `[devices, devices, capacity]`, says by sender and receiver which of the sender's
+    rows; `slots`, by receiver and sender, in which of the receiver's slots they are put. A slot
+    that doesn't exist drops its row.
+    """
+
+    def on_one(taken, tokens, send, slots):
+        received = jax.lax.all_to_all(tokens[send[0]], "data", 0, 0)
+        one = tokens.shape[1:]
+        filled = (
+            taken.reshape(-1, *one)
+            .at[slots.reshape(-1)]
+            .set(received.reshape(-1, *one), mode="drop")
+        )
+        return filled.reshape(taken.shape)
+
+    by_row = PartitionSpec("data")
+    return jax.shard_map(on_one, mesh=mesh, in_specs=by_row, out_specs=by_row)(
+        taken, tokens, send, slots
+    )
+
+
+class Piece(NamedTuple):
+    """What one forward pass takes: `chosen`, int `[n]`, some of the dispatched items, and `slots`,
+    int `[n]`, the rows of the pass, `size` in all, that they are put in.
+    """
+
+    chosen: np.ndarray
+    slots: np.ndarray
+    size: int
+
+    def put(self, values: np.ndarray, batching: Batching) -> jax.Array:
+        """The chosen of `values` `[N, ...]` in their slots, zeros in the others, split over the
+        devices.
+        """
+        placed = np.zeros((self.size, *values.shape[1:]), values.dtype)
+        placed[self.slots] = values[self.chosen]
+        return batching.put(placed, self.size)
+
+
+def dispatch(
+    rows: np.ndarray, total: int, batching: Batching, largest: int | None = None
+) -> Iterator[Piece]:
+    """Cut items into pieces of at most `largest` rows, so that little is sent between devices.
+
+    Item i needs row `rows[i]` of an array of `total` rows, which is split over the devices. Each
+    piece takes about as many items from each device, and an item's slot is on the device that has
+    its row while slots are left there; what is over is dealt out to the others in turn. On one
+    device the items keep their order.
+    """
+    owners = rows // (total // batching.mesh.size)
+    order = np.lexsort((owners, _ranks(owners)))
+    for start, stop, size in batching.pieces(len(rows), largest):
+        chosen = order[start:stop]
+        room = size // batching.mesh.size
+        ranks = _ranks(owners[chosen])
+        slots = owners[chosen] * room + ranks
+        over = np.flatnonzero(ranks >= room)
+        over = over[np.argsort(owners[chosen[over]], kind="stable")]
+        free = np.setdiff1d(np.arange(size), slots[ranks < room])
+        slots[over] = free[np.argsort(_ranks(free // room), kind="stable")][: len(over)]
+        yield Piece(chosen, slots, size)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """How many equal values stand before each of `values` `[N]`: int `[N]`."""
+    order = np.argsort(values, kind="stable")
+    ranks = np.empty(len(values), int)
+    ranks[order] = np.arange(len(values)) - np.searchsorted(values[order], values[order])
+    return ranks
+
+
+def take_rows(tokens: jax.Array, rows: np.ndarray, piece: Piece, batching: Batching) -> jax.Array:
+    """Rows of `tokens`, int `[N]` or `[N, S]`, for a piece: `[size, tokens, dim]` or `[size, S,
+    tokens, dim]`, split over the devices as `tokens` are. Slots that the piece leaves empty hold
+    any row.
+
+    Devices copy the rows that they have, and exchange those that they don't: as many rounds of a
+    fixed number of rows as it takes, so that one program serves every mix. A round moves about as
+    much to a device as it has slots. (Left to XLA, every device receives all slots' rows, or all
+    tokens.)
+    """
+    devices, shape = batching.mesh.size, (piece.size, *rows.shape[1:])
+    count = int(np.prod(shape))
+    home = np.arange(count) // (count // devices)
+    source, row = home.reshape(shape).copy(), np.zeros(shape, int)
+    source[piece.slots], row[piece.slots] = np.divmod(rows[piece.chosen], len(tokens) // devices)
+    taken = _copy_own(tokens, batching.put(row, piece.size), batching.mesh)
+    source, row = source.reshape(-1), row.reshape(-1)
+    capacity = -(-count // devices**2)
+    moved = np.flatnonzero(source != home)
+    turn, place = np.divmod(_ranks(source[moved] * devices + home[moved]), capacity)
+    for now in range(turn.max(initial=-1) + 1):
+        slot, at = moved[turn == now], place[turn == now]
+        send = np.zeros((devices, devices, capacity), int)
+        send[source[slot], home[slot], at] = row[slot]
+        slots = np.full((devices, devices, capacity), count)  # beyond the last: dropped
+        slots[home[slot], source[slot], at] = slot % (count // devices)
+        send, slots = (batching.put(array, devices) for array in (send, slots))
+        with _exchanging:
+            taken = _exchange(taken, tokens, send, slots, batching.mesh)
+    return taken
 
 
 def queries(
@@ -307,20 +435,21 @@ def gather_tokens(
     """Parts `[n, tokens, dim]` in one array of `rows` rows, each from its start on; a later part
     lies over an earlier one's end.
     """
-    sharding = train_step.by_row(batching.mesh)
-    tokens = (
-        jax.device_put(parts[0], sharding)
-        if len(parts[0]) == rows
-        else _grow(parts[0], rows, sharding)
-    )
-    for part, start in zip(parts[1:], starts[1:], strict=True):
-        tokens = _insert(tokens, part, start, sharding)
+    sharding = distributed.by_row(batching.mesh)
+    with _exchanging:
+        tokens = (
+            jax.device_put(parts[0], sharding)
+            if len(parts[0]) == rows
+            else _grow(parts[0], rows, sharding)
+        )
+        for part, start in zip(parts[1:], starts[1:], strict=True):
+            tokens = _insert(tokens, part, start, sharding)
     return tokens
 
 
 def key_similarity(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
     """cos(q(x), k) `[N, P]` of queries `[N, dim]` with every key of the pool."""
-    return batching.map(lambda part: identity.key_similarity(part, model.keys), query)
+    return batching.map(lambda part: identity.key_similarity(part, model.rows["key"]), query)
 
 
 def pool_selection(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
@@ -333,11 +462,6 @@ def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
     `key_similarity` `[N, P]`.
     """
     return np.asarray(model.tasks)[similarity[:, model.tasks].argmax(axis=1)]
-
-
-def log_posterior(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
-    """The prototypes' log p(class | x) `[N, classes]` for queries `[N, dim]`."""
-    return batching.map(lambda part: prototypes.log_posterior(part, model.prototypes), query)
 
 
 def alpha_gradients(
@@ -368,39 +492,47 @@ def alpha_gradients(
         * sum(sum(kernel.shape) for kernel in kernels)
         * out.dtype.itemsize
     )
-    for start, stop, size in batching.pieces(len(rows), GRADIENT_BYTES // held):
-        taken = _take(tokens, batching.put(rows[start:stop], size))
-        prompt = _take(model.prompts, batching.put(prompt_of[start:stop], size))
-        share = batching.put(weights[start:stop].astype(out.dtype), size)
-        gradient = identity.entropy_gradients(
-            model.method,
-            model.backbone,
-            model.mean_weights,
-            prompt,
-            model.shared,
-            taken,
-            share,
-            len(tasks),
-        )
+    largest = GRADIENT_BYTES // held
+    pieces = list(dispatch(rows[:, 0], len(tokens), batching, largest))
+    while pieces:
+        # As many pieces as GRADIENT_BYTES holds, at least one, go through the tasks together: where
+        # the cache doesn't hold all tasks, each pass through them loads most of them again.
+        fit = np.searchsorted(np.cumsum([piece.size for piece in pieces]), largest, side="right")
+        together, pieces = pieces[: max(1, fit)], pieces[max(1, fit) :]
+        gradients = [
+            identity.entropy_gradients(
+                model.method,
+                model.backbone,
+                model.mean_weights,
+                _take(model.rows["prompt"], piece.put(prompt_of, batching)),
+                model.shared,
+                take_rows(tokens, rows, piece, batching),
+                piece.put(weights.astype(out.dtype), batching),
+                len(tasks),
+            )
+            for piece in together
+        ]
         order = model.weights.order(tasks)
         for first in range(0, len(order), step):
             part = order[first : first + step]
-            out[start:stop, np.searchsorted(tasks, part)] = _products(model, gradient, part, step)[
-                : stop - start
-            ]
+            columns = np.searchsorted(tasks, part)
+            products = _products(model, gradients, part, step)
+            for piece, values in zip(together, products, strict=True):
+                out[np.ix_(piece.chosen, columns)] = values[piece.slots]
+        del gradients  # before the next are made
     return out
 
 
 def _products(
-    model: Model, gradient: dict[str, identity.Factors], tasks: list[int], padded: int
-) -> np.ndarray:
-    """`task_id.alpha_gradients` for at most `padded` tasks, `[G, len(tasks)]`; a function, so
-    that no weights outlive their use.
+    model: Model, gradients: list[dict[str, identity.Factors]], tasks: list[int], padded: int
+) -> list[np.ndarray]:
+    """`identity.alpha_gradients` of each of `gradients` for at most `padded` tasks, `[G,
+    len(tasks)]`; a function, so that no weights outlive their use.
     """
     weights = tuple(model.weights[task] for task in tasks)
-    return distributed.to_host(
-        identity.alpha_gradients(gradient, weights + weights[:1] * (padded - len(tasks)))
-    )[:, : len(tasks)]
+    weights += weights[:1] * (padded - len(tasks))
+    products = [identity.alpha_gradients(gradient, weights) for gradient in gradients]
+    return [distributed.to_host(values)[:, : len(tasks)] for values in products]
 
 
 def gradient_id(
@@ -427,36 +559,30 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
     The last two matter under the interleaved prefix layout only. Images of one task share its
     weights; without masks all do.
     """
-    out = np.empty((len(pairs), model.method.classes), at_least_float32(tokens.dtype))
+    out = np.empty((len(pairs), model.method.num_classes), at_least_float32(tokens.dtype))
     group = pairs[:, 0] if model.method.reparametrization else np.zeros(len(pairs), int)
-    pending: list[tuple[np.ndarray, jax.Array]] = []
+    pending: list[tuple[np.ndarray, np.ndarray, jax.Array]] = []
     for task in model.weights.order(np.unique(group).tolist()):
         if pending and task not in model.weights:
             jax.block_until_ready(
-                pending[-1][1]
+                pending[-1][-1]
             )  # what the devices still work with would be held beside the budget
         weights = None  # and so would be what the cache lets go of for the next
         weights, members = model.weights[task], np.flatnonzero(group == task)
-        for start, stop, size in batching.pieces(len(members)):
-            chosen = members[start:stop]
-            part = _take(tokens, batching.put(pairs[chosen, 1], size))
-            columns = batching.put(pairs[chosen], size)
-            pending.append(
-                (
-                    chosen,
-                    _logits(
-                        model.method,
-                        model.backbone,
-                        weights,
-                        model.prompts,
-                        model.shared,
-                        part,
-                        columns,
-                    ),
-                )
+        for piece in dispatch(pairs[members, 1], len(tokens), batching):
+            part = take_rows(tokens, pairs[members, 1], piece, batching)
+            values = _logits(
+                model.method,
+                model.backbone,
+                weights,
+                model.rows["prompt"],
+                model.shared,
+                part,
+                piece.put(pairs[members], batching),
             )
-    for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
-        out[chosen] = distributed.to_host(values)[: len(chosen)]
+            pending.append((members[piece.chosen], piece.slots, values))
+    for chosen, slots, values in pending:  # read only now: the devices are kept busy meanwhile
+        out[chosen] = distributed.to_host(values)[slots]
     return out
 
 
@@ -471,12 +597,6 @@ def alone(tasks: np.ndarray) -> np.ndarray:
 def at_least_float32(dtype: np.dtype) -> np.dtype:
     """The dtype of logits computed in `dtype`."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def prototype_id(model: Model, posterior: np.ndarray) -> np.ndarray:
-    """The task of the highest p(task | x), int `[N]`, from what `log_posterior` gave."""
-    by_task = prototypes.task_posterior(posterior, model.task_of_class)
-    return np.asarray(model.tasks)[by_task[:, model.tasks].argmax(axis=1)]
 
 
 def mask_to_seen(model: Model, logits: np.ndarray) -> np.ndarray:

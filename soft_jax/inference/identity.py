@@ -148,9 +148,12 @@ def entropy_gradients(
         jnp.broadcast_to(x, weights.shape).reshape(-1)
         for x in (jnp.arange(size)[None], totals.astype(int))
     )
-    sources = prompts.prefix_sources(method.prefix_layout, positions, sizes)
-    prefix = method.shared_prefix(shared)
-    prefix |= prompts.row_prefixes(jnp.repeat(prompt, size, axis=0), method.e_layers, sources)
+    sources = method.host.sources(positions, sizes)
+    rows = jnp.repeat(prompt, size, axis=0)
+    prefix = {
+        **method.host.shared_prefix(shared),
+        **method.host.row_prefix(rows, sources),
+    }
     params = pytrees.merge(backbone, mean)
 
     def entropy(shifts):
@@ -165,17 +168,20 @@ def entropy_gradients(
 
         with nn.intercept_methods(shifted):
             logits = method.classify(params, prefix, shared, tokens.reshape(-1, count, dim))
-        return jnp.sum(entropy_of_top(logits, method.classes // tasks) * shares), inputs
+        return jnp.sum(entropy_of_top(logits, method.num_classes // tasks) * shares), inputs
 
     # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be
     # as large as the kernel, per group.
     outs = {path: kernel.shape[1] for path, kernel in pytrees.flatten(mean).items()}
     zeros = {
-        path: jnp.zeros((groups * size, 1, out), method.vit.dtype) for path, out in outs.items()
+        path: jnp.zeros((groups * size, 1, out), method.architecture.dtype)
+        for path, out in outs.items()
     }
     _, inputs = jax.eval_shape(entropy, zeros)
     zeros = {
-        path: jnp.zeros((groups * size, inputs[path].shape[1], outs[path]), method.vit.dtype)
+        path: jnp.zeros(
+            (groups * size, inputs[path].shape[1], outs[path]), method.architecture.dtype
+        )
         for path in outs
     }
     gradients, inputs = jax.grad(entropy, has_aux=True)(zeros)

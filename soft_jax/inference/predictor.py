@@ -2,7 +2,7 @@
 that task's network.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from soft_jax.config import Config, from_identity
+from soft_jax import distributed
+from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
-from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
-from soft_jax.inference import engine, prototypes
-from soft_jax.methods.method import Adapter, Method, method_from_config
+from soft_jax.inference import engine, rules
+from soft_jax.inference.rules import ImageBatch, NoTaskId, TaskGiven, TaskIdentityRule
+from soft_jax.methods import registry
+from soft_jax.methods.method import Adapter, Method
 from soft_jax.models import backbones
 from soft_jax.store.folder import Reader
-from soft_jax.training import train_step
-
-TASK_IDS = ("prompt", "gradient", "prototype", "oracle")
+from soft_jax.store.records import TaskManifest
 
 
 class Prediction(NamedTuple):
@@ -39,22 +39,19 @@ class Prediction(NamedTuple):
 class Predictor:
     """Classes of images whose tasks nobody names. Made by `Predictor.load`.
 
-    A prediction does not depend on what else is asked for in the same call.
+    A prediction does not depend on what else is asked for in the same call. Several threads may
+    call the same predictor.
     """
 
     def __init__(
         self,
         model: engine.Model,
-        task_id: str,
+        rule: TaskIdentityRule,
         class_names: Sequence[str],
         batching: engine.Batching,
     ):
-        self.model, self.task_id, self.class_names, self.batching = (
-            model,
-            task_id,
-            tuple(class_names),
-            batching,
-        )
+        self.model, self.rule = model, rule
+        self.class_names, self.batching = tuple(class_names), batching
 
     @classmethod
     def load(
@@ -68,10 +65,10 @@ class Predictor:
         batch_size: int = 256,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Predictor":
-        """The model of a workdir as its last finished task left it; a run may go on training there.
+        """Load a run as its last finished task left it; the run may go on training meanwhile.
 
         Args:
-            workdir: the folder that `launch.py` trained in.
+            workdir: the folder that the run was trained in.
             tasks: those to choose from, counted from 0 as their folders are; all that are finished
                 when None.
             task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs
@@ -82,51 +79,47 @@ class Predictor:
             cache_bytes: of the devices' memory for tasks' θ ⊙ m, 4 bytes a masked weight and task;
                 others are read from the workdir when an image is theirs. Gradient ID takes up to
                 half as much again while it multiplies.
-            batch_size: of the largest forward pass, over all devices.
+            batch_size: images of the largest forward pass, over all devices.
             devices: those to run on; all when None.
 
         Raises:
             UserError: naming the folder, task or file that is missing, damaged, or from another
-                run.
+                run; or a rule that the method has no use for.
         """
-        if task_id not in TASK_IDS:
-            raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(TASK_IDS)}")
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is below 1")
+        if task_id not in (options := rules.options()):
+            raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(options)}")
+        if type(batch_size) is not int or batch_size < 1:
+            raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
         reader = Reader(workdir)
-        identity = reader.read_identity()
-        config = from_identity(identity)
-        chosen = _chosen(reader, tasks)
-        latest = reader.load_task_manifest(reader.present()[-1])
+        record = reader.read_record()
+        # One look at what is there: a run that goes on training adds tasks meanwhile.
+        there = reader.present()
+        chosen = _chosen(reader, there, tasks)
+        latest = reader.load_task_manifest(there[-1])
+        config = from_settings(record.settings)
         backbone = backbones.load(
             config.backbone,
-            str(backbone_path) or latest["config"]["backbone_path"],
+            str(backbone_path) or latest.config["backbone_path"],
             config.image_size,
             config.dtype,
         )
-        if backbone.fingerprint != identity["backbone_sha256"]:
+        if backbone.fingerprint != record.backbone_sha256:
             raise UserError(
                 f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has "
-                f"{identity['backbone_sha256']}; "
-                f"give the run's own as backbone_path"
+                f"{record.backbone_sha256}; give the run's own as backbone_path"
             )
-        scenario = Scenario(config.tasks * len(latest["classes"]), config.tasks)
-        method = method_from_config(config, backbone.vit, scenario.classes)
-        if task_id == "gradient" and not method.kernels:
-            raise UserError(
-                f"task_id: 'gradient' needs weights of each task's own; {config.method} has none; "
-                "take 'prompt' or 'prototype'"
-            )
-        if task_id == "prototype" and not method.by_task:
-            raise UserError(
-                f"task_id: 'prototype' names a task; {config.method} has nothing of a task's own; "
-                "take 'prompt', the default"
-            )
-        batching = engine.Batching(train_step.data_mesh(devices), batch_size)
-        model, names = _model(
-            reader, method, backbone, scenario, config, chosen, task_id, cache_bytes, batching
-        )
-        return cls(model, task_id, names, batching)
+        # The names are filled in below: a network does not depend on those of a linear classifier.
+        names = [""] * latest.num_classes
+        method = registry.make_method(config, backbone.architecture, names)
+        rule = _rule(config, method, task_id)
+        manifests = {task: reader.load_task_manifest(task) for task in chosen}
+        for manifest in manifests.values():
+            for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
+                names[class_] = name
+        batching = engine.Batching(distributed.data_mesh(devices), batch_size)
+        method = registry.make_method(config, backbone.architecture, names)
+        model = _model(reader, method, backbone, latest, manifests, rule, cache_bytes, batching)
+        return cls(model, rule, names, batching)
 
     def predict(self, images: Any, task: int | Sequence[int] | None = None) -> Prediction:
         """Identify and classify images.
@@ -179,38 +172,41 @@ class Predictor:
                     Prediction(
                         np.zeros(0, int),
                         np.zeros(0, int),
-                        np.zeros((0, self.model.method.classes), np.float32),
+                        np.zeros((0, self.model.method.num_classes), np.float32),
                     ),
                     failed,
                 )
 
     def warm_up(self) -> None:
-        """Compile everything now, for any number and mix of images. Without it, each size is
-        compiled when it is first met.
+        """Compile everything now, for any number and mix of images.
+
+        Without it, each size is compiled when it is first met.
         """
-        model, batching = self.model, self.batching
-        queried = self.task_id != "oracle" and model.method.by_task
-        blank = np.zeros((batching.chunk, *[model.method.vit.image_size] * 2, 3), np.uint8)
+        model, batching, rule = self.model, self.batching, self.rule
+        size = model.method.architecture.image_size
+        blank = np.zeros((batching.chunk, size, size, 3), np.uint8)
         parts: dict[int, jax.Array] = {}
         for count in (*reversed(batching.sizes), batching.chunk):
-            if queried:
-                engine.encode(
-                    model, blank[:count], batching, queried=False, prepared=True
-                )  # for a task that is given
-            tokens, query = engine.encode(model, blank[:count], batching, queried, prepared=True)
+            if rule.needs_query:  # for a task that is given
+                engine.encode(model, blank[:count], batching, queried=False, prepared=True)
+            tokens, query = engine.encode(
+                model, blank[:count], batching, rule.needs_query, prepared=True
+            )
             for part in parts.values():
                 tokens = engine.gather_tokens([part, part], [0, 0], count, batching)
             parts |= {count: tokens} if count in batching.sizes else {}
-            for size in parts:
-                engine.logits(model, tokens, engine.alone(np.full(size, model.tasks[0])), batching)
-                if queried:
-                    self._identify(tokens, query[:size])
+            for rows in parts:
+                engine.logits(model, tokens, engine.alone(np.full(rows, model.tasks[0])), batching)
+                if rule.needs_query:
+                    batch = ImageBatch(model, tokens, query[:rows], batching)
+                    tasks = rule.identify(batch)
+                    rule.scores(batch, np.zeros((rows, model.method.num_classes)), tasks)
 
     def _prepared(self, images: Sequence[Any]) -> Iterator[dict[int, np.ndarray | UserError]]:
         """Chunks of images by index, uint8 `[size, size, 3]` or what is wrong; the next chunk is
         read while one is computed.
         """
-        chunk, size = self.batching.chunk, self.model.method.vit.image_size
+        chunk, size = self.batching.chunk, self.model.method.architecture.image_size
 
         def prepare(index: int) -> np.ndarray | UserError:
             try:
@@ -232,51 +228,33 @@ class Predictor:
                 yield {index: future.result() for index, future in current.items()}
 
     def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
-        """`predict` of a chunk at most of images as the model takes them, uint8 `[N, size, size,
-        3]`; `given` int `[N]` or None.
-        """
-        identified = given is None and self.model.method.by_task
-        tokens, query = engine.encode(
-            self.model, images, self.batching, queried=identified, prepared=True
-        )
-        tasks, posterior = (np.zeros(len(images), int) if given is None else given), None
-        if identified:
-            tasks, posterior = self._identify(tokens, query)
-        logits = engine.logits(self.model, tokens, engine.alone(tasks), self.batching)
-        if posterior is not None:
-            logits = posterior + logits
-        if given is not None or posterior is not None:
-            logits = engine.mask_to_task(self.model, logits, tasks)
-        else:
-            logits = engine.mask_to_seen(self.model, logits)
-        classes = logits.argmax(axis=1)
-        if given is None and not self.model.method.by_task:
-            tasks = self.model.task_of_class[classes]
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return Prediction(
-            classes, tasks, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
-        )
+        """Answer `predict` for a chunk at most of images as the model takes them.
 
-    def _identify(
-        self, tokens: jax.Array, query: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Each image's task, int `[N]`, and the prototypes' log p(class | x) where they name it."""
-        if self.task_id == "prototype":
-            posterior = engine.log_posterior(self.model, query, self.batching)
-            return engine.prototype_id(self.model, posterior), posterior
-        nearest = engine.nearest_key(
-            self.model, engine.key_similarity(self.model, query, self.batching)
+        `images` is uint8 `[N, size, size, 3]`, `given` int `[N]` or None.
+        """
+        model, rule = self.model, self.rule if given is None else TaskGiven()
+        tokens, query = engine.encode(
+            model, images, self.batching, queried=rule.needs_query, prepared=True
         )
-        if self.task_id == "gradient":
-            return engine.gradient_id(self.model, tokens, nearest, self.batching), None
-        return nearest, None
+        query = np.zeros((len(images), 0), np.float32) if query is None else query
+        batch = ImageBatch(model, tokens, query, self.batching, given)
+        tasks = rule.identify(batch)
+        logits = engine.logits(model, tokens, engine.alone(tasks), self.batching)
+        scores = rule.scores(batch, logits, tasks)
+        unnormalized = np.exp(scores - scores.max(axis=1, keepdims=True))
+        probabilities = unnormalized / unnormalized.sum(axis=1, keepdims=True)
+        return Prediction(
+            scores.argmax(axis=1),
+            rule.final_tasks(batch, scores, tasks),
+            probabilities.astype(np.float32),
+        )
 
     def _given(self, task: int | Sequence[int] | None, count: int) -> np.ndarray | None:
         if task is None:
-            if self.task_id == "oracle":
+            if isinstance(self.rule, TaskGiven):
                 raise UserError(
-                    "task: this predictor was loaded with task_id='oracle'; tell predict the task "
-                    "of each image"
+                    f"task: this predictor was loaded with task_id={self.rule.option!r}; tell "
+                    "predict the task of each image"
                 )
             return None
         try:
@@ -302,13 +280,13 @@ class Predictor:
         return np.broadcast_to(given.astype(int), count)
 
 
-def _chosen(reader: Reader, tasks: Sequence[int] | None) -> tuple[int, ...]:
-    """The tasks to load, ascending."""
-    there = reader.present()
+def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the tasks to load, in ascending order; `there` are those that are finished."""
     if not there:
         raise UserError(f"workdir: {reader.root} has no finished task yet")
     if tasks is None:
-        return tuple(range(reader.finished()))
+        reader.check_complete(there)
+        return tuple(there)
     if not isinstance(tasks, Iterable) or not all(
         isinstance(task, int | np.integer) for task in tasks
     ):
@@ -323,66 +301,70 @@ def _chosen(reader: Reader, tasks: Sequence[int] | None) -> tuple[int, ...]:
     return chosen
 
 
+def _rule(config: Config, method: Method, task_id: str) -> TaskIdentityRule:
+    """Return the rule of option `task_id`. Raises UserError where it means nothing here."""
+    wanted = rules.options()[task_id]
+    settings = rules.RuleSettings(config.seed, config.prototype_features, config.shots)
+    if found := wanted.of(method, settings):
+        return found[0]
+    if not method.by_task and wanted is rules.PromptId:
+        return NoTaskId()
+    applying = (rule.of(method, settings) for rule in rules.options().values())
+    known = ", ".join(repr(rule.option) for found in applying for rule in found)
+    raise UserError(
+        f"task_id: {task_id!r} means nothing for this run of {config.method}; take one of "
+        f"{known if method.by_task else repr(rules.PromptId.option) + ', the default'}"
+    )
+
+
 def _model(
     reader: Reader,
     method: Method,
     backbone: backbones.Backbone,
-    scenario: Scenario,
-    config: Config,
-    chosen: tuple[int, ...],
-    task_id: str,
+    latest: TaskManifest,
+    manifests: Mapping[int, TaskManifest],
+    rule: TaskIdentityRule,
     cache_bytes: int,
     batching: engine.Batching,
-) -> tuple[engine.Model, list[str]]:
-    """The model of `chosen`, and the class names; names of classes that are no task's of them
-    are empty.
-    """
-    whole = train_step.replicated(batching.mesh)
+) -> engine.Model:
+    """Make the model of the tasks of `manifests`, with the shared part that `latest` left."""
+    whole = distributed.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole)
     adapter = jax.eval_shape(
         lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0)
     )
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
-    shared = reader.load_task(reader.present()[-1], {"shared": template}, whole)[0]["shared"]
+    shared = reader.load_task(latest.task, {"shared": template}, whole)[0]["shared"]
     # There is a row for each task of the run; those that are not loaded are never chosen.
     rows = {
-        name: np.zeros((scenario.tasks, *shape), np.float32)
+        name: np.zeros((latest.num_tasks, *shape), np.float32)
         for name, shape in method.row_shapes.items()
     }
-    names = [""] * scenario.classes
-    sums = prototypes.Sums(
-        scenario.classes,
-        prototypes.projection(config.seed, method.vit.dim, config.prototype_features),
-    )
-    for task in chosen:
+    task_of_class = np.full(latest.num_classes, -1)
+    collector = rule.collector(latest.num_classes)
+    for task, manifest in manifests.items():
         templates = {"adapter": {name: adapter[name] for name in rows if name in adapter}}
-        if task_id == "prototype":
-            templates["statistics"] = prototypes.shapes(
-                config.prototype_features, len(scenario.classes_of(task))
-            )
-        items, manifest = reader.load_task(task, templates, whole, part=True)
+        if collector:
+            templates["statistics"] = rule.statistics_shapes(len(manifest.classes))
+        items, _ = reader.load_task(task, templates, whole, part=True)
         for name, array in items["adapter"].items():
             rows[name][task] = array
-        for class_, name in zip(manifest["classes"], manifest["class_names"], strict=True):
-            names[class_] = name
-        if task_id == "prototype":
-            sums.add(manifest["classes"], items["statistics"])
+        task_of_class[list(manifest.classes)] = task
+        if collector:
+            collector.add(manifest.classes, items["statistics"])
 
     def load(task: int) -> Adapter:
         own = {name: tree for name, tree in adapter.items() if name not in rows}
-        return method.unpack(
-            reader.load_task(task, {"adapter": own}, whole, part=True)[0]["adapter"], params
-        )
+        items, _ = reader.load_task(task, {"adapter": own}, whole, part=True)
+        return method.unpack(items["adapter"], params)
 
-    model = engine.Model(
+    return engine.Model(
         method=method,
         backbone=params,
         shared=shared,
-        keys=jax.device_put(rows["key"], whole),
-        prompts=jax.device_put(rows["prompt"], whole),
+        rows=jax.device_put(rows, whole),
         weights=engine.TaskWeights(method, params, load, cache_bytes),
-        tasks=chosen,
-        task_of_class=scenario.task_of_class,
-        prototypes=jax.device_put(sums.solve(), whole) if task_id == "prototype" else None,
+        tasks=tuple(manifests),
+        task_of_class=task_of_class,
+        solved=jax.device_put({rule.name: collector.solve()}, whole) if collector else {},
     )
-    return model, names
