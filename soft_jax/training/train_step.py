@@ -1,21 +1,19 @@
 """The training step: one jit-compiled, data-parallel function that serves every task."""
 
-import collections
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from soft_jax import pytrees
-from soft_jax.config import Config
 from soft_jax.data.augmentation import Augment, augment, to_unit
-from soft_jax.errors import UserError
+from soft_jax.distributed import by_row, replicated
 from soft_jax.methods import prompts
 from soft_jax.methods.method import Adapter, Method, Shared
 
@@ -57,26 +55,6 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def step_config_from(config: Config, method: Method, on_device: bool = True) -> StepConfig:
-    """The step_config that `config` asks for; the learning rate is scaled by batch size / 256.
-
-    `on_device`: whether images are augmented in the step; those of files are before it.
-    """
-    return StepConfig(
-        method=method,
-        learning_rate=config.learning_rate * config.batch_size / 256,
-        clip_norm=config.clip_norm,
-        key_loss_weight=config.key_loss_weight,
-        augment=augmentation(config, method) if on_device else None,
-        cache_queries=config.cache_queries,
-    )
-
-
-def augmentation(config: Config, method: Method) -> Augment:
-    """How training images are prepared."""
-    return Augment(method.vit.image_size, config.crop_scale, config.crop_ratio, config.flip)
-
-
 def init_state(step_config: StepConfig, adapter: Adapter, shared: Shared) -> TrainState:
     """The state before a task's first step; the optimizer starts anew with each task."""
     trainable = {"adapter": adapter, "shared": shared}
@@ -113,30 +91,26 @@ def loss_fn(
     def mean(x):
         return jnp.sum(jnp.where(weights > 0, x * weights, 0)) / total
 
-    adapter, shared = trainable["adapter"], trainable["shared"]
+    adapter, shared, host = trainable["adapter"], trainable["shared"], method.host
     query, selected, pulled = None, None, jnp.zeros(len(weights), weights.dtype)
-    if method.by_task or method.pool_size:
+    if method.queries:
         query = (
             batch["query"]
             if step_config.cache_queries
             else jax.lax.stop_gradient(method.query(backbone, images))
         )
     if method.by_task:
-        pulled += prompts.similarity(query.astype(adapter["key"].dtype), adapter["key"][None])[:, 0]
-    if method.pool_size:
-        to_pool = method.pool_similarity(shared, query)
+        key = adapter["key"]
+        pulled += prompts.similarity(query.astype(key.dtype), key[None])[:, 0]
+    if host.pools:
+        to_pool = host.similarity(shared, query)
         # As published, a training batch shares its selection; it holds one task, and training may
         # know that.
-        selected = prompts.most_selected(
-            prompts.nearest(to_pool, method.top_k), weights, method.pool_size
-        )
+        selected = host.select_together(host.select(to_pool), weights)
         pulled += jnp.take_along_axis(to_pool, selected, axis=1).sum(axis=1)
-    sources = prompts.prefix_sources(
-        method.prefix_layout, jnp.arange(len(weights)), total.astype(int)
-    )
-    logits = method.logits(
-        backbone, adapter, shared, method.trunk(backbone, shared, images, selected), sources
-    )
+    sources = host.sources(jnp.arange(len(weights)), total.astype(int))
+    tokens = method.trunk(backbone, shared, images, selected)
+    logits = method.logits(backbone, adapter, shared, tokens, sources)
     masked = jnp.where(batch["class_mask"][None], logits, -jnp.inf)
     cross_entropy = mean(optax.softmax_cross_entropy_with_integer_labels(masked, batch["labels"]))
     key_similarity = mean(pulled)
@@ -167,14 +141,14 @@ def gradients(
     does (Optax divides by the norm alone).
     """
     grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, step_config)
-    if "g_prompt" in grads["shared"]:
-        g_prompt = jnp.where(batch["freeze_g_prompt"], 0, grads["shared"]["g_prompt"])
-        grads = grads | {"shared": grads["shared"] | {"g_prompt": g_prompt}}
+    method = step_config.method
+    frozen = method.host.freeze(grads["shared"], batch["freeze_g_prompt"])
+    grads = grads | {"shared": frozen}
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(step_config.clip_norm / (norm + 1e-6), 1)
     grads = jax.tree.map(lambda g: g * scale, grads)
-    if step_config.method.strategy:
-        grads = step_config.method.strategy.project(batch["memory"], step_config.method, grads)
+    if method.strategy:
+        grads = method.strategy.project(batch["memory"], method, grads)
     return grads, terms | {"grad_norm": norm}
 
 
@@ -258,29 +232,6 @@ def train_steps(
         step,
         (state, {name: jnp.zeros(CHUNK, batches["weights"].dtype) for name in TERMS}),
     )
-
-
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices (or those given) on one axis, `data`."""
-    # Process by process: each loads the rows of a batch that are its devices'.
-    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
-    counts = collections.Counter(device.process_index for device in devices)
-    if len(set(counts.values())) > 1:
-        raise UserError(
-            f"distributed: the processes have {sorted(counts.values())} devices, expected the same "
-            "number for each"
-        )
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device holds whole: backbone, adapters, state."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def by_row(mesh: Mesh) -> NamedSharding:
-    """Sharding of what is split over `data` along its first axis: images, labels, weights."""
-    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 @functools.cache
