@@ -1,0 +1,128 @@
+"""Where below a table's workdir a run is kept.
+
+A folder is named for what differs from the defaults among the settings that its method uses, so
+that a setting which comes later, or has no effect, moves nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from soft_jax.config import DEFAULTS, Config
+from soft_jax.methods import registry
+
+
+def told_apart(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which settings of where things are say what they are too.
+
+    That is a backbone's file, and a folder of images or a file of tasks where `settings`, some of a
+    `Config`'s fields, name these.
+    """
+    names = ["backbone_path"]
+    if settings.get("dataset") == "folder":
+        names.append("data_dir")
+    if settings.get("scenario") == "file":
+        names.append("scenario_file")
+    return tuple(names)
+
+
+def folder_of(config: Config) -> str:
+    """Return the run's folder: its method and benchmark, a digest of the settings that differ from
+    the defaults, and its seed.
+    """
+    used = registry.used_settings(config)
+    paths = {name: getattr(config, name) for name in told_apart(used)}
+    changed = {
+        name: value
+        for name, value in (used | paths).items()
+        if value != DEFAULTS[name] and name != "seed"
+    }
+    return f"{used['method']}-{config.benchmark}-{_digest(changed)}/seed{config.seed}"
+
+
+# The settings of format 0 that were in a folder's digest, under the names that they had, with their
+# defaults.
+_FORMAT_0 = {
+    "dataset": "cifar100",
+    "tasks": 10,
+    "train_images_per_class": 0,
+    "test_images_per_class": 0,
+    "backbone": "vit_b16",
+    "image_size": 0,
+    "dtype": "float32",
+    "method": "dualprompt+softtf",
+    "mask_layers": (10, 11, 12),
+    "mask_weights": "qkv+proj",
+    "mask_init": "uniform",
+    "mask_storage": "float32",
+    "keep": 0.9,
+    "rank": 4,
+    "pool_size": 10,
+    "top_k": 5,
+    "ewc_strength": 1000.0,
+    "lwf_strength": 1.0,
+    "exemplars": 1000,
+    "e_prompt_layers": (10, 11, 12),
+    "e_prompt_length": 5,
+    "g_prompt_layers": (1, 2),
+    "g_prompt_length": 5,
+    "prefix_layout": "separate",
+    "pull": 1.0,
+    "fixed_query": False,
+    "hold_g_prompt": False,
+    "epochs": 20,
+    "batch_size": 24,
+    "learning_rate": 0.03,
+    "clip_norm": 1.0,
+    "crop_scale": (0.05, 1.0),
+    "crop_ratio": (3 / 4, 4 / 3),
+    "flip": True,
+    "shots": (7,),
+    "prototype_features": 2000,
+}
+_NAMES_IN_FORMAT_0 = {
+    "target_modules": "mask_weights",
+    "density": "keep",
+    "key_loss_weight": "pull",
+    "buffer_size": "exemplars",
+    "freeze_g_prompt": "hold_g_prompt",
+    "cache_queries": "fixed_query",
+}
+# Settings that were not in the digest then.
+_APART_IN_FORMAT_0 = (
+    *("name", "seed", "data_dir", "backbone_path"),
+    *("eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard"),
+)
+
+
+def folder_in_format_0(settings: Mapping[str, Any]) -> str | None:
+    """Return the folder that the program of format 0 kept a run in; None where it had no such run.
+
+    `settings` are some of a `Config`'s fields, under today's names, with those that the method does
+    not use: all were in the digest.
+    """
+    old = {_NAMES_IN_FORMAT_0.get(name, name): value for name, value in settings.items()}
+    later = old.keys() - _FORMAT_0.keys() - set(_APART_IN_FORMAT_0)
+    if any(old[name] != DEFAULTS[name] for name in later):
+        return None
+    all_old = {name: old.get(name, default) for name, default in _FORMAT_0.items()}
+    paths = ("backbone_path", "data_dir") if old.get("dataset") == "folder" else ("backbone_path",)
+    digest = _digest(all_old | {name: old[name] for name in paths if old.get(name)})
+    run = f"{all_old['method']}-{all_old['dataset']}-{all_old['tasks']}x-{digest}"
+    return f"{run}/seed{old['seed']}"
+
+
+def find(workdir: Path, config: Config, settings: Mapping[str, Any]) -> Path:
+    """Return the folder of a run below `workdir`.
+
+    `settings` are those that `config` was made of. It is the folder in which format 0 kept the run,
+    where that is there and today's is not.
+    """
+    today, old = workdir / folder_of(config), folder_in_format_0(settings)
+    return workdir / old if old and not today.exists() and (workdir / old).exists() else today
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

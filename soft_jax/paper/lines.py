@@ -1,0 +1,185 @@
+"""From the manifests of a row's runs to the lines of a table, one a protocol."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soft_jax.errors import UserError
+from soft_jax.evaluation import metrics
+from soft_jax.evaluation.published import published_rows
+from soft_jax.inference import rules
+from soft_jax.paper import runs
+from soft_jax.paper.rows import METHODS, Row, row_settings
+from soft_jax.store.records import TaskManifest
+
+# Each image by itself, in the way that a method has: one that names no task stands beside the
+# others' Prompt ID, and so does a figure that is published without one.
+EACH_IMAGE = (rules.PromptId, rules.NoTaskId)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One row under one protocol: means and standard deviations over the seeds, in percent, and
+    what it costs.
+
+    `each` has the accuracy of every seed. `cost` has by name: parameters that are a task's "own"
+    and "shared", "own_bytes", "shared_bytes" and "memory_bytes" that are stored, "gflops" of a
+    training step (None where XLA can't tell), and seconds of "train", "statistics", "evaluate".
+    """
+
+    number: int
+    name: str
+    protocol: str
+    figures: Mapping[str, tuple[float, float]]
+    published: Mapping[str, Any] | None
+    cost: Mapping[str, float | None]
+    joint: bool
+    each: Sequence[float]
+    backbone: str
+
+    @property
+    def bounded(self) -> bool:
+        """Whether joint training bounds it: not where the task is given, nor joint training
+        itself.
+        """
+        return not self.joint and not self.task_is_given
+
+    @property
+    def task_is_given(self) -> bool:
+        """Whether the protocol tells the task."""
+        return grouping_of(self.protocol) == rules.ORACLE
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds it is of."""
+        return len(self.each)
+
+
+def rule_of(protocol: str) -> type[rules.TaskIdentityRule] | None:
+    """Return the class of a protocol's task-identity rule, None where none here has it."""
+    try:
+        return rules.class_of(protocol)
+    except KeyError:  # of a run with a rule that is not registered here
+        return None
+
+
+def grouping_of(protocol: str) -> str:
+    """Return the grouping of a protocol's images: "per_sample" of "per_sample/prompt_id"."""
+    return protocol.partition("/")[0]
+
+
+def lines_of(row: Row, seeds: Sequence[Sequence[TaskManifest]]) -> list[Line]:
+    """Return a row's lines, one a protocol, from the manifests of each seed's run."""
+    last = seeds[0][-1]
+    shown = [p for p in last.metrics if _is_shown(p, row, joint=last.num_tasks == 1)]
+    return [_line(row, protocol, seeds) for protocol in shown]
+
+
+def _is_shown(protocol: str, row: Row, joint: bool) -> bool:
+    rule = rule_of(protocol)
+    if joint:  # the other protocols are one of these, with one task
+        return rule in EACH_IMAGE or _needs_statistics(protocol)
+    if rule is rules.GradientVote and row.shots:  # the other shots are another table's
+        return protocol in [rules.GradientVote(shots).key for shots in row.shots]
+    return True
+
+
+def _needs_statistics(protocol: str) -> bool:
+    rule = rule_of(protocol)
+    return rule is not None and rule.keeps_statistics
+
+
+def _line(row: Row, protocol: str, seeds: Sequence[Sequence[TaskManifest]]) -> Line:
+    last = seeds[0][-1]
+    each = [metrics.figures(manifests, protocol) for manifests in seeds]
+    published = row.published.get(protocol)
+    if not published and rule_of(protocol) in EACH_IMAGE:
+        published = row.published.get(rules.PER_SAMPLE)
+    return Line(
+        number=row.number,
+        name=row.name,
+        protocol=protocol,
+        figures={key: statistics([figures[key] for figures in each]) for key in each[0]},
+        published=published,
+        cost=_cost(seeds, _needs_statistics(protocol)),
+        joint=last.num_tasks == 1,
+        each=[figures["final_average"] for figures in each],
+        backbone=last.backbone["name"],
+    )
+
+
+def _cost(
+    seeds: Sequence[Sequence[TaskManifest]], with_statistics: bool
+) -> dict[str, float | None]:
+    """Return `Line.cost`; the statistics are stored for rules that need them alone."""
+    last = seeds[0][-1]
+    parameters, stored = last.parameters, last.bytes
+    cost = {
+        "own": parameters["adapter"] - parameters["fixed"],
+        "shared": parameters["shared"],
+        "own_bytes": stored["adapter"] + (stored["statistics"] if with_statistics else 0),
+        "shared_bytes": stored["shared"],
+        "memory_bytes": stored["memory"] + stored.get("exemplars", 0),
+        "gflops": last.step_flops and last.step_flops / 1e9,
+    }
+    for part in ("train", "statistics", "evaluate"):
+        totals = [sum(m.seconds.get(part, 0) for m in manifests) for manifests in seeds]
+        cost[part] = float(np.mean(totals))
+    return cost
+
+
+def statistics(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the sample standard deviation (n − 1; 0 for one value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def joint_lines(
+    benchmark: str,
+    overrides: Mapping[str, Any],
+    seeds: int,
+    workdir: Path,
+    backbones: Iterable[str],
+) -> list[Line]:
+    """Return the lines of joint training on `backbones` under the settings of a table, as far as
+    any table has finished it below `workdir`.
+    """
+    upper_bounds = {
+        row["method"]: row_settings(row)
+        for row in published_rows()
+        if row["method"].startswith("Upper bound")
+    }
+    lines = []
+    for name, settings in [*METHODS.items(), *upper_bounds.items()]:
+        if settings.get("tasks") != 1:
+            continue
+        for backbone in backbones:
+            row, chosen = Row(0, name, {}, settings), {**overrides, "backbone": backbone}
+            try:
+                planned = runs.plan(row, benchmark, chosen, seeds, workdir)
+                found = [manifests for each in planned if (manifests := runs.finished(each))]
+            # The settings are not for this method, or what it left is damaged: it is no bound here
+            except UserError:
+                continue
+            lines += lines_of(row, found) if found else []
+    return lines
+
+
+def bound(line: Line, lines: Sequence[Line]) -> float | None:
+    """Return what joint training reached among `lines` in what `line` is: all classes, its
+    backbone, with or without prototypes.
+
+    In percent; None where that was not measured, or does not bound it.
+    """
+    if not line.bounded:
+        return None
+
+    def kind(one: Line) -> tuple[str, bool]:
+        return one.backbone, _needs_statistics(one.protocol)
+
+    joint = [
+        one.figures["final_average"][0] for one in lines if one.joint and kind(one) == kind(line)
+    ]
+    return max(joint, default=None)
