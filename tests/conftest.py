@@ -1,10 +1,22 @@
 """Every test runs on four simulated devices, with strict dtypes and ranks; warnings are errors."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs compiled once serve all workers, and the programs that tests start; xdist's workers
+# inherit the controller's environment.
+if "SOFT_JAX_TESTS_COMPILED" not in os.environ:
+    os.environ["SOFT_JAX_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="soft_jax_compiled")
+    atexit.register(shutil.rmtree, os.environ["SOFT_JAX_TESTS_COMPILED"], ignore_errors=True)
+COMPILED = os.environ["SOFT_JAX_TESTS_COMPILED"]
 
 import jax
+
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -16,11 +28,13 @@ import hypothesis
 import numpy as np
 import pytest
 
+from soft_jax.config import Config
 from soft_jax.data import sources
-from soft_jax.methods import reparametrization
+from soft_jax.methods import hosts, masks, registry
 from soft_jax.methods.method import Method
 from soft_jax.models import backbones
-from soft_jax.models.vit import ViT, ViTConfig
+from soft_jax.models.vit import ViTConfig
+from soft_jax.training import train_step
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile(
@@ -33,21 +47,30 @@ TINY = ViTConfig(image_size=16, patch_size=4, dim=24, depth=4, heads=3, mlp_dim=
 LAYERS = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4), "g_prompt_layers": (1,)}
 
 
-def soft_masks(
-    init_as="uniform", weights=("qkv", "proj"), layers=(2, 3)
-) -> reparametrization.SoftMask:
-    return reparametrization.SoftMask(reparametrization.kernel_paths(weights, layers), init_as)
+def tiny_config(**settings) -> Config:
+    """A config of digits on the tiny backbone: its layers, and those of `settings` that the method
+    has a use for.
+    """
+    return Config(**registry.drop_unused({"dataset": "digits", **LAYERS, **settings}))
+
+
+def soft_masks(init_as="uniform", modules=("qkv", "proj"), layers=(2, 3)) -> masks.SoftMask:
+    return masks.SoftMask(TINY.kernel_paths(modules, layers), layers, init_as)
+
+
+DUALPROMPT = hosts.DualPrompt(e_layers=(2, 3), e_length=3, g_layers=(0,), g_length=2)
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def tiny_method(**changes) -> Method:
     settings = {
-        "vit": TINY,
-        "classes": 6,
+        "architecture": TINY,
+        "class_names": names(6),
         "reparametrization": soft_masks(),
-        "e_layers": (2, 3),
-        "e_length": 3,
-        "g_layers": (0,),
-        "g_length": 2,
+        "host": DUALPROMPT,
     }
     return Method(**settings | changes)
 
@@ -58,7 +81,7 @@ def backbone():
     linear.
     """
     rng, images = np.random.default_rng(0), np.zeros((1, 16, 16, 3), np.float32)
-    shapes = jax.eval_shape(ViT(TINY).init, jax.random.key(0), images)[
+    shapes = jax.eval_shape(TINY.module().init, jax.random.key(0), images)[
         "params"
     ]  # drawn by NumPy, which compiles nothing
 
@@ -99,6 +122,16 @@ def digits(backbone, monkeypatch):
     """
     with tiny_world(backbone, monkeypatch) as few:
         yield few
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_programs():
+    """Let a module's compiled programs go with it: all of them together fill a worker's memory."""
+    yield
+    jax.clear_caches()
+    train_step.compile_step.cache_clear()
+    train_step.compile_steps.cache_clear()
+    train_step.compile_init.cache_clear()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); nan-step:TASK:STEP (the loss 
 a number). Tasks, steps and calls from 0.
 """
 
+import functools
 import os
 import runpy
 import signal
@@ -13,27 +14,23 @@ import sys
 
 def strike(moment: str) -> None:
     """Arm the moment; everything else of the run is as a user's."""
-    from soft_jax.evaluation import protocols
     from soft_jax.experiment import loop
+    from soft_jax.hooks import Hooks
 
     kind, *where = moment.split(":")
-    check, evaluate_task, calls = loop._check_step, protocols.evaluate_task, [0]
+    calls = [0]
 
-    def at_step(run, task, step, values):
-        if [task, step] == [int(x) for x in where]:
-            if kind == "kill-step":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "term-step":
-                os.kill(os.getpid(), signal.SIGTERM)
+    def after_step(task, step, values):
+        if kind.endswith("-step") and [task, step] == [int(x) for x in where]:
             if kind == "nan-step":
-                values = values | {"loss": float("nan")}
-        return check(run, task, step, values)
+                return values | {"loss": float("nan")}
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind[:4]])
+        return values
 
-    def at_evaluate(*args, **kwargs):
+    def before_evaluation(task):
         calls[0] += 1
-        if calls[0] == int(where[0]) + 1:
+        if kind == "kill-evaluate" and calls[0] == int(where[0]) + 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return evaluate_task(*args, **kwargs)
 
     def at_rename(event, args):
         if (
@@ -43,11 +40,8 @@ def strike(moment: str) -> None:
         ):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if kind.endswith("-step"):
-        loop._check_step = at_step
-    elif kind == "kill-evaluate":
-        protocols.evaluate_task = at_evaluate
-    elif kind == "kill-save":
+    loop.run = functools.partial(loop.run, hooks=Hooks(after_step, before_evaluation))
+    if kind == "kill-save":
         sys.addaudithook(at_rename)
 
 

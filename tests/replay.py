@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from soft_jax import pytrees
-from soft_jax.evaluation import metrics, protocols
-from soft_jax.inference import engine
-from soft_jax.methods import reparametrization
+from soft_jax import distributed, pytrees
+from soft_jax.evaluation import evaluate, metrics
+from soft_jax.inference import engine, rules
+from soft_jax.methods import hosts, masks
 from soft_jax.methods.method import Adapter, Method, Shared, begin
-from soft_jax.models import backbones
 from soft_jax.models.vit import ViTConfig
 from soft_jax.training import train_step
 
@@ -36,17 +35,20 @@ def method_of(trace: Mapping[str, np.ndarray], meta: dict) -> Method:
         "float64",
     )
     masked = [key.split("/")[1] for key in trace if key.startswith("init/blocks.")]
+    kernels = tuple(_mask_path(name) for name in masked)
+    layers = tuple(sorted({vit.layer_of(path) for path in kernels}))
+    host = hosts.DualPrompt(
+        tuple(c["e_layers"]),
+        c["e_length"],
+        tuple(c["g_layers"]),
+        c["g_length"],
+        meta["prefix_layout"],
+    )
     return Method(
-        vit=vit,
-        classes=c["classes"],
-        reparametrization=reparametrization.SoftMask(tuple(_mask_path(name) for name in masked))
-        if masked
-        else None,
-        e_layers=tuple(c["e_layers"]),
-        e_length=c["e_length"],
-        g_layers=tuple(c["g_layers"]),
-        g_length=c["g_length"],
-        prefix_layout=meta["prefix_layout"],
+        architecture=vit,
+        class_names=tuple(map(str, range(c["classes"]))),
+        host=host,
+        reparametrization=masks.SoftMask(kernels, layers) if masked else None,
     )
 
 
@@ -81,13 +83,11 @@ def model_of(
     method, backbone, shared, adapters, tasks, task_of_class, budget=2**30, **others
 ) -> engine.Model:
     """A model of adapters that are all in memory."""
-    keys, prompts = (
-        jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt")
-    )
+    rows = {
+        name: jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt")
+    }
     weights_ = engine.TaskWeights(method, backbone, adapters.__getitem__, budget)
-    return engine.Model(
-        method, backbone, shared, keys, prompts, weights_, tasks, task_of_class, **others
-    )
+    return engine.Model(method, backbone, shared, rows, weights_, tasks, task_of_class, **others)
 
 
 def replay(path: str | Path) -> dict[str, float]:
@@ -98,10 +98,10 @@ def replay(path: str | Path) -> dict[str, float]:
         trace = {key: file[key] for key in file.files}
     meta = json.loads(str(trace["meta"]))
     c, method = meta["config"], method_of(trace, meta)
-    params, left_out = backbones.convert(_under(trace, "backbone/"), method.vit)
+    params, left_out = method.architecture.convert(_under(trace, "backbone/"))
     assert not left_out, left_out
     step_config = train_step.StepConfig(method, learning_rate=c["lr"] * c["batch"] / 256)
-    mesh = train_step.data_mesh(jax.devices()[:1])
+    mesh = distributed.data_mesh(jax.devices()[:1])
     step = train_step.compile_step(step_config, mesh)
 
     init = _under(trace, "init/")
@@ -129,14 +129,15 @@ def replay(path: str | Path) -> dict[str, float]:
             "memory": {},
         }
 
-    settings = protocols.Settings(
-        mesh, c["eval_batch"], (c["shots"],), eval_batch_size=c["eval_batch"] * c["eval_batches"]
+    settings = evaluate.Settings(
+        mesh, c["eval_batch"], eval_batch_size=c["eval_batch"] * c["eval_batches"]
     )
-    vote_gradient = protocols.vote_gradient(c["shots"])
+    applying = rules.rules_of(method, rules.RuleSettings(shots=(c["shots"],)))
+    prompt_vote, gradient_vote = rules.PromptVote().key, rules.GradientVote(c["shots"]).key
     published = {
-        protocols.VOTE_PROMPT: "prompt_id",
-        vote_gradient: "gradient_id",
-        protocols.ORACLE: "task_incremental",
+        prompt_vote: "prompt_id",
+        gradient_vote: "gradient_id",
+        rules.TaskGiven().key: "task_incremental",
     }
     accuracy = {name: np.zeros((c["tasks"], c["tasks"])) for name in published.values()}
     count = 0
@@ -171,17 +172,16 @@ def replay(path: str | Path) -> dict[str, float]:
             images = trace["eval_images"][seen].reshape(-1, *trace["eval_images"].shape[-3:])
             labels = trace["eval_labels"][seen].reshape(-1)
             query = engine.queries(method, params, images, settings.batching)
-            answers = protocols.answer(model, images, query, seen, settings)
-            for protocol, row in protocols.evaluate_task(
-                model, images, labels, query, seen, settings
-            ).items():
+            answers = evaluate.answer(model, applying, images, query, seen, settings)
+            rows = evaluate.evaluate_task(model, applying, images, labels, query, seen, settings)
+            for protocol, row in rows.items():
                 if name := published.get(protocol):
                     accuracy[name][seen, task] = 100 * row.correct / row.total
             batches = slice(0, None, c["eval_batch"])
-            for protocol in (protocols.VOTE_PROMPT, vote_gradient):
+            for protocol in (prompt_vote, gradient_vote):
                 if protocol not in answers.task_ids:
                     continue
-                name = protocols[protocol]
+                name = published[protocol]
                 compare(
                     f"{name}s", answers.task_ids[protocol][batches], trace[f"{name}s"][task, seen]
                 )

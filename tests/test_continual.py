@@ -11,17 +11,21 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from soft_jax import pytrees
+from soft_jax import distributed, pytrees
 from soft_jax.config import Config
 from soft_jax.data import sources
-from soft_jax.data.scenarios import Scenario
+from soft_jax.data.scenarios import equal
 from soft_jax.errors import UserError
 from soft_jax.experiment import loop
+from soft_jax.experiment import run as run_lib
+from soft_jax.experiment.bank import TaskBank
+from soft_jax.hooks import Hooks
 from soft_jax.inference import engine
 from soft_jax.methods.method import begin
 from soft_jax.store.folder import Store
+from soft_jax.training import loop as training_loop
 from soft_jax.training import train_step
-from tests.conftest import LAYERS, tiny_method
+from tests.conftest import tiny_config, tiny_method
 
 
 @pytest.fixture
@@ -32,15 +36,16 @@ def run(rng):
     labels = np.arange(22, dtype=np.int32) % 4
     split = sources.InMemoryImages(rng.integers(0, 256, (22, 4, 4, 3), dtype=np.uint8), labels)
     test = sources.InMemoryImages(split.images[:12], labels[:12])
-    return loop.Run(
+    return run_lib.Run(
         config=Config(tasks=2, batch_size=4, epochs=3, dataset="digits"),
-        scenario=Scenario(4, 2),
+        scenario=equal(range(4), 4, 2),
         dataset=sources.Dataset(split, test, tuple("abcd")),
         backbone=None,
         params=None,
         method=None,
+        rules=(),
         step_config=None,
-        mesh=train_step.data_mesh(),
+        mesh=distributed.data_mesh(),
         store=None,
         console=Console(quiet=True),
         stop=threading.Event(),
@@ -55,29 +60,27 @@ def test_a_query_is_computed_once_in_a_run(run, monkeypatch):
         lambda method, params, images, *_: calls.append(len(images)) or images.sum((1, 2)),
     )
     for _ in range(3):
-        assert run.query(0).shape == (6, 3)
-        run.query(1)
+        assert run.query("test", 0).shape == (6, 3)
+        run.query("test", 1)
     assert calls == [6, 6]
 
 
 @pytest.fixture
 def small(digits, tmp_path):
     """`prepare` for the tiny world in two tasks, with batches that four devices don't divide."""
-    config = Config(
-        dataset="digits",
-        tasks=2,
-        batch_size=6,
-        epochs=1,
-        eval_batch_size=16,
-        prototype_features=50,
-        **LAYERS,
-    )
+    settings = {
+        "tasks": 2,
+        "batch_size": 6,
+        "epochs": 1,
+        "eval_batch_size": 16,
+        "prototype_features": 50,
+    }
 
     def prepare(devices=4, **changes):
         with closing(Store(tmp_path / f"on{devices}")) as store:
-            mesh = train_step.data_mesh(jax.devices()[:devices])
-            return loop.prepare(
-                dataclasses.replace(config, **changes),
+            mesh = distributed.data_mesh(jax.devices()[:devices])
+            return run_lib.prepare(
+                tiny_config(**settings | changes),
                 store,
                 Console(quiet=True),
                 threading.Event(),
@@ -91,7 +94,7 @@ def run_two_tasks(run):
     """Both tasks as `loop.run` trains them: adapters and model after each task, and the rows of
     the last stage.
     """
-    learned, shared, adapters, models = loop.TaskBank(run), run.initial_shared(), [], []
+    learned, shared, adapters, models = TaskBank(run), run.initial_shared(), [], []
     for task in range(2):
         adapter = begin(run.initial_adapter(task), learned.prompt(task - 1) if task else None)
         state, _ = loop.train_task(run, task, adapter, shared, run.initial_memory(shared))
@@ -99,9 +102,10 @@ def run_two_tasks(run):
         shared = state.trainable["shared"]
         learned.add(task, adapters[-1], loop.task_statistics(run, task))
         models.append(learned.model(shared))
-    return adapters, models, loop.evaluate_stage(run, models[-1])[0]
+    return adapters, models, loop.evaluate_stage(run, models[-1], "test")
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_the_same_run_on_one_and_on_four_devices(small):
     (adapters, models, rows), (adapters_4, models_4, rows_4) = (
         run_two_tasks(small(devices)) for devices in (1, 4)
@@ -118,18 +122,17 @@ def test_the_same_run_on_one_and_on_four_devices(small):
 
 def test_an_old_task_keeps_its_key_and_prompt_while_a_new_one_trains(small):
     run = small()
-    learned = loop.TaskBank(run)
+    learned = TaskBank(run)
     learned.add(0, run.initial_adapter(0), loop.task_statistics(run, 0))
     model = learned.model(run.initial_shared())
-    first = jax.device_get((model.keys[0], model.prompts[0]))
+    first = {name: np.asarray(rows[0]) for name, rows in model.rows.items()}
     state, _ = loop.train_task(
         run, 1, begin(run.initial_adapter(1), learned.prompt(0)), run.initial_shared(), {}
     )
     learned.add(1, state.trainable["adapter"], loop.task_statistics(run, 1))
     later = learned.model(state.trainable["shared"])
-    jax.tree.map(
-        np.testing.assert_array_equal, jax.device_get((later.keys[0], later.prompts[0])), first
-    )
+    for name, rows in later.rows.items():
+        np.testing.assert_array_equal(rows[0], first[name])
     drawn, trained = (
         pytrees.flatten(jax.device_get(a))
         for a in (run.initial_adapter(1), state.trainable["adapter"])
@@ -145,7 +148,7 @@ def test_only_the_g_prompt_drifts(small, held):
     run = small(freeze_g_prompt=held)
     _, (first, second), _ = run_two_tasks(run)
     batching = run.settings.batching
-    images = run.test_set(0).images
+    images = run.part("test", 0).images
     logits = []
     for model in (first, second):
         tokens, _ = engine.encode(model, images, batching, queried=False)
@@ -195,7 +198,7 @@ def test_sigterm_saves_at_once(small):
     with pytest.raises(loop.Preempted, match="Stopped after step") as stopped:
         loop.train_task(stopping, 0, adapter, shared, {})
     done = int(str(stopped.value).split()[3])
-    assert 0 < done < run.schedule(0).steps
+    assert 0 < done < run.sampler(0).steps
     assert [path.name for path in run.store.training.iterdir()] == [f"000-{done:06d}"]
     run.stop.clear()
     continued = dataclasses.replace(run, log=lambda group, step, values: seen.append(step))
@@ -210,7 +213,7 @@ def test_sigterm_is_answered_while_training_images_are_looked_at(small, monkeypa
     """Before the next of the parts that they are looked at in, which change nothing."""
     run = small()
     whole = run.train_query(0)
-    monkeypatch.setattr(loop, "READ_AT_ONCE", 8)
+    monkeypatch.setattr(run_lib, "READ_AT_ONCE", 8)
     rows = run.members(0)
     np.testing.assert_allclose(run.features(rows, run.params), whole, atol=1e-5)
     calls, ask = [], engine.queries
@@ -225,15 +228,18 @@ def test_sigterm_is_answered_while_training_images_are_looked_at(small, monkeypa
 
 
 @pytest.mark.parametrize("call", [1, 3, 64])
-def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
-    monkeypatch.setattr(loop, "_next_call", lambda *_: call)
+def test_how_many_steps_a_call_runs_changes_no_bit(small, call):
     run = small(epochs=2, checkpoint_every=4)
     adapter, shared = run.initial_adapter(0), run.initial_shared()
     seen = []
-    logging = dataclasses.replace(run, log=lambda group, step, values: seen.append((step, values)))
+    logging = dataclasses.replace(
+        run,
+        log=lambda group, step, values: seen.append((step, values)),
+        hooks=Hooks(steps_at_once=lambda steps: call),
+    )
     state, _ = loop.train_task(logging, 0, adapter, shared, {})
     step_by_step = train_step.compile_init(run.step_config, run.mesh)(adapter, shared)
-    plan, split = run.schedule(0), run.dataset.train.take(run.members(0))
+    plan, split = run.sampler(0), run.dataset.train.take(run.members(0))
     fixed = {"class_mask": run.scenario.class_mask(0), "freeze_g_prompt": False, "memory": {}}
     for step in range(plan.steps):
         rows, weights = plan.batch(step)
@@ -248,10 +254,10 @@ def test_how_many_steps_a_call_runs_changes_no_bit(small, monkeypatch, call):
 
 
 def test_calls_grow_to_what_takes_a_second():
-    assert loop._next_call(1, 1, 30.0) == 1
-    assert loop._next_call(1, 1, 0.01) == 4
-    assert loop._next_call(16, 16, 0.5) == 32
-    assert loop._next_call(16, 16, 4.0) == 4
+    assert training_loop.next_call(1, 1, 30.0) == 1
+    assert training_loop.next_call(1, 1, 0.01) == 4
+    assert training_loop.next_call(16, 16, 0.5) == 32
+    assert training_loop.next_call(16, 16, 4.0) == 4
 
 
 @pytest.fixture
@@ -292,7 +298,7 @@ def test_a_run_on_files_goes_on_where_it_was(from_files):
         loop.train_task(stopping, 0, adapter, shared, {})
     run.stop.clear()
     state, seconds = loop.train_task(run, 0, adapter, shared, {})
-    assert int(state.step) == run.schedule(0).steps
+    assert int(state.step) == run.sampler(0).steps
     assert 0 < seconds["input_wait"] < seconds["train"]
     whole = dataclasses.replace(run, store=from_files(2).store)
     expected, _ = loop.train_task(whole, 0, adapter, shared, {})
@@ -325,16 +331,16 @@ def test_exemplars_come_from_files_too(from_files):
 def test_files_are_evaluated_as_images_in_memory(small, from_files):
     run = from_files()
     assert run.settings.prepared
-    size = run.method.vit.image_size
-    images = run.test_set(1).images
+    size = run.method.architecture.image_size
+    images = run.part("test", 1).images
     assert images.shape[1:] == (size, size, 3)
-    assert run.test_set(1) is run.test_set(1)
+    assert run.part("test", 1) is run.part("test", 1)
     for task in range(2):
-        count = len(run.test_set(task).labels)
-        assert run.query(task).shape == (count, run.method.vit.dim)
-        assert run.train_query(task).shape == (run.schedule(task).count, run.method.vit.dim)
+        count = len(run.part("test", task).labels)
+        assert run.query("test", task).shape == (count, run.method.architecture.dim)
+        assert run.train_query(task).shape == (run.sampler(task).count, run.method.architecture.dim)
     _, _, rows = run_two_tasks(run)
-    assert rows["oracle/task_given"][1].total == len(run.test_set(1).labels)
+    assert rows["oracle/task_given"][1].total == len(run.part("test", 1).labels)
 
 
 @pytest.mark.parametrize("stored", ["memory", "files"])
@@ -356,7 +362,7 @@ def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
     loop.train_task(logging, 0, adapter, shared, {})
     loop.task_statistics(run, 0)
     assert len(calls) == 1
-    rows, weights_ = run.schedule(0).batch(0)
+    rows, weights_ = run.sampler(0).batch(0)
     query, key = run.train_query(0)[rows[weights_ > 0]], np.asarray(adapter["key"])
     cosine = query @ key / np.linalg.norm(query, axis=1) / np.linalg.norm(key)
     assert logged[0] == pytest.approx(cosine.mean(), abs=1e-5)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings, strategies
 from hypothesis.strategies import DataObject
 
-from soft_jax.evaluation import protocols
+from soft_jax import distributed
+from soft_jax.evaluation import evaluate
 from soft_jax.inference import engine, identity, prototypes
 from soft_jax.methods import prompts
-from soft_jax.models.vit import ViT
-from soft_jax.training import train_step
+from tests import protocols
 from tests.conftest import tiny_method
 from tests.replay import model_of
 
@@ -37,10 +37,22 @@ def make_model(backbone, method, adapters, seen=3, **others):
     return model_of(method, backbone, shared, adapters, tuple(range(seen)), TASK_OF_CLASS, **others)
 
 
-def run_settings(batch_size=8, eval_batch_size=16, shots=(5, 0), devices=4):
-    return protocols.Settings(
-        train_step.data_mesh(jax.devices()[:devices]), batch_size, shots, eval_batch_size
-    )
+def run_settings(batch_size=8, eval_batch_size=16, devices=4):
+    mesh = distributed.data_mesh(jax.devices()[:devices])
+    return evaluate.Settings(mesh, batch_size, eval_batch_size)
+
+
+SHOTS, FEATURES = (5, 0), 40
+
+
+def answer(model, images, query, task, settings, features=FEATURES):
+    rules = protocols.rules_for(model.method, SHOTS, features)
+    return evaluate.answer(model, rules, images, query, task, settings)
+
+
+def evaluate_task(model, images, labels, query, task, settings, features=FEATURES):
+    rules = protocols.rules_for(model.method, SHOTS, features)
+    return evaluate.evaluate_task(model, rules, images, labels, query, task, settings)
 
 
 def keys_that_split(query):
@@ -65,7 +77,7 @@ def world(backbone):
         a | {"key": key}
         for a, key in zip(make_adapters(backbone, method), keys_that_split(query), strict=True)
     ]
-    projection = prototypes.projection(0, 24, 40)
+    projection = prototypes.projection(0, 24, FEATURES)
     sums = prototypes.Sums(6, projection)
     for task in range(3):
         labels = 2 * task + np.arange(COUNT) % 2
@@ -74,7 +86,12 @@ def world(backbone):
             (2 * task, 2 * task + 1),
             prototypes.statistics(query[part], labels[part], (2 * task, 2 * task + 1), projection),
         )
-    return make_model(backbone, method, adapters, prototypes=sums.solve()), adapters, images, query
+    return (
+        make_model(backbone, method, adapters, solved={"prototype": sums.solve()}),
+        adapters,
+        images,
+        query,
+    )
 
 
 def by_hand(model, adapter, image, sources=None):
@@ -105,7 +122,7 @@ def gradient_by_hand(model, adapters, image, nearest):
 
 def test_every_protocol_against_a_plain_loop(world):
     model, adapters, images, query = world
-    answers = protocols.answer(model, images, query, 1, run_settings())
+    answers = answer(model, images, query, 1, run_settings())
     keys = np.stack([a["key"] for a in adapters])
     nearest = np.asarray(prompts.similarity(query, keys)).argmax(axis=1)
     assert len(set(nearest.tolist())) == 3
@@ -115,7 +132,7 @@ def test_every_protocol_against_a_plain_loop(world):
     for shots, protocol in ((5, "batch_vote/gradient_id_5"), (0, "batch_vote/gradient_id_all")):
         voted = answers.alpha_gradients[shots].argmin(axis=1)
         np.testing.assert_array_equal(answers.task_ids[protocol], voted[np.arange(COUNT) // 8])
-    assert set(answers.logits) == set(protocols.protocols(model.method, (5, 0)))
+    assert set(answers.logits) == set(protocols.keys_of(model.method, SHOTS, FEATURES))
     for i in (0, 36):
         for protocol, logits in answers.logits.items():
             assert logits.shape == (COUNT, 6)
@@ -130,8 +147,8 @@ def test_every_protocol_against_a_plain_loop(world):
 
 def test_prototypes_name_the_task_and_weigh_the_logits(world):
     model, _, images, query = world
-    answers = protocols.answer(model, images, query, 1, run_settings())
-    posterior = np.asarray(prototypes.log_posterior(query, model.prototypes))
+    answers = answer(model, images, query, 1, run_settings())
+    posterior = np.asarray(prototypes.log_posterior(query, model.solved["prototype"]))
     by_task = np.exp(posterior).reshape(COUNT, 3, 2).sum(axis=2)
     tasks = answers.task_ids[protocols.PROTOTYPE]
     np.testing.assert_array_equal(tasks, by_task.argmax(axis=1))
@@ -152,9 +169,9 @@ def test_images_are_counted_exactly(world):
     """
     model, _, images, query = world
     labels = np.full(COUNT, 2)
-    answers = protocols.answer(model, images, query, 1, run_settings())
-    rows = protocols.evaluate_task(model, images, labels, query, 1, run_settings())
-    assert set(rows) == set(protocols.protocols(model.method, (5, 0)))
+    answers = answer(model, images, query, 1, run_settings())
+    rows = evaluate_task(model, images, labels, query, 1, run_settings())
+    assert set(rows) == set(protocols.keys_of(model.method, SHOTS, FEATURES))
     for protocol, row in rows.items():
         assert row.total == COUNT == sum(row.identified)
         assert row.identified == tuple(np.bincount(answers.task_ids[protocol], minlength=3))
@@ -170,12 +187,12 @@ def test_images_are_counted_exactly(world):
 
 def test_unseen_tasks_and_classes_only_under_batch_vote(world):
     model, _, images, query = world
-    early = dataclasses.replace(model, tasks=(0,), prototypes=None)
-    answers = protocols.answer(early, images, query, 0, run_settings())
+    early = dataclasses.replace(model, tasks=(0,), solved={})
+    answers = answer(early, images, query, 0, run_settings(), features=0)
     assert (answers.task_ids[protocols.PER_SAMPLE] == 0).all()
     assert answers.task_ids[protocols.VOTE_PROMPT].max() > 0
     logits = answers.logits[protocols.PER_SAMPLE]
-    rows = protocols.evaluate_task(early, images, np.zeros(COUNT, int), query, 0, run_settings())
+    rows = evaluate_task(early, images, np.zeros(COUNT, int), query, 0, run_settings(), features=0)
     assert rows[protocols.PER_SAMPLE].correct == (logits[:, 0] > logits[:, 1]).sum()
 
 
@@ -186,7 +203,7 @@ def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
     each.
     """
     model, _, images, query = world
-    whole = protocols.answer(model, images, query, 0, run_settings())
+    whole = answer(model, images, query, 0, run_settings())
     chosen = np.array(
         data.draw(strategies.lists(strategies.integers(0, COUNT - 1), min_size=1, max_size=COUNT))
     )
@@ -195,9 +212,7 @@ def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
         eval_batch_size=data.draw(strategies.sampled_from([16, 64])),
     )
     alone = engine.queries(model.method, model.backbone, images[chosen], batching.batching)
-    part = protocols.answer(
-        model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching
-    )
+    part = answer(model, images[chosen], alone, data.draw(strategies.integers(0, 2)), batching)
     for protocol in (protocols.PER_SAMPLE, protocols.PER_SAMPLE_GRADIENT, protocols.PROTOTYPE):
         np.testing.assert_array_equal(part.task_ids[protocol], whole.task_ids[protocol][chosen])
         np.testing.assert_array_equal(
@@ -207,7 +222,7 @@ def test_per_sample_does_not_depend_on_the_batch(world, data: DataObject):
 
 def test_one_and_four_devices_agree(world):
     model, _, images, query = world
-    one, four = (protocols.answer(model, images, query, 2, run_settings(devices=n)) for n in (1, 4))
+    one, four = (answer(model, images, query, 2, run_settings(devices=n)) for n in (1, 4))
     for protocol in one.logits:
         np.testing.assert_array_equal(one.task_ids[protocol], four.task_ids[protocol])
         np.testing.assert_allclose(one.logits[protocol], four.logits[protocol], atol=1e-4)
@@ -217,9 +232,12 @@ def test_interleaved_prefixes_follow_the_published_batches(world):
     """An image's prefix depends on its place in its batch, but under per_sample it is alone."""
     model, adapters, images, query = world
     model = dataclasses.replace(
-        model, method=dataclasses.replace(model.method, prefix_layout="interleaved")
+        model,
+        method=dataclasses.replace(
+            model.method, host=dataclasses.replace(model.method.host, prefix_layout="interleaved")
+        ),
     )
-    answers = protocols.answer(model, images, query, 0, run_settings())
+    answers = answer(model, images, query, 0, run_settings())
     separate = np.array([[0, 1]])
     # The last batch holds images 32 to 36: 34 stands in its middle.
     for i, sources in (
@@ -243,8 +261,7 @@ def test_a_test_batch_larger_than_a_chunk(world):
     settings_ = run_settings(batch_size=30, eval_batch_size=4)
     assert settings_.batching.chunk == 16
     large, whole = (
-        protocols.answer(model, images, query, 0, s)
-        for s in (settings_, run_settings(batch_size=30))
+        answer(model, images, query, 0, s) for s in (settings_, run_settings(batch_size=30))
     )
     for protocol in whole.logits:
         np.testing.assert_array_equal(large.task_ids[protocol], whole.task_ids[protocol])
@@ -256,8 +273,8 @@ def test_chunks_are_joined(world):
     many = run_settings(eval_batch_size=4)
     assert many.chunk == 16
     pieces, whole = (
-        protocols.answer(model, images, query, 0, many),
-        protocols.answer(model, images, query, 0, run_settings()),
+        answer(model, images, query, 0, many),
+        answer(model, images, query, 0, run_settings()),
     )
     for shots in (5, 0):
         np.testing.assert_allclose(
@@ -269,14 +286,16 @@ def test_chunks_are_joined(world):
 
 def test_dualprompt_has_no_gradient_id(backbone, rng):
     method = tiny_method(reparametrization=None)
-    assert not any("gradient_id" in protocol for protocol in protocols.protocols(method, (7,)))
+    assert not any(
+        "gradient_id" in protocol for protocol in protocols.keys_of(method, (7,), FEATURES)
+    )
     images = rng.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
     query = engine.queries(method, backbone, images, run_settings().batching)
     adapters = make_adapters(backbone, method)
     model = make_model(backbone, method, adapters)
-    answers = protocols.answer(model, images, query, 0, run_settings())
+    answers = answer(model, images, query, 0, run_settings(), features=0)
     assert answers.alpha_gradients == {}
-    assert set(answers.scores) == set(protocols.protocols(method, (5, 0), prototypes=False))
+    assert set(answers.scores) == set(protocols.keys_of(method, SHOTS))
     # Images of all tasks run together, each with its own prompt.
     tasks = np.array([2, 0, 1, 1, 0])
     batching = run_settings().batching
@@ -294,25 +313,23 @@ def test_bfloat16_names_the_same_tasks(world):
     low = dataclasses.replace(
         model,
         method=dataclasses.replace(
-            model.method, vit=dataclasses.replace(model.method.vit, dtype="bfloat16")
+            model.method,
+            architecture=dataclasses.replace(model.method.architecture, dtype="bfloat16"),
         ),
     )
     with jax.numpy_dtype_promotion("standard"):
         rounded = engine.queries(low.method, low.backbone, images, run_settings().batching)
-        answers = protocols.answer(low, images, query.astype(rounded.dtype), 1, run_settings())
+        answers = answer(low, images, query.astype(rounded.dtype), 1, run_settings())
     assert rounded.dtype == jax.numpy.bfloat16
-    expected = protocols.answer(model, images, query, 1, run_settings()).task_ids[
-        protocols.PER_SAMPLE
-    ]
+    expected = answer(model, images, query, 1, run_settings()).task_ids[protocols.PER_SAMPLE]
     assert (answers.task_ids[protocols.PER_SAMPLE] == expected).mean() > 0.9
-    similarity = identity.key_similarity(query.astype(rounded.dtype), model.keys)
+    similarity = identity.key_similarity(query.astype(rounded.dtype), model.rows["key"])
     assert similarity.dtype == np.float32
     assert answers.logits[protocols.ORACLE].dtype == np.float32
 
 
 def test_queries_are_those_of_the_plain_backbone(world):
     model, _, images, query = world
-    expected = ViT(model.method.vit).apply(
-        {"params": model.backbone}, images.astype(np.float32) / 255
-    )
+    plain = images.astype(np.float32) / 255
+    expected = model.method.architecture.module().apply({"params": model.backbone}, plain)
     np.testing.assert_allclose(query, expected, atol=1e-4)

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from soft_jax import distributed
 from soft_jax.data import sources
-from soft_jax.store import folder
-from soft_jax.training import train_step
+from soft_jax.store import checkpoint, folder
+from tests.conftest import COMPILED
 
 ROOT = Path(__file__).parent.parent
 # Two tasks of five digits, six steps each: the smallest run that has a past and a future.
@@ -31,14 +32,9 @@ SMALL = (
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="session")
-def environment(cache):
+def environment():
     return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "COLUMNS": "80",
     }
@@ -287,10 +283,11 @@ def test_eight_devices_are_two(finished, launch, tmp_path):
         "key": jax.ShapeDtypeStruct((192,), np.float32),
         "prompt": jax.ShapeDtypeStruct((3, 2, 5, 3, 64), np.float32),
     }
-    whole = train_step.replicated(train_step.data_mesh(jax.devices()[:1]))
-    ours = folder.load(kept, {"state": {"trainable": {"adapter": like}}}, whole, part=True)[0][
-        "state"
-    ]["trainable"]["adapter"]
+    whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
+    template = {"state": {"trainable": {"adapter": like}}}
+    hashes = checkpoint.load_manifest(kept)["sha256"]
+    items = checkpoint.load_items(kept, hashes, template, whole, part=True)
+    ours = items["state"]["trainable"]["adapter"]
     theirs = folder.Reader(finished[0]).load_task(0, {"adapter": like}, whole, part=True)[0][
         "adapter"
     ]

@@ -1,16 +1,18 @@
+"""A method's arrays, and how they turn into a forward pass."""
+
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from soft_jax import pytrees
-from soft_jax.config import Config
-from soft_jax.errors import UserError
-from soft_jax.methods import prompts, reparametrization
-from soft_jax.methods.method import method_from_config
-from soft_jax.models import backbones
+from soft_jax.methods import hosts, masks, prompts
 from soft_jax.models.vit import ViT
-from tests.conftest import TINY, soft_masks, tiny_method
+from tests.conftest import DUALPROMPT, TINY, soft_masks, tiny_method
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def shapes(tree):
@@ -39,10 +41,10 @@ def test_literal_trees(backbone):
 
 def test_initial_values(backbone):
     adapter = tiny_method().init_adapter(jax.random.key(0), backbone)
-    masks = np.concatenate([m.ravel() for m in jax.tree.leaves(adapter["mask"])])
-    assert masks.dtype == np.float32
-    assert 0.99 <= masks.min() < 0.9901
-    assert 0.9999 < masks.max() <= 1
+    drawn = np.concatenate([m.ravel() for m in jax.tree.leaves(adapter["mask"])])
+    assert drawn.dtype == np.float32
+    assert 0.99 <= drawn.min() < 0.9901
+    assert 0.9999 < drawn.max() <= 1
     for drawn in (adapter["key"], adapter["prompt"]):
         assert -1 <= drawn.min() < 0 < drawn.max() < 1
     ones = tiny_method(reparametrization=soft_masks("ones")).init_adapter(
@@ -62,15 +64,10 @@ def test_mask_multiplies_kernels_and_nothing_else(backbone):
     method = tiny_method()
     adapter = method.init_adapter(jax.random.key(0), backbone)
     params, _ = method.realize(backbone, adapter, method.init_shared(jax.random.key(1), backbone))
-    before, after, masks = (
-        pytrees.flatten(backbone),
-        pytrees.flatten(params),
-        pytrees.flatten(adapter["mask"]),
-    )
+    before, after, mask = map(pytrees.flatten, (backbone, params, adapter["mask"]))
     for path, leaf in after.items():
-        np.testing.assert_array_equal(
-            leaf, before[path] * masks[path] if path in masks else before[path]
-        )
+        expected = before[path] * mask[path] if path in mask else before[path]
+        np.testing.assert_array_equal(leaf, expected)
 
 
 def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone, rng):
@@ -85,18 +82,24 @@ def test_gradient_step_on_the_mask_preconditions_by_the_squared_weights(backbone
 
     mask = jnp.full(theta.shape, 0.995)
     by_mask = jax.grad(
-        lambda m: loss(
-            pytrees.flatten(reparametrization.masked(backbone, pytrees.unflatten({path: m})))[path]
-        )
+        lambda m: loss(pytrees.flatten(masks.masked(backbone, pytrees.unflatten({path: m})))[path])
     )(mask)
     moved = theta * (mask - 0.1 * by_mask) - theta * mask
     np.testing.assert_allclose(moved, -0.1 * theta**2 * jax.grad(loss)(theta * mask), atol=1e-6)
 
 
-def test_trunk_does_not_depend_on_the_task(backbone, rng):
+def test_the_trunk_ends_where_the_task_begins():
+    """At the first layer that a prompt or a mask of the task is in; without either, after all."""
+    early = dataclasses.replace(DUALPROMPT, e_layers=(1, 3))
+    assert tiny_method().first_task_layer == 2
+    assert tiny_method(host=early).first_task_layer == 1
+    assert tiny_method(host=early, reparametrization=None).first_task_layer == 1
+    assert tiny_method(reparametrization=soft_masks(layers=(1, 2))).first_task_layer == 1
+    assert tiny_method(host=hosts.L2P(), reparametrization=None).first_task_layer == 4
+
+
+def test_trunk_and_rest_are_the_whole(backbone, rng):
     method = tiny_method()
-    assert method.first_task_layer == 2
-    assert tiny_method(e_layers=(1, 3), reparametrization=None).first_task_layer == 1
     images = rng.random((2, 16, 16, 3), np.float32)
     shared = method.init_shared(jax.random.key(1), backbone)
     adapter = method.init_adapter(jax.random.key(2), backbone)
@@ -114,36 +117,3 @@ def test_interleaved_sources_are_a_reshape(batch):
     halves = np.repeat(np.arange(2)[:, None], batch, axis=1)
     sources = prompts.prefix_sources("interleaved", jnp.arange(batch + 2), jnp.asarray(batch))
     np.testing.assert_array_equal(sources[:batch], halves.reshape(batch, 2))
-
-
-def test_layers_that_the_vit_does_not_have():
-    vit = backbones.BACKBONES["vit_ti8_32"].vit
-    for field in ("mask_layers", "e_prompt_layers", "g_prompt_layers"):
-        with pytest.raises(
-            UserError, match=f"{field}: layer 13 is not one of vit_b16's layers 1 to 12"
-        ):
-            method_from_config(Config(**{field: (13,)}), vit, 10)
-
-
-def test_settings_reach_the_method():
-    vit = backbones.BACKBONES["vit_ti8_32"].vit
-    method = method_from_config(
-        Config(mask_layers=(12,), target_modules="qkv+mlp", e_prompt_layers=(3, 4)), vit, 10
-    )
-    assert method.kernels == (
-        "blocks_11/attn/qkv/kernel",
-        "blocks_11/mlp/fc1/kernel",
-        "blocks_11/mlp/fc2/kernel",
-    )
-    assert method.e_layers == (2, 3)
-    assert method.g_layers == (0, 1)
-    assert method_from_config(Config(method="dualprompt"), vit, 10).kernels == ()
-
-
-def test_a_rank_that_the_vit_does_not_have():
-    vit = backbones.BACKBONES["vit_ti8_32"].vit
-    with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
-        method_from_config(Config(method="lora", rank=193), vit, 10)
-    with pytest.raises(UserError, match="rank: 193 is above the backbone's width, 192"):
-        method_from_config(Config(mask_storage="lowrank", rank=193), vit, 10)
-    method_from_config(Config(mask_storage="int8", rank=193), vit, 10)  # which has none

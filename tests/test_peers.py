@@ -19,11 +19,11 @@ import pytest
 
 from soft_jax import pytrees
 from soft_jax.inference import identity
-from soft_jax.methods import prompts, reparametrization
+from soft_jax.methods import hosts, low_rank, masks, prompts
 from soft_jax.methods.method import Method
-from soft_jax.models import backbones
 from soft_jax.models.vit import Mlp, ViTConfig
 from soft_jax.training import train_step
+from tests.conftest import names
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -59,14 +59,14 @@ def their_backbone():
         }
     depth = sum(key.endswith("Dense_0/bias") for key in checkpoint)
     vit = ViTConfig(16, 4, 24, depth, 3, 48, dtype="float64")
-    return vit, backbones.convert(checkpoint, vit)[0]
+    return vit, vit.convert(checkpoint)[0]
 
 
 def test_a_step_of_googles_l2p():
     with np.load(DATA / "l2p.npz") as file:
         theirs = {key: file[key] for key in file.files}
     vit, backbone = their_backbone()
-    method = Method(vit, classes=6, pool_size=6, pool_length=2, top_k=3)
+    method = Method(vit, names(6), host=hosts.L2P(size=6, length=2, top_k=3))
     shared = {
         "head": {"kernel": theirs["head_kernel"], "bias": theirs["head_bias"]},
         "pool": {"key": theirs["pool_key"], "prompt": theirs["pool_prompt"]},
@@ -100,14 +100,10 @@ def test_a_step_of_pilots_dualprompt():
     with np.load(DATA / "dualprompt_pilot.npz") as file:
         theirs = {key: file[key] for key in file.files}
     vit, backbone = their_backbone()
-    layout = {
-        "e_layers": (1, 2),
-        "e_length": 2,
-        "g_layers": (0,),
-        "g_length": 3,
-        "prefix_layout": "interleaved",
-    }
-    method = Method(vit, classes=6, **layout)
+    host = hosts.DualPrompt(
+        e_layers=(1, 2), e_length=2, g_layers=(0,), g_length=3, prefix_layout="interleaved"
+    )
+    method = Method(vit, names(6), host=host)
     adapters = [
         {"key": jnp.asarray(key), "prompt": jnp.asarray(theirs["e_prompt"][:, :, task])}
         for task, key in enumerate(theirs["key"])
@@ -139,7 +135,7 @@ def test_a_step_of_pilots_dualprompt():
     voted = np.asarray(prompts.similarity(theirs["query"], theirs["key"])).argmax(axis=1)
     (winner,) = set(identity.majority(voted, np.zeros(count, int), 3).tolist())
     assert {winner} == set(theirs["voted"].flatten().tolist()) != {1}
-    sources = prompts.prefix_sources("interleaved", jnp.arange(count), jnp.asarray(count))
+    sources = method.host.sources(jnp.arange(count), jnp.asarray(count))
     logits = method.logits(
         backbone,
         adapters[winner],
@@ -156,7 +152,7 @@ def test_the_published_lora(layers):
         key.removeprefix("lora/"): value for key, value in layers.items() if key.startswith("lora/")
     }
     path = "blocks_0/attn/qkv/kernel"
-    kind = reparametrization.LoRA((path,), rank=3, parts=(0, 2))
+    kind = low_rank.LoRA((path,), (0,), rank=3, parts=(0, 2), fused=(path,))
     backbone = pytrees.unflatten({path: jnp.asarray(theirs["weight"].T)})
 
     def split(a, b):
@@ -199,9 +195,9 @@ def test_the_published_adapters(layers):
 @pytest.mark.parametrize("percent", [80, 83, 90])
 def test_the_published_binary_mask(layers, percent):
     scores, c = jnp.asarray(layers["wsn/scores"]), layers["wsn/c"]
-    keep = reparametrization.num_kept(percent / 100, scores.size)
+    keep = masks.num_kept(percent / 100, scores.size)
     np.testing.assert_array_equal(
-        reparametrization.top_k_mask(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"]
+        masks.top_k_mask(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"]
     )
-    grads = jax.grad(lambda s: jnp.sum(reparametrization.top_k_mask(jnp.abs(s), keep) * c))(scores)
+    grads = jax.grad(lambda s: jnp.sum(masks.top_k_mask(jnp.abs(s), keep) * c))(scores)
     np.testing.assert_array_equal(grads, layers["wsn/grad"])

@@ -12,14 +12,13 @@ from rich.console import Console
 
 import soft_jax
 from soft_jax import __main__
-from soft_jax.config import Config
 from soft_jax.data import augmentation, images
 from soft_jax.errors import UserError
-from soft_jax.evaluation import protocols
 from soft_jax.experiment import loop
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
-from tests.conftest import LAYERS, TINY, tiny_world
+from tests import protocols
+from tests.conftest import TINY, tiny_config, tiny_world
 
 PROTOCOLS = {
     "prompt": protocols.PER_SAMPLE,
@@ -40,14 +39,12 @@ def _tiny_world(backbone):
 @pytest.fixture(scope="module")
 def workdir(_tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = Config(
-        dataset="digits",
+    config = tiny_config(
         tasks=5,
         batch_size=8,
         epochs=1,
         eval_batch_size=16,
         prototype_features=60,
-        **LAYERS,
     )
     loop.run(config, folder, Console(quiet=True))
     return folder
@@ -67,7 +64,7 @@ def predictors(workdir):
 
 def asked(predictor, labels):
     """What `predict` is told of the tasks."""
-    return {"task": labels // 2} if predictor.task_id == "oracle" else {}
+    return {"task": labels // 2} if predictor.rule.option == "oracle" else {}
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -398,19 +395,18 @@ def test_a_bad_command_is_one_line(workdir, folder, capsys, arguments, message):
 
 def test_dualprompt(tmp_path, test_set):
     """No masks: nothing to load by task, and no Gradient ID."""
-    config = Config(
+    config = tiny_config(
         method="dualprompt",
-        dataset="digits",
         tasks=2,
         batch_size=8,
         epochs=1,
         eval_batch_size=16,
         prototype_features=60,
-        **LAYERS,
     )
     loop.run(config, tmp_path, Console(quiet=True))
     with pytest.raises(
-        UserError, match="'gradient' needs weights of each task's own; dualprompt has none"
+        UserError,
+        match="'gradient' means nothing for this run of dualprompt; take one of 'prompt', 'pro",
     ):
         Predictor.load(tmp_path, task_id="gradient")
     predictor = Predictor.load(tmp_path, batch_size=16)

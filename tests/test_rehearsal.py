@@ -15,9 +15,11 @@ from rich.console import Console
 from soft_jax.config import Config
 from soft_jax.data import batches
 from soft_jax.errors import UserError
-from soft_jax.experiment import loop
-from soft_jax.methods import regularization, rehearsal
+from soft_jax.experiment import loop, manifest
+from soft_jax.experiment.run import prepare
+from soft_jax.methods import hosts, regularization, rehearsal
 from soft_jax.store.folder import Store
+from soft_jax.training.task_input import TaskInput
 from tests.conftest import tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -26,12 +28,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 def whole(way, backbone):
     """A method that trains the whole network, and its shared part."""
     method = tiny_method(
-        strategy=way,
-        trains_backbone=True,
-        reparametrization=None,
-        e_layers=(),
-        e_length=0,
-        g_layers=(),
+        strategy=way, trains_backbone=True, reparametrization=None, host=hosts.PromptHost()
     )
     return method, method.init_shared(jax.random.key(1), backbone)
 
@@ -290,7 +287,7 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
         learning_rate=0.003,
     )
     with closing(Store(tmp_path)) as store:
-        run = loop.prepare(config, store, Console(quiet=True), threading.Event())
+        run = prepare(config, store, Console(quiet=True), threading.Event())
         shared = run.initial_shared()
         memory = run.initial_memory(shared)
         labels, held, once = digits.train.labels, [], []
@@ -302,9 +299,10 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
             held += sorted(set(run.scenario.members(labels, task)) - set(own))
             once += [*own, *again]
             recalled, shared = run.method.before_task(memory, shared)
-            feed, rows = loop.TaskInput(run, task, 0, recalled), np.concatenate([own, again])
-            pool, plan = feed._pool, feed.schedule
-            np.testing.assert_array_equal(feed._fixed["class_mask"], np.arange(10) < 5 * (task + 1))
+            data, rows = run.task_data(task, recalled), np.concatenate([own, again])
+            pool = TaskInput(data, run.step_config, run.mesh, run.params, 0).pool
+            plan = data.sampler
+            np.testing.assert_array_equal(data.class_mask, np.arange(10) < 5 * (task + 1))
             drawn = np.concatenate(
                 [batch[counted > 0] for batch, counted in map(plan.batch, range(plan.steps))]
             )
@@ -335,5 +333,5 @@ def test_a_run_trains_on_its_exemplars_and_never_on_those_held_out(method, digit
         assert len(held) == (10 if method == "bic" else 0)
         if method == "bic":
             assert set(rehearsal.all_rows_of(memory)) == set(held) | set(kept)
-        manifest_bytes = loop._exemplar_bytes(run, memory)
-        assert manifest_bytes == len(rehearsal.all_rows_of(memory)) * digits.train.images[0].nbytes
+        stored = manifest._exemplar_bytes(run, memory)
+        assert stored == len(rehearsal.all_rows_of(memory)) * digits.train.images[0].nbytes

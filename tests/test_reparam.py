@@ -1,4 +1,4 @@
-"""What each kind of reparametrisation does to the weights, against its definition."""
+"""What each kind of reparametrization does to the weights, against its definition."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,16 @@ import pytest
 from flax import traverse_util
 
 from soft_jax import pytrees
-from soft_jax.methods import reparametrization
+from soft_jax.config import Config
+from soft_jax.methods import low_rank, masks, registry
 from soft_jax.models.backbones import BACKBONES
 from soft_jax.models.vit import Mlp, ViT
 from tests.conftest import TINY, soft_masks
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-PATHS = reparametrization.kernel_paths(("qkv", "proj"), (2, 3))
+LAYERS = (2, 3)
+PATHS = TINY.kernel_paths(("qkv", "proj"), LAYERS)
 QKV, PROJ = "blocks_2/attn/qkv/kernel", "blocks_2/attn/proj/kernel"
 
 
@@ -37,7 +39,7 @@ def test_masks_are_drawn_as_the_ablation_says(backbone, init_as, low, high, devi
 
 @pytest.mark.parametrize("keep", [0.8, 0.83, 0.9, 1.0])
 def test_a_binary_mask_keeps_exactly_its_share(backbone, keep):
-    kind = reparametrization.BinaryMask(PATHS, keep)
+    kind = masks.BinaryMask(PATHS, LAYERS, keep)
     own = kind.init(jax.random.key(0), backbone)
     # Ties at the threshold are common in float32; here they are the rule.
     own = {"scores": jax.tree.map(lambda s: jnp.round(s, 1), own["scores"])}
@@ -60,9 +62,7 @@ def test_the_highest_are_those_that_sorting_finds(rng, scores, keep):
     values = values.astype(np.float32)
     expected = np.zeros(120, np.float32)
     expected[np.argsort(-values.reshape(-1), kind="stable")[:keep]] = 1
-    np.testing.assert_array_equal(
-        reparametrization.top_k_mask(values, keep), expected.reshape(10, 12)
-    )
+    np.testing.assert_array_equal(masks.top_k_mask(values, keep), expected.reshape(10, 12))
 
 
 def test_a_masks_cost_grows_with_its_size():
@@ -70,7 +70,7 @@ def test_a_masks_cost_grows_with_its_size():
     before each entry would be its square.
     """
     counted = [
-        jax.jit(reparametrization.top_k_mask, static_argnums=1)
+        jax.jit(masks.top_k_mask, static_argnums=1)
         .lower(np.ones(size, np.float32), size // 2)
         .cost_analysis()["flops"]
         for size in (1000, 8000)
@@ -82,7 +82,7 @@ def test_scores_get_the_gradient_of_the_mask(backbone, rng):
     """Straight through to |s|: d/ds Σ c ⊙ θ ⊙ top(|s|) = c ⊙ θ ⊙ sign(s), for kept and dropped
     weights alike.
     """
-    kind = reparametrization.BinaryMask((PROJ,), 0.5)
+    kind = masks.BinaryMask((PROJ,), (2,), 0.5)
     own = kind.init(jax.random.key(0), backbone)
     theta, c = pytrees.flatten(backbone)[PROJ], rng.normal(size=(24, 24)).astype(np.float32)
     grads = jax.grad(lambda own: jnp.sum(c * pytrees.flatten(kind.weights(backbone, own))[PROJ]))(
@@ -94,14 +94,12 @@ def test_scores_get_the_gradient_of_the_mask(backbone, rng):
 
 def test_softnet_keeps_the_rest_as_small_fixed_values(backbone):
     hard, soft = (
-        reparametrization.BinaryMask(PATHS, 0.7),
-        reparametrization.BinaryMask(PATHS, 0.7, soft=True),
+        masks.BinaryMask(PATHS, LAYERS, 0.7),
+        masks.BinaryMask(PATHS, LAYERS, 0.7, soft=True),
     )
     own = soft.init(jax.random.key(0), backbone)
-    binary, masks, minor = (
-        pytrees.flatten(t) for t in (hard.masks(own), soft.masks(own), own["minor"])
-    )
-    for path, mask in masks.items():
+    binary, both, minor = map(pytrees.flatten, (hard.masks(own), soft.masks(own), own["minor"]))
+    for path, mask in both.items():
         np.testing.assert_array_equal(mask[binary[path] == 1], 1)
         np.testing.assert_array_equal(mask[binary[path] == 0], minor[path][binary[path] == 0])
         assert 0 < minor[path].max() < 1e-4  # σ(-10) at most
@@ -117,7 +115,7 @@ def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
     """The masks of what is read again are those that were stored, to the bit; so are they when
     it is stored once more.
     """
-    kind = reparametrization.BinaryMask(PATHS, keep, soft)
+    kind = masks.BinaryMask(PATHS, LAYERS, keep, soft)
     own = kind.init(jax.random.key(0), backbone)
     packed = kind.pack(own)
     back = kind.unpack(packed, backbone)
@@ -133,7 +131,8 @@ def test_a_binary_mask_is_stored_as_bits(backbone, rng, keep, soft):
 @pytest.mark.parametrize("parts", [(0, 1, 2), (0, 2)])
 def test_lora_equals_the_merged_weight(backbone, rng, parts):
     """x W + 8 (x A) B, for q, k and v apart."""
-    kind = reparametrization.LoRA(PATHS, rank=3, parts=parts)
+    kind = low_rank.LoRA(PATHS, LAYERS, rank=3, parts=parts, fused=PATHS[::2])
+    assert set(kind.fused) == {path for path in PATHS if path.endswith("qkv/kernel")}
     own = kind.init(jax.random.key(0), backbone)
     jax.tree.map(
         np.testing.assert_array_equal, kind.weights(backbone, own), pytrees.select(backbone, PATHS)
@@ -160,33 +159,34 @@ def test_parameter_counts_are_the_papers():
     """Table 7, ViT-B, in millions: r = 4, 24 and 500 of LoRA in three layers, r = 1, 4 and 75 of
     the adapter in all twelve.
     """
-    vit = jax.eval_shape(
-        ViT(BACKBONES["vit_b16"].vit).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))
-    )["params"]
-    three = reparametrization.kernel_paths(("qv", "proj"), (9, 10, 11))
+    vit = BACKBONES["vit_b16"].architecture
+    images = jnp.zeros((1, 224, 224, 3))
+    params = jax.eval_shape(vit.module().init, jax.random.key(0), images)["params"]
 
-    def millions(kind):
-        return pytrees.count(jax.eval_shape(kind.init, jax.random.key(0), vit)) / 1e6
+    def millions(method, layers, **settings):
+        config = Config(method=method, mask_layers=layers, **settings)
+        kind = registry.make_method(config, vit, ("",)).reparametrization
+        return pytrees.count(jax.eval_shape(kind.init, jax.random.key(0), params)) / 1e6
 
-    assert [round(millions(reparametrization.LoRA(three, r, (0, 2))), 2) for r in (4, 24)] == [
-        0.06,
-        0.33,
-    ]  # 331,776; printed as 0.32
-    assert millions(reparametrization.LoRA(three, 500, (0, 2))) == pytest.approx(6.91, abs=0.005)
-    assert [
-        round(millions(reparametrization.Bottleneck(tuple(range(12)), r)), 2) for r in (1, 75)
-    ] == [0.09, 6.91]
-    assert millions(reparametrization.Bottleneck(tuple(range(12)), 4)) == pytest.approx(
-        0.36, abs=0.01
-    )
-    assert millions(soft_masks(weights=("qkv",), layers=(11,))) == pytest.approx(1.77, abs=0.005)
+    def lora(rank):
+        return millions("lora", (10, 11, 12), target_modules="qv+proj", rank=rank)
+
+    def adapter(rank):
+        return millions("adapter", tuple(range(1, 13)), rank=rank)
+
+    assert [round(lora(rank), 2) for rank in (4, 24)] == [0.06, 0.33]  # 331,776; printed as 0.32
+    assert lora(500) == pytest.approx(6.91, abs=0.005)
+    assert [round(adapter(rank), 2) for rank in (1, 75)] == [0.09, 6.91]
+    assert adapter(4) == pytest.approx(0.36, abs=0.01)
+    assert millions("softtf", (12,), target_modules="qkv") == pytest.approx(1.77, abs=0.005)
 
 
 def test_a_bottleneck_is_the_published_residual(backbone, rng):
     """As drawn, the backbone to the bit; else x + up(GELU(down x)) behind fc1 and behind fc2,
     and nowhere else.
     """
-    kind = reparametrization.Bottleneck((1, 3), rank=2)
+    places = tuple(tuple(TINY.bottleneck_widths(layer).items()) for layer in (1, 3))
+    kind = low_rank.Bottleneck((1, 3), places, rank=2)
     images = rng.random((2, 16, 16, 3), np.float32)
     vit, own = ViT(TINY), kind.init(jax.random.key(0), backbone)
     plain = vit.apply({"params": backbone}, images)

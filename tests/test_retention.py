@@ -1,18 +1,21 @@
 """PGP, EWC and LwF against their definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from soft_jax import pytrees
-from soft_jax.methods import prompts, regularization
+from soft_jax.methods import hosts, regularization
 from soft_jax.models.vit import ViT
-from tests.conftest import TINY, tiny_method
+from tests.conftest import DUALPROMPT, TINY, tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 MASK = np.arange(6) < 2
+POOL = hosts.L2P(size=4, length=2, top_k=2)
 
 
 def trainable_of(method, backbone, seed=0):
@@ -36,19 +39,7 @@ def test_projected_gradients_are_orthogonal_to_what_old_images_ask(backbone, rng
     """Two tasks one after the other: U is a projection, holds the share of energy it must, and
     no projected key gradient meets it.
     """
-    host = (
-        {
-            "pool_size": 4,
-            "top_k": 2,
-            "pool_length": 2,
-            "reparametrization": None,
-            "e_layers": (),
-            "e_length": 0,
-            "g_layers": (),
-        }
-        if pooled
-        else {}
-    )
+    host = {"host": POOL, "reparametrization": None} if pooled else {}
     method = tiny_method(strategy=regularization.PGP(), **host)
     trainable = trainable_of(method, backbone)
     memory = method.strategy.init(method, trainable["shared"])
@@ -108,7 +99,9 @@ def test_prompt_layers_are_asked_by_their_own_queries(backbone, rng):
     those of the plain network.
     """
     method = tiny_method(
-        strategy=regularization.PGP(), reparametrization=None, e_layers=(2,), g_layers=()
+        strategy=regularization.PGP(),
+        reparametrization=None,
+        host=dataclasses.replace(DUALPROMPT, e_layers=(2,), g_layers=()),
     )
     images, _ = pictures(rng, 3)
     gram = regularization._grams(method, trainable_of(method, backbone), backbone, images)[0]
@@ -134,15 +127,8 @@ def test_prompt_layers_are_asked_by_their_own_queries(backbone, rng):
 
 
 def test_l2p_selects_as_a_loop_would(backbone, rng):
-    method = tiny_method(
-        pool_size=7,
-        top_k=3,
-        pool_length=2,
-        reparametrization=None,
-        e_layers=(),
-        e_length=0,
-        g_layers=(),
-    )
+    host = hosts.L2P(size=7, length=2, top_k=3)
+    method = tiny_method(host=host, reparametrization=None)
     shared = trainable_of(method, backbone)["shared"]
     query = rng.normal(size=(9, 24)).astype(np.float32)
     selected = np.asarray(method.select(shared, query))
@@ -154,21 +140,14 @@ def test_l2p_selects_as_a_loop_would(backbone, rng):
         assert row.tolist() == sorted(range(7), key=lambda i: -cosines[i])[:3]
     weights = np.array([1, 1, 1, 1, 1, 1, 0, 0, 0], np.float32)  # padding has no vote
     votes = [sum(i in row for row in selected[:6].tolist()) for i in range(7)]
-    batch = np.asarray(prompts.most_selected(jnp.asarray(selected), jnp.asarray(weights), 7))
+    batch = np.asarray(host.select_together(jnp.asarray(selected), jnp.asarray(weights)))
     assert batch.tolist() == [sorted(range(7), key=lambda i: (-votes[i], i))[:3]] * 9
 
 
 def test_l2p_puts_its_prompts_behind_the_class_token(backbone, rng):
     """Features are the mean of the prompts' outputs; the selection may be given."""
-    method = tiny_method(
-        pool_size=4,
-        top_k=2,
-        pool_length=3,
-        reparametrization=None,
-        e_layers=(),
-        e_length=0,
-        g_layers=(),
-    )
+    host = hosts.L2P(size=4, length=3, top_k=2)
+    method = tiny_method(host=host, reparametrization=None)
     shared = trainable_of(method, backbone)["shared"]
     images, _ = pictures(rng, 2)
     chosen = np.array([[1, 3], [0, 2]])
@@ -206,12 +185,7 @@ def whole(backbone):
 
     def make(kind):
         method = tiny_method(
-            strategy=kind,
-            trains_backbone=True,
-            reparametrization=None,
-            e_layers=(),
-            e_length=0,
-            g_layers=(),
+            strategy=kind, trains_backbone=True, reparametrization=None, host=hosts.PromptHost()
         )
         return method, trainable_of(method, backbone)
 

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,21 @@ from rich.console import Console
 import soft_jax
 from soft_jax import __main__ as command_line
 from soft_jax import config as config_lib
-from soft_jax.config import Config
+from soft_jax.config import DEFAULTS, Config, parse_argument
 from soft_jax.errors import UserError
-from soft_jax.evaluation import protocols, report
+from soft_jax.evaluation import pictures, report
+from soft_jax.evaluation.published import published_rows
 from soft_jax.experiment import loop
-from soft_jax.methods.method import method_from_config
+from soft_jax.experiment.run import rule_settings
+from soft_jax.hooks import Hooks
+from soft_jax.inference import rules
+from soft_jax.methods import registry
 from soft_jax.models import backbones
-from soft_jax.paper import tables
-from soft_jax.store import folder
+from soft_jax.paper import folders, printing, runs
+from soft_jax.paper import lines as lines_lib
+from soft_jax.paper import rows as rows_lib
+from soft_jax.store.folder import Reader
+from soft_jax.store.records import TaskManifest
 from tests.conftest import LAYERS
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -93,7 +101,7 @@ ALL = ("e_prompt_layers", "mask_layers")
     ],
 )
 def test_a_rows_name_is_its_settings(name, settings):
-    assert tables.row_settings({"method": name, "task_id": None}) == settings
+    assert rows_lib.row_settings({"method": name, "task_id": None}) == settings
 
 
 def test_a_rows_other_columns_set_things_too():
@@ -104,13 +112,18 @@ def test_a_rows_other_columns_set_things_too():
         "mask_init": "xavier",
     }
     assert {("backbone", "vit_b16_dino"), ("shots", (3,)), ("mask_init", "xavier")} <= set(
-        tables.row_settings(row).items()
+        rows_lib.row_settings(row).items()
     )
-    assert tables.row_settings(row | {"task_id": "gradient, batch"})["shots"] == (0,)
-    exemplars = tables.row_settings({"method": "iCaRL", "exemplars": 5000, "task_id": None})
+    assert rows_lib.row_settings(row | {"task_id": "gradient, batch"})["shots"] == (0,)
+    exemplars = rows_lib.row_settings({"method": "iCaRL", "exemplars": 5000, "task_id": None})
     assert (exemplars["method"], exemplars["buffer_size"]) == ("icarl", 5000)
-    assert tables.row_settings({"method": "DER+MCG", "exemplars": 2000, "task_id": None}) is None
-    assert tables.row_settings({"method": "CLIP-Prompt", "task_id": "prompt"}) is None
+    assert rows_lib.row_settings({"method": "DER+MCG", "exemplars": 2000, "task_id": None}) is None
+    assert rows_lib.row_settings({"method": "CLIP-Prompt", "task_id": "prompt"}) is None
+
+
+def method_of(config):
+    architecture = backbones.BACKBONES[config.backbone].architecture
+    return registry.make_method(config, architecture, ("",) * 100)
 
 
 def test_every_published_row_can_be_made():
@@ -119,9 +132,9 @@ def test_every_published_row_can_be_made():
     """
     seen = 0
     for number in ("1", "2", "4", "5", "6", "7", "9", "10"):
-        for benchmark in tables.BENCHMARKS:
+        for benchmark in rows_lib.BENCHMARKS:
             try:
-                rows = tables.rows_of(number, benchmark)
+                rows = rows_lib.rows_of(number, benchmark)
             except UserError:
                 continue
             assert len({row.name for row in rows}) == len(rows)
@@ -129,17 +142,15 @@ def test_every_published_row_can_be_made():
                 assert row.published
                 if row.settings is None:
                     continue
-                config = tables.config_of(row, benchmark, {}, seed=1)
-                assert config.seed == tables.BENCHMARKS[benchmark]["seed"] + 1
-                method = method_from_config(config, backbones.BACKBONES[config.backbone].vit, 100)
-                assert set(row.published) <= {
-                    *protocols.protocols(method, config.shots),
-                    "per_sample",
-                }
+                config = rows_lib.config_of(row, benchmark, {}, seed=1)
+                assert config.seed == rows_lib.BENCHMARKS[benchmark]["seed"] + 1
+                method = method_of(config)
+                keys = {rule.key for rule in rules.rules_of(method, rule_settings(config))}
+                assert set(row.published) <= {*keys, "per_sample"}
                 seen += 1
     assert seen > 60
-    for row in report.published_rows():
-        assert str(row["table"]) == "3" or row["method"] == "DER+MCG" or tables.row_settings(row)
+    for row in published_rows():
+        assert str(row["table"]) == "3" or row["method"] == "DER+MCG" or rows_lib.row_settings(row)
 
 
 @pytest.mark.parametrize(
@@ -161,25 +172,25 @@ def test_the_examples_of_the_config_are_what_they_say(example):
 
 
 def test_table_6_has_the_published_seconds():
-    rows = tables.rows_of("6", "c100_20")
+    rows = rows_lib.rows_of("6", "c100_20")
     assert (
-        tables._published(rows[0].published["batch_vote/prompt_id"])
+        printing.published_cell(rows[0].published["batch_vote/prompt_id"])
         == "training 11600 s, test 78 s on a Quadro RTX 8000"
     )
 
 
 def test_l2p_on_imagenet_r_has_its_own_settings():
-    rows = [row for row in tables.rows_of("1", "imr_10") if row.name.startswith("L2P")]
-    configs = [tables.config_of(row, "imr_10", {}, seed=0) for row in rows]
+    rows = [row for row in rows_lib.rows_of("1", "imr_10") if row.name.startswith("L2P")]
+    configs = [rows_lib.config_of(row, "imr_10", {}, seed=0) for row in rows]
     assert {(c.epochs, c.batch_size, c.e_prompt_length) for c in configs} == {(50, 16, 30)}
     assert {
-        tables.config_of(row, "c100_10", {"learning_rate": 0.1}, 0).learning_rate
-        for row in tables.rows_of("methods", "c100_10")
+        rows_lib.config_of(row, "c100_10", {"learning_rate": 0.1}, 0).learning_rate
+        for row in rows_lib.rows_of("methods", "c100_10")
     } == {0.1}
 
 
 def test_one_run_serves_rows_that_differ_in_the_protocol_only():
-    rows = {row.name: row for row in tables.rows_of("7", "c100_10")}
+    rows = {row.name: row for row in rows_lib.rows_of("7", "c100_10")}
     row = rows["DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"]
     assert {protocol: figures["accuracy"] for protocol, figures in row.published.items()} == {
         "batch_vote/gradient_id_7": 98.05,
@@ -188,16 +199,11 @@ def test_one_run_serves_rows_that_differ_in_the_protocol_only():
 
 
 def test_which_weights_are_masked_is_swept():
-    rows = tables.rows_of("weights", "c100_10")
+    rows = rows_lib.rows_of("weights", "c100_10")
     assert [row.name for row in rows][:3] == [
         f"DualPrompt-Soft-TF-L[12] {name}" for name in ("only ATTN", "w/o FF", "w/ FF")
     ]
-    method = {
-        row.name: method_from_config(
-            tables.config_of(row, "c100_10", {}, 0), backbones.BACKBONES["vit_b16"].vit, 100
-        )
-        for row in rows
-    }
+    method = {row.name: method_of(rows_lib.config_of(row, "c100_10", {}, 0)) for row in rows}
     parts = {
         name.split("] ")[1]: sorted({kernel.split("/", 1)[1] for kernel in m.kernels})
         for name, m in method.items()
@@ -214,31 +220,41 @@ def test_which_weights_are_masked_is_swept():
 
 def manifests(*protocols):
     """Of a run of two tasks, by which half of the images are right."""
-    row = {"correct": 1, "total": 2, "task_correct": 1}
-    manifest = {
-        "parameters": {"adapter": 3, "fixed": 0, "shared": 2},
-        "bytes": {"adapter": 3, "shared": 2, "memory": 0, "statistics": 1},
-        "step_flops": None,
-        "seconds": {"train": 1, "statistics": 1, "evaluate": 1},
-        "backbone": {"name": "vit_b16"},
-    }
+    row = {"correct": 1, "total": 2, "task_correct": 1, "identified": {"0": 2}}
     return [
-        manifest | {"metrics": {protocol: [row] * tasks for protocol in protocols}}
-        for tasks in (1, 2)
+        TaskManifest(
+            task=task,
+            classes=(task,),
+            class_names=("a",),
+            num_classes=2,
+            num_tasks=2,
+            config={},
+            backbone={"name": "vit_b16", "sha256": "0"},
+            metrics={protocol: [row] * (task + 1) for protocol in protocols},
+            seconds={"train": 1, "statistics": 1, "evaluate": 1},
+            parameters={"adapter": 3, "fixed": 0, "shared": 2},
+            step_flops=None,
+            bytes={"adapter": 3, "shared": 2, "memory": 0, "statistics": 1},
+            mask_distance_from_one={},
+            weight_drift={},
+            mask_density={},
+            versions={},
+        )
+        for task in range(2)
     ]
 
 
 def table_of(*arguments, workdir, monkeypatch, capsys):
     """Exit status and text of a table whose runs all end as `manifests` of Prompt ID by batches."""
     monkeypatch.setattr(
-        tables, "run", lambda configs, *_: [manifests("batch_vote/prompt_id")] * len(configs)
+        runs, "run", lambda planned, _: [manifests("batch_vote/prompt_id")] * len(planned)
     )
     status = command_line.main(["table", *arguments, f"--workdir={workdir}"])
     return status, capsys.readouterr().out
 
 
 def test_settings_that_are_not_for_joint_training(tmp_path, monkeypatch, capsys):
-    """FT has no masks to keep as int8, so it is no bound; that must not cost the table."""
+    """FT has no masks to keep as int8; that must not cost the table."""
     world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     status, text = table_of("7", "--rows=4", "--set=mask_storage=int8", **world)
     assert status == 0
@@ -246,20 +262,21 @@ def test_settings_that_are_not_for_joint_training(tmp_path, monkeypatch, capsys)
     assert "is not measured under these settings" in text
 
 
-def test_a_setting_that_is_not_for_a_row_fails_that_row(tmp_path, monkeypatch, capsys):
-    status, text = table_of(
-        "methods",
-        "--rows=1,12",
-        "--set=cache_queries=True",
-        workdir=tmp_path,
-        monkeypatch=monkeypatch,
-        capsys=capsys,
-    )
+def test_a_setting_that_is_no_good_for_a_row_fails_that_row(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    status, text = table_of("methods", "--rows=8,12", "--set=top_k=99", **world)
     assert status == 1
-    assert text.startswith("error: row 1: cache_queries: 'head' asks nothing of q(x)")
-    assert "| 1 | head | failed: cache_queries: 'head' asks nothing of q(x)" in text
+    assert text.startswith("error: row 8: top_k: 99 is above pool_size, 10")
+    assert "| 8 | L2P | failed: top_k: 99 is above pool_size, 10" in text
     assert "| 12 | DualPrompt | CIL batch_vote, Prompt ID" in text
-    assert "Rows 1" not in text  # its settings are of no run
+    assert "Rows 8" not in text  # its settings are of no run
+
+
+def test_a_setting_that_a_row_does_not_use_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    status, text = table_of("methods", "--rows=1,12", "--set=cache_queries=True", **world)
+    assert status == 0
+    assert "cache_queries has no effect on rows 1." in text
 
 
 def test_published_figures_are_of_the_benchmarks_own_data_and_tasks(tmp_path, monkeypatch, capsys):
@@ -275,14 +292,14 @@ def test_published_figures_are_of_the_benchmarks_own_data_and_tasks(tmp_path, mo
 
 
 def test_one_run_serves_all_shots_of_all_tables():
-    rows = tables.rows_of("9", "c100_10")
+    rows = rows_lib.rows_of("9", "c100_10")
     assert [row.settings["shots"] for row in rows] == [(3, 5, 7), (3, 5, 7, 0)]
     assert [row.shots for row in rows] == [(3, 5, 7)] * 2
     assert [figures["accuracy"] for figures in rows[0].published.values()] == [93.12, 96.13, 96.51]
     assert list(rows[1].published) == [f"batch_vote/gradient_id_{shots}" for shots in (3, 5, 7)]
     same = "DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj"
     found = {
-        table: next(row for row in tables.rows_of(table, "c100_10") if row.name.startswith(same))
+        table: next(row for row in rows_lib.rows_of(table, "c100_10") if row.name.startswith(same))
         for table in "679"
     }
     assert {table: row.shots for table, row in found.items()} == {
@@ -291,42 +308,164 @@ def test_one_run_serves_all_shots_of_all_tables():
         "9": (3, 5, 7),
     }
     assert (
-        len({tables.folder_of(tables.config_of(row, "c100_10", {}, 0)) for row in found.values()})
+        len(
+            {folders.folder_of(rows_lib.config_of(row, "c100_10", {}, 0)) for row in found.values()}
+        )
         == 1
     )
-    runs = [manifests(protocols.PROTOTYPE, *map(report.vote_gradient, (3, 5, 7, 0)))]
+    runs = [manifests("per_sample/prototype", *(rules.GradientVote(n).key for n in (3, 5, 7, 0)))]
     # Prototypes alone need the statistics, a byte here.
-    stored = [(line.protocol, line.cost["own_bytes"]) for line in tables.lines_of(found["7"], runs)]
+    stored = [
+        (line.protocol, line.cost["own_bytes"]) for line in lines_lib.lines_of(found["7"], runs)
+    ]
     assert stored == [("per_sample/prototype", 4), ("batch_vote/gradient_id_7", 3)]
-    assert len(tables.lines_of(dataclasses.replace(found["7"], shots=None), runs)) == 5
+    assert len(lines_lib.lines_of(dataclasses.replace(found["7"], shots=None), runs)) == 5
 
 
 def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
-    joint = next(row for row in tables.rows_of("1", "c100_10") if row.name.startswith("Upper"))
-    config = tables.config_of(
+    joint = next(row for row in rows_lib.rows_of("1", "c100_10") if row.name.startswith("Upper"))
+    config = rows_lib.config_of(
         joint, "c100_10", {"tasks": 5, "epochs": 2, "backbone": "vit_ti8_32", "seed": 3}, seed=0
     )
     assert (config.tasks, config.epochs, config.backbone, config.seed) == (1, 2, "vit_ti8_32", 3)
     same = dataclasses.replace(config, data_dir="/elsewhere", eval_batch_size=64, seed=4)
-    assert tables.folder_of(same).split("/")[0] == tables.folder_of(config).split("/")[0]
+    assert folders.folder_of(same).split("/")[0] == folders.folder_of(config).split("/")[0]
     assert (
-        tables.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0]
-        != tables.folder_of(config).split("/")[0]
+        folders.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0]
+        != folders.folder_of(config).split("/")[0]
     )
     # Where things are is no setting, but where it says what they are.
-    assert tables.folder_of(
+    assert folders.folder_of(
         dataclasses.replace(config, backbone_path="/b.npz")
-    ) != tables.folder_of(config)
-    folders = [
+    ) != folders.folder_of(config)
+    one, two = (
         dataclasses.replace(config, dataset="folder", data_dir=path) for path in ("/one", "/two")
-    ]
-    assert tables.folder_of(folders[0]) != tables.folder_of(folders[1])
-    assert "epochs is what" not in tables._conditions(
-        [row := tables.rows_of("7", "c100_10")[0]], {}, {"epochs": 2}
     )
-    assert "mask_layers is what rows 1 are about" in tables._conditions(
+    assert folders.folder_of(one) != folders.folder_of(two)
+    one, two = (
+        dataclasses.replace(config, scenario="file", scenario_file=path) for path in ("/1", "/2")
+    )
+    assert folders.folder_of(one) != folders.folder_of(two)
+    assert "epochs is what" not in printing.conditions(
+        [row := rows_lib.rows_of("7", "c100_10")[0]], {}, {"epochs": 2}
+    )
+    assert "mask_layers is what rows 1 are about" in printing.conditions(
         [row], {}, {"mask_layers": (3,)}
     )
+
+
+def row_of(table, name):
+    return next(row for row in rows_lib.rows_of(table, "c100_10") if row.name == name)
+
+
+# The run in tests/data/format_0.tar.gz, which the program of format 0 made for this row.
+OLD_ROW = "DualPrompt-Soft-TF"
+OLD_SETTINGS = (
+    "dataset=digits,tasks=2,backbone=tiny,mask_layers=3+4,e_prompt_layers=3+4,g_prompt_layers=1,"
+    "e_prompt_length=2,g_prompt_length=2,epochs=2,batch_size=10,train_images_per_class=8,"
+    "test_images_per_class=6,prototype_features=20,checkpoint_every=3,eval_batch_size=16,"
+    "learning_rate=0.1"
+)
+OLD_FOLDER = "dualprompt+softtf-digits-2x-be97c3dd/seed59"
+
+
+def folder_then(row, **overrides):
+    return folders.folder_in_format_0(rows_lib.settings_of(row, "c100_10", overrides, 0))
+
+
+def test_a_run_of_format_0_is_found_by_the_name_that_it_had():
+    row = row_of("methods", OLD_ROW)
+    assert row.number == 14
+    assert folder_then(row, **parse_argument(OLD_SETTINGS)) == OLD_FOLDER
+
+
+def test_what_format_0_did_not_have_names_no_folder_of_it():
+    row, old = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
+    assert folder_then(row, **old, class_order_seed=-1) == OLD_FOLDER  # as it was then
+    assert folder_then(row, **old, class_order_seed=1993) is None
+    assert folder_then(row, **old, validation=0.1) is None
+
+
+def test_what_a_method_did_not_use_was_in_the_name_then_and_is_not_now():
+    """--set=exemplars=300 moved a row without exemplars."""
+    row, old = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
+    assert folder_then(row, **old, buffer_size=300) not in (None, OLD_FOLDER)
+    now = [
+        folders.folder_of(rows_lib.config_of(row, "c100_10", old | unused, 0))
+        for unused in ({}, {"buffer_size": 300}, {"pool_size": 3, "top_k": 2})
+    ]
+    assert len(set(now)) == 1
+
+
+@pytest.fixture
+def old_tables(tmp_path):
+    """The workdir of a table that the program of format 0 finished."""
+    with tarfile.open(ROOT / "tests/data/format_0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "tables"
+
+
+def test_a_run_of_format_0_stands_in_a_table_without_training(old_tables, monkeypatch):
+    monkeypatch.setattr(loop, "run", None)
+    row, overrides = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
+    (planned,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
+    assert planned.folder == old_tables / OLD_FOLDER
+    (manifests,) = runs.run([planned], Console(quiet=True))
+    written = [
+        json.loads(line) for line in (planned.folder / "results.jsonl").read_text().splitlines()
+    ]
+    for line in lines_lib.lines_of(row, [manifests]):
+        (final,) = (
+            r["final_average"]
+            for r in written
+            if r["tasks_trained"] == 2 and f"{r['protocol']}/{r['task_id']}" == line.protocol
+        )
+        assert line.each == [final]
+    # What was written about it then is what would be written now, but for the new key.
+    expected = report.result_rows(manifests[-1].config, "digits_2", manifests)
+    assert [{k: v for k, v in r.items() if k != "part"} for r in expected] == written
+    # Where today's folder is there, it is taken.
+    (old_tables / folders.folder_of(planned.config)).mkdir(parents=True)
+    (again,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
+    assert again.folder == old_tables / folders.folder_of(planned.config)
+
+
+def test_a_folder_that_holds_a_run_of_other_settings_is_no_finished_run(old_tables):
+    row, overrides = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
+    (planned,) = runs.plan(row, "c100_10", overrides | {"epochs": 3}, 1, old_tables)
+    assert runs.finished(planned) is None
+    with pytest.raises(UserError, match="epochs: 2 there, 3 now"):
+        runs.finished(dataclasses.replace(planned, folder=old_tables / OLD_FOLDER))
+
+
+def test_a_run_is_finished_with_its_last_task(old_tables):
+    row, overrides = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
+    (planned,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
+    assert [manifest.task for manifest in runs.finished(planned)] == [0, 1]
+    shutil.rmtree(planned.folder / "tasks/001")
+    assert runs.finished(planned) is None
+
+
+def test_a_setting_that_comes_later_moves_nothing(monkeypatch):
+    """A folder's name says what differs from the defaults."""
+    config = rows_lib.config_of(row_of("methods", "head"), "c100_10", {"epochs": 2}, 0)
+    before, used = folders.folder_of(config), registry.used_settings
+    monkeypatch.setattr(registry, "used_settings", lambda config: used(config) | {"new": 1})
+    monkeypatch.setattr(folders, "DEFAULTS", {**DEFAULTS, "new": 1})
+    assert folders.folder_of(config) == before
+    monkeypatch.setattr(folders, "DEFAULTS", {**DEFAULTS, "new": 2})
+    assert folders.folder_of(config) != before
+
+
+def test_the_parts_of_a_method_are_of_one_folder_in_any_order():
+    config = Config(method="dualprompt+softtf")
+    swapped = dataclasses.replace(config, method="softtf+dualprompt")
+    assert folders.folder_of(config) == folders.folder_of(swapped)
+
+
+def test_a_slip_in_the_rows_numbers_fills_no_memory():
+    with pytest.raises(UserError, match="rows are numbered 1 to 3"):
+        rows_lib.chosen("1-99999999999999", 3)
 
 
 @pytest.mark.parametrize(
@@ -338,10 +477,10 @@ def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
     ],
 )
 def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides):
-    for row in tables.rows_of(table, "c100_10"):
+    for row in rows_lib.rows_of(table, "c100_10"):
         if "Soft-TF" in row.name:
             changed, default = (
-                tables.config_of(row, "c100_10", settings, 0) for settings in (overrides, {})
+                rows_lib.config_of(row, "c100_10", settings, 0) for settings in (overrides, {})
             )
             assert changed == default
 
@@ -364,7 +503,7 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
             "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam",
         ),
         (("7", "--seeds=0"), "--seeds: 0 is below 1"),
-        (("7", "--set=epoch=2"), "config argument: unknown key 'epoch'"),
+        (("7", "--set=epoch=2"), "config argument: key 'epoch' is unknown"),
         (("1", "--rows=4"), "--rows: none of these rows is run here"),
     ],
 )
@@ -400,9 +539,9 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(
     arguments.append(
         "--set=dataset=digits,tasks=2,epochs=1,batch_size=16,layers=3-4,g_prompt_layers=1,prototype_features=50,eval_batch_size=16"
     )
-    drawn, draw = [], report.draw
+    drawn, draw = [], pictures.draw
     monkeypatch.setattr(
-        report,
+        pictures,
         "draw",
         lambda root, manifests: drawn.append(len(manifests)) or draw(root, manifests),
     )
@@ -442,7 +581,7 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(
         loop, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None
     )
     rows = {"wide": {"method": "dualprompt+lora", "rank": 99}, "head": {"method": "head"}}
-    monkeypatch.setitem(tables.OWN, "two", ("Two", rows))
+    monkeypatch.setitem(rows_lib.OWN, "two", ("Two", rows))
     two = [
         "table",
         "two",
@@ -485,7 +624,7 @@ def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone=
         "gflops": None,
     }
     cost |= {"train": 6.0, "statistics": 6.5, "evaluate": 7.0}
-    return tables.Line(
+    return lines_lib.Line(
         7,
         name,
         protocol,
@@ -508,26 +647,26 @@ def test_what_is_above_the_joint_bound_is_marked():
         line("all", 96.0, "per_sample/prototype", joint=True),
         line("another backbone", 99.0, backbone="vit_b16_sam"),
     ]
-    text = tables.markdown(
+    text = printing.markdown(
         "T",
         "make it",
-        [tables.Row(1, "BiC", {"per_sample": {"accuracy": 81.0}}, None)],
+        [rows_lib.Row(1, "BiC", {"per_sample": {"accuracy": 81.0}}, None)],
         lines,
         "so",
     )
     marked = [row.split(" | ")[1] for row in text.splitlines() if "**▲**" in row]
     assert marked == ["above"]
-    assert tables.bound(lines[0], lines) == 93.5
+    assert lines_lib.bound(lines[0], lines) == 93.5
     assert "97.87 / 0.21" in text
     assert "| 1 | BiC | as published, not run" in text
-    assert tables.bound(lines[0], lines[:3]) is None
-    assert "is not measured under these settings" in tables.markdown(
+    assert lines_lib.bound(lines[0], lines[:3]) is None
+    assert "is not measured under these settings" in printing.markdown(
         "T", "make it", [], lines[:3], "so"
     )
-    assert "That is not measured for row(s) 8" in tables.markdown(
+    assert "That is not measured for row(s) 8" in printing.markdown(
         "T", "make it", [], [*lines[:-1], dataclasses.replace(lines[-1], number=8)], "so"
     )
-    elsewhere = tables.markdown("T", "make it", [], lines[:3], "so", joint=lines[3:6])
+    elsewhere = printing.markdown("T", "make it", [], lines[:3], "so", joint=lines[3:6])
     assert "That is not measured" not in elsewhere
     assert [row.split(" | ")[1] for row in elsewhere.splitlines() if "**▲**" in row] == ["above"]
 
@@ -538,7 +677,7 @@ def test_what_the_figures_say_is_computed():
         line("DualPrompt-Soft-TF", 19.5, "per_sample/prompt_id"),
     ]
     lines += [line("DualPrompt", 26.0), line("all", 90.0, "per_sample/prompt_id", joint=True)]
-    text = "\n".join(tables.reading(lines))
+    text = "\n".join(printing.reading(lines))
     assert (
         "Highest with each image by itself: DualPrompt (CIL per_sample, Prompt ID) 20.00 ± 0.50"
         in text
@@ -555,25 +694,25 @@ def test_what_the_figures_say_is_computed():
     )
     assert (
         "- DualPrompt-Soft-TF beside DualPrompt-LoRA r=4: per_sample/prompt_id +0.00 ± 0.87 points."
-        in tables.reading([*lines, lora])
+        in printing.reading([*lines, lora])
     )
-    assert tables.reading(lines[:1]) == []
+    assert printing.reading(lines[:1]) == []
     pooled = [
         line("L2P", 11.0, "per_sample/no_task_id"),
         line("L2P-Soft-TF", 10.0, "per_sample/prompt_id"),
     ]
     assert "L2P-Soft-TF beside L2P: per_sample/prompt_id -1.00 ± 0.00 points." in "\n".join(
-        tables.reading(pooled)
+        printing.reading(pooled)
     )
     named = [line("DualPrompt", 11.0), line("DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj", 12.0)]
     assert (
         "DualPrompt-Soft-TF-L[10,11,12] q,k,v,proj beside DualPrompt: batch_vote/prompt_id +1.00"
-        in "\n".join(tables.reading(named))
+        in "\n".join(printing.reading(named))
     )
 
 
 def test_the_layer_sweep_has_a_picture():
-    rows = tables.rows_of("layers", "c100_10")
+    rows = rows_lib.rows_of("layers", "c100_10")
     assert [row.settings["mask_layers"] for row in rows] == [(layer,) for layer in range(1, 13)]
     protocols = ("per_sample/prompt_id", "oracle/task_given")
     lines = [
@@ -581,9 +720,9 @@ def test_the_layer_sweep_has_a_picture():
         for row in rows
         for i, protocol in enumerate(protocols)
     ]
-    (axes,) = tables.draw_layers(lines).axes
+    (axes,) = printing.draw_layers(lines).axes
     for i, curve in enumerate(axes.containers):
-        assert curve.get_label() == report.title(protocols[i])
+        assert curve.get_label() == rules.title(protocols[i])
         np.testing.assert_array_equal(curve[0].get_xdata(), range(1, 13))
         np.testing.assert_array_equal(curve[0].get_ydata(), 50 + np.arange(1, 13) + 20 * i)
     assert len(axes.containers) == 2
@@ -593,35 +732,30 @@ def test_the_layer_sweep_has_a_picture():
     "method",
     ["l2p+pgp+softtf", "dualprompt+pgp+adapter", "softnet", "ewc", "lwf", "derpp", "icarl", "bic"],
 )
-def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(
-    method, digits, tmp_path, monkeypatch
-):
+def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method, digits, tmp_path):
     """Task 2 trained again from what task 1 left on disk, and killed on the way: the same
     arrays, whether or not task 1's weights are held; task 1 is not touched; and the predictor's
     counts are those of the evaluation.
     """
-    config = Config(
-        dataset="digits",
-        tasks=2,
-        method=method,
-        batch_size=16,
-        epochs=1,
-        eval_batch_size=16,
-        prototype_features=50,
-    )
-    config = dataclasses.replace(
-        config,
-        pool_size=3,
-        top_k=2,
-        buffer_size=20,
-        prefix_layout="interleaved",
-        checkpoint_every=2,
+    settings = {
+        "dataset": "digits",
+        "tasks": 2,
+        "method": method,
+        "batch_size": 16,
+        "epochs": 1,
+        "eval_batch_size": 16,
+        "prototype_features": 50,
+        "pool_size": 3,
+        "top_k": 2,
+        "buffer_size": 20,
+        "prefix_layout": "interleaved",
+        "mask_storage": "int8",
+        "checkpoint_every": 2,
         **LAYERS,
-    )
-    if "softtf" in method:
-        config = dataclasses.replace(config, mask_storage="int8")
+    }
+    config = Config(**registry.drop_unused(settings))
     once = loop.run(config, tmp_path, Console(quiet=True))
-    arrays = folder.load_manifest(tmp_path / "tasks/001")["sha256"]
+    arrays = Reader(tmp_path).load_task_manifest(1).sha256
     shutil.rmtree(tmp_path / "tasks/001")
     first = {
         path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()
@@ -630,26 +764,25 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(
     class Killed(Exception):
         pass
 
-    def kill(run, task, step, values):
+    def kill(task, step, values):
         if step == 2:
             raise Killed
+        return values
 
     config, output = dataclasses.replace(config, weights_cache_mb=0), io.StringIO()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "_check_step", kill)
-        loop.run(config, tmp_path, Console(quiet=True))
+    with pytest.raises(Killed):
+        loop.run(config, tmp_path, Console(quiet=True), hooks=Hooks(after_step=kill))
     again = loop.run(config, tmp_path, Console(file=output))
     assert "Task 2 continues after step 2" in output.getvalue()
-    assert again[1]["metrics"] == once[1]["metrics"]
-    assert folder.load_manifest(tmp_path / "tasks/001")["sha256"] == arrays
+    assert again[1].metrics == once[1].metrics
+    assert Reader(tmp_path).load_task_manifest(1).sha256 == arrays
     assert {
         path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()
     } == first
     test = digits.test
     classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
-    protocol = (
-        protocols.PER_SAMPLE if "+" in method or method == "softnet" else protocols.NO_TASK_ID
-    )
-    rows = once[1]["metrics"][protocol]
+    by_task = "+" in method or method == "softnet"
+    rule = rules.PromptId() if by_task else rules.NoTaskId()
+    rows = once[1].metrics[rule.key]
     assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
     assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)

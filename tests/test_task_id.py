@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from soft_jax.inference import identity
-from soft_jax.methods import prompts
-from soft_jax.models.vit import ViT
-from tests.conftest import TINY, soft_masks, tiny_method
+from tests.conftest import DUALPROMPT, TINY, soft_masks, tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -18,7 +16,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def init_tiny():
-    return ViT(TINY).init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    return TINY.module().init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
 
 
 def test_vote_ties_go_where_pytorchs_do():
@@ -61,9 +59,9 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         rng = np.random.default_rng(0)
         vit = dataclasses.replace(TINY, dtype="float64")
         method = tiny_method(
-            vit=vit,
-            reparametrization=soft_masks(weights=("qkv", "proj", "mlp")),
-            prefix_layout=layout,
+            architecture=vit,
+            reparametrization=soft_masks(modules=("qkv", "proj", "mlp")),
+            host=dataclasses.replace(DUALPROMPT, prefix_layout=layout),
         )
         backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), jax.eval_shape(init_tiny))
         adapters = [
@@ -92,7 +90,7 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
                 *[a["mask"] for a in adapters],
             )
             kept = tokens[g, : int(weights[g].sum())]
-            sources = prompts.prefix_sources(layout, jnp.arange(len(kept)), len(kept))
+            sources = method.host.sources(jnp.arange(len(kept)), jnp.asarray(len(kept)))
             logits = method.logits(backbone, adapters[g] | {"mask": mask}, shared, kept, sources)
             return identity.entropy_of_top(logits, 2).mean()
 

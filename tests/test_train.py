@@ -1,12 +1,17 @@
+"""The training step and its programs."""
+
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from soft_jax import pytrees
+from soft_jax.distributed import by_row, data_mesh, replicated
 from soft_jax.data.augmentation import Augment
 from soft_jax.training import train_step
-from tests.conftest import tiny_method
+from tests.conftest import DUALPROMPT, tiny_method
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -56,9 +61,9 @@ def gradients(trainable, backbone, one, step_config):
 
 
 def run(step_config, backbone, batches, devices):
-    mesh = train_step.data_mesh(jax.devices()[:devices])
+    mesh = data_mesh(jax.devices()[:devices])
     step = train_step.compile_step(step_config, mesh)
-    state = jax.device_put(start(step_config, backbone), train_step.replicated(mesh))
+    state = jax.device_put(start(step_config, backbone), replicated(mesh))
     losses = []
     for one in batches:
         state, terms = step(state, backbone, one, train_step.stream(0, "augment", 0))
@@ -84,16 +89,14 @@ def test_one_and_four_devices_agree(step_config, backbone, rng):
 
 
 def test_one_compilation_serves_every_task_and_the_last_batch(step_config, backbone, rng):
-    mesh = train_step.data_mesh()
+    mesh = data_mesh()
     step = train_step.compile_step(step_config, mesh)
-    state = jax.device_put(start(step_config, backbone, seed=3), train_step.replicated(mesh))
+    state = jax.device_put(start(step_config, backbone, seed=3), replicated(mesh))
     before = step._cache_size()
     for task, real in ((0, 8), (1, 8), (2, 5)):
         data = batch(rng, task, real, hold=task > 0)
         data = {
-            k: jax.device_put(
-                v, train_step.replicated(mesh) if k in FIXED else train_step.by_row(mesh)
-            )
+            k: jax.device_put(v, replicated(mesh) if k in FIXED else by_row(mesh))
             for k, v in data.items()
         }
         state, _ = step(state, backbone, data, train_step.stream(0, "augment", task))
@@ -102,8 +105,8 @@ def test_one_compilation_serves_every_task_and_the_last_batch(step_config, backb
 
 
 def test_state_is_donated(step_config, backbone, rng):
-    mesh = train_step.data_mesh()
-    state = jax.device_put(start(step_config, backbone), train_step.replicated(mesh))
+    mesh = data_mesh()
+    state = jax.device_put(start(step_config, backbone), replicated(mesh))
     after, _ = train_step.compile_step(step_config, mesh)(
         state, backbone, batch(rng), jax.random.key(0)
     )
@@ -113,7 +116,9 @@ def test_state_is_donated(step_config, backbone, rng):
 
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_padding_changes_nothing(backbone, rng, layout):
-    step_config = train_step.StepConfig(tiny_method(prefix_layout=layout), learning_rate=0.01)
+    step_config = train_step.StepConfig(
+        tiny_method(host=dataclasses.replace(DUALPROMPT, prefix_layout=layout)), learning_rate=0.01
+    )
     padded = batch(rng, task=1, real=5)  # the padding's label, 0, is of another task
     exact = {k: v if k in FIXED else v[:5] for k, v in padded.items()}
     state = start(step_config, backbone)

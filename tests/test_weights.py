@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from soft_jax import pytrees
 from soft_jax.errors import UserError
-from soft_jax.models import backbones
+from soft_jax.models import backbones, vit_checkpoints
 from soft_jax.models.vit import ViT, ViTConfig
 from tests.conftest import TINY
 
@@ -41,7 +41,7 @@ def test_google_features(google):
     """
     arrays = google_arrays(google)
     vit = google_config(arrays)
-    params, left_out = backbones.convert(arrays, vit)
+    params, left_out = vit.convert(arrays)
     assert left_out == ("head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel")
     np.testing.assert_allclose(
         ViT(vit).apply({"params": params}, google["images"]), google["features"], atol=5e-5
@@ -64,14 +64,15 @@ def test_google_released_numbering(google):
         released[key] = value
     jax.tree.map(
         np.testing.assert_array_equal,
-        backbones.convert(arrays, vit)[0],
-        backbones.convert(released, vit)[0],
+        vit.convert(arrays)[0],
+        vit.convert(released)[0],
     )
 
 
 def test_every_array_is_used_or_named(google):
     arrays = google_arrays(google)
-    params, left_out = backbones.convert(arrays | {"surprise": np.zeros(3)}, google_config(arrays))
+    vit = google_config(arrays)
+    params, left_out = vit.convert(arrays | {"surprise": np.zeros(3)})
     assert "surprise" in left_out
     used = sum(v.size for k, v in arrays.items() if k not in left_out)
     assert pytrees.count(params) == used
@@ -94,7 +95,7 @@ def test_bundled_backbone():
 def test_positions_for_another_image_size():
     larger = backbones.load("vit_ti8_32", image_size=64)
     assert larger.params["pos_embed"].shape == (1, 65, 192)
-    assert ViT(larger.vit).apply(
+    assert larger.architecture.module().apply(
         {"params": larger.params}, np.zeros((1, 64, 64, 3), np.float32)
     ).shape == (1, 192)
     native = backbones.load("vit_ti8_32").params["pos_embed"]
@@ -103,7 +104,7 @@ def test_positions_for_another_image_size():
     ramp = np.concatenate(
         [np.zeros((1, 1, 1)), np.arange(8.0).repeat(8).reshape(1, 64, 1)], axis=1
     ).astype(np.float32)
-    resized = backbones.interpolate_positions(ramp, 16)[0, 1:, 0].reshape(16, 16)
+    resized = vit_checkpoints.interpolate_positions(ramp, 16)[0, 1:, 0].reshape(16, 16)
     np.testing.assert_allclose(np.diff(resized[4:12], axis=0), 0.5, atol=1e-5)
 
 

@@ -1,0 +1,20 @@
+"""The protocols' keys as they stand in reports and manifests, and the rules behind them."""
+
+from soft_jax.inference import rules
+
+NO_TASK_ID = "per_sample/no_task_id"
+PER_SAMPLE = "per_sample/prompt_id"
+PER_SAMPLE_GRADIENT = "per_sample/gradient_id"
+PROTOTYPE = "per_sample/prototype"
+VOTE_POOL = "batch_vote/pool"
+VOTE_PROMPT = "batch_vote/prompt_id"
+ORACLE = "oracle/task_given"
+
+
+def rules_for(method, shots=(), features=0):
+    """The rules that apply to a method, with `features` of prototypes."""
+    return rules.rules_of(method, rules.RuleSettings(0, features, shots))
+
+
+def keys_of(method, shots=(), features=0):
+    return tuple(rule.key for rule in rules_for(method, shots, features))
