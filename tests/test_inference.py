@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,22 +38,39 @@ def test_pieces_cover_every_row_once(count, largest, devices):
 
 
 @pytest.fixture
-def weights_of(backbone):
-    """A cache over four tasks with a budget in tasks, the loads it made, and the adapters. Loading
-    takes `pause` seconds, in which other threads run.
+def eager_threads():
+    """Python changes from thread to thread as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def loader(adapters, pause=0.0):
+    """A function that loads one of `adapters`, and the list of the loads it made. It takes `pause`
+    seconds, in which other threads run, and fails when two threads are in it.
     """
+    loads, alone = [], threading.Lock()
+
+    def load(task):
+        assert alone.acquire(blocking=False), "two tasks are loaded into the room of one"
+        loads.append(task)
+        time.sleep(pause)
+        alone.release()
+        return adapters[task]
+
+    return load, loads
+
+
+@pytest.fixture
+def weights_of(backbone):
+    """A cache over four tasks with a budget in tasks, the loads it made, and the adapters."""
     method = tiny_method()
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(4)]
     each = 4 * pytrees.count(adapters[0]["mask"])
 
     def make(budget, pause=0.0):
-        loads = []
-
-        def load(task):
-            loads.append(task)
-            time.sleep(pause)
-            return adapters[task]
-
+        load, loads = loader(adapters, pause)
         cache = engine.TaskWeights(method, backbone, load, int(budget * each))
         assert cache.bytes_each == each
         return cache, loads, adapters
@@ -117,6 +135,7 @@ def test_a_budget_changes_no_answer(backbone, rng):
     assert answers[0][2].shape == (23, 4)
 
 
+@pytest.mark.usefixtures("eager_threads")
 def test_threads_share_the_weights(weights_of, backbone):
     """With room for one task, another thread often evicts what a thread has just asked for."""
     cache, _, adapters = weights_of(1, pause=0.001)
@@ -146,7 +165,7 @@ def test_a_task_that_threads_miss_is_loaded_once(weights_of):
     assert all(tree is weights[0] for tree in weights)
 
 
-@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.usefixtures("fast_compile", "eager_threads")
 @pytest.mark.parametrize("option", rules.options())
 def test_threads_share_a_predictor(backbone, rng, option):
     """8 threads × 10 calls with room for one of three tasks answer what one thread does."""
@@ -163,8 +182,10 @@ def test_threads_share_a_predictor(backbone, rng, option):
             collector.add(classes, rule.statistics(query, np.repeat(classes, 5), classes))
         solved = {rule.name: collector.solve()}
     model = model_of(
-        method, backbone, shared, adapters, (0, 1, 2), np.arange(6) // 2, budget=0, solved=solved
+        method, backbone, shared, adapters, (0, 1, 2), np.arange(6) // 2, solved=solved
     )
+    weights = engine.TaskWeights(method, backbone, loader(adapters, pause=0.001)[0], 0)
+    model = dataclasses.replace(model, weights=weights)
     predictor = Predictor(model, rule, list("abcdef"), engine.Batching(mesh_of(4), 8))
     given = np.arange(9) % 3 if option == "oracle" else None
     expected = [predictor.predict(some, given) for some in images]
@@ -204,25 +225,13 @@ def test_gradient_id_loads_a_task_once(backbone, rng, monkeypatch, pieces_at_onc
     kernels = pytrees.flatten(model.mean_weights).values()
     each = tokens.shape[1] * sum(sum(kernel.shape) for kernel in kernels) * 4
     monkeypatch.setattr(engine, "GRADIENT_BYTES", 16 * each * pieces_at_once)
-    loads = []
-
-    def load(task):
-        loads.append(task)
-        return adapters[task]
-
+    load, loads = loader(adapters)
     model = dataclasses.replace(model, weights=engine.TaskWeights(method, backbone, load, 0))
     for count in (first, later):
         found = engine.alpha_gradients(model, tokens, rows, ones, nearest, batching)
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert len(loads) == count
         loads.clear()
-
-
-def random_piece(rng, batching, total, group=()):
-    """A piece of random size, and the rows that items need, any of `total`."""
-    size = int(rng.choice([size for size in batching.sizes if size <= total]))
-    rows = rng.integers(0, total, (int(rng.integers(1, size + 1)), *group))
-    return rows, next(engine.dispatch(rows.reshape(len(rows), -1)[:, 0], total, batching, size))
 
 
 @given(
@@ -233,35 +242,14 @@ def random_piece(rng, batching, total, group=()):
 @settings(max_examples=20)
 def test_rows_are_taken_to_the_bit(seed, devices, group):
     rng, batching = np.random.default_rng(seed), engine.Batching(mesh_of(devices), 16)
-    whole = rng.integers(0, 2**32, (32, 3, 2), np.uint32).view(np.float32)  # NaN and -0 as well
-    rows, piece = random_piece(rng, batching, 32, group)
+    whole = rng.normal(size=(32, 3, 2)).astype(np.float32)
+    size = int(rng.choice(batching.sizes))
+    rows = rng.integers(0, 32, (int(rng.integers(1, size + 1)), *group))
     tokens = jax.device_put(whole, distributed.by_row(batching.mesh))
-    taken = engine.take_rows(tokens, rows, piece, batching)
-    assert taken.shape == (piece.size, *group, 3, 2)
+    taken = engine.take_rows(tokens, rows, size, batching)
+    assert taken.shape == (size, *group, 3, 2)
     assert taken.sharding.is_equivalent_to(tokens.sharding, taken.ndim)
-    found = np.asarray(taken)[piece.slots].view(np.uint32)
-    np.testing.assert_array_equal(found, whole[rows[piece.chosen]].view(np.uint32))
-
-
-@given(
-    owners=strategies.lists(strategies.integers(0, 3), min_size=1, max_size=200),
-    devices=strategies.sampled_from([1, 2, 4]),
-)
-def test_items_are_dispatched_once_to_the_devices_that_have_them(owners, devices):
-    batching = engine.Batching(mesh_of(devices), 32)
-    rows = np.array(owners) * 8 + np.arange(len(owners)) % 8
-    owners = rows // (32 // devices)
-    pieces = list(engine.dispatch(rows, 32, batching))
-    chosen = np.concatenate([piece.chosen for piece in pieces])
-    assert sorted(chosen) == list(range(len(rows)))
-    if devices == 1:
-        assert chosen.tolist() == list(range(len(rows)))
-    for piece in pieces:
-        room = piece.size // devices
-        assert len(set(piece.slots)) == len(piece.slots)
-        assert piece.slots.min() >= 0 and piece.slots.max() < piece.size
-        at_home = np.sum(piece.slots // room == owners[piece.chosen])
-        assert at_home == np.minimum(np.bincount(owners[piece.chosen]), room).sum()
+    np.testing.assert_array_equal(np.asarray(taken)[: len(rows)], whole[rows])
 
 
 def mesh_of(devices):
@@ -284,38 +272,15 @@ def floats_sent(compiled: str) -> int:
     return sum(int(np.prod([int(side) for side in shape.split(",")])) for shape in shapes)
 
 
-@pytest.mark.parametrize(
-    ("name", "total", "rows", "most"),
-    [
-        ("every row once", 64, np.arange(64), 0),
-        ("in the chunk's order", 256, np.arange(256), 0),
-        ("of any image", 256, np.random.default_rng(0).permutation(256)[:64], 64 / 4),
-        ("repeated", 64, np.random.default_rng(1).integers(0, 64, 64), 64 / 4),
-        ("all on one device", 256, np.arange(64), 64),  # which has to send most of them
-    ],
-)
-def test_devices_exchange_few_rows(name, total, rows, most):
-    """Each of 4 devices receives no more rows for a piece of 64 than its own share, 16, where the
-    images' places are mixed. XLA's own gather gives each device all 64, or all tokens.
+def test_devices_exchange_rows_alone():
+    """For 64 of 256 rows, each of 4 devices receives its own share of 16. XLA's own gather gives
+    each device all 64, or all tokens.
     """
     batching = engine.Batching(mesh_of(4), 64)
-    tokens = jax.ShapeDtypeStruct(
-        (total, 17, 8), np.float32, sharding=distributed.by_row(batching.mesh)
-    )
-    for piece in engine.dispatch(rows, total, batching):
-        take = jax.jit(lambda tokens, piece=piece: engine.take_rows(tokens, rows, piece, batching))
-        assert floats_sent(take.lower(tokens).compile().as_text()) <= most * 17 * 8, name
-    plain = jax.jit(lambda tokens, rows: tokens[rows])
-    index = jax.ShapeDtypeStruct((64,), np.int32, sharding=tokens.sharding)
-    assert floats_sent(plain.lower(tokens, index).compile().as_text()) >= 64 * 17 * 8
-
-
-def test_the_exchange_compiles_one_program_for_every_mix(rng):
-    batching = engine.Batching(mesh_of(4), 16)
-    tokens = jax.device_put(np.ones((64, 5, 8), np.float32), distributed.by_row(batching.mesh))
-    before = engine._exchange._cache_size()
-    for most in (17, 30, 50, 64):
-        rows = rng.integers(0, most, 16)
-        (piece,) = engine.dispatch(rows, 64, batching)
-        engine.take_rows(tokens, rows, piece, batching)
-    assert engine._exchange._cache_size() == before + 1
+    like = jax.ShapeDtypeStruct
+    tokens = like((256, 17, 8), np.float32, sharding=distributed.by_row(batching.mesh))
+    index = like((64,), np.int32, sharding=distributed.replicated(batching.mesh))
+    ours = engine._take_scattered.lower(tokens, index, batching.mesh).compile().as_text()
+    assert floats_sent(ours) <= 16 * 17 * 8
+    plain = jax.jit(lambda tokens, rows: tokens[rows]).lower(tokens, index).compile().as_text()
+    assert floats_sent(plain) >= 64 * 17 * 8

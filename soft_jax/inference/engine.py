@@ -12,7 +12,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,124 +257,28 @@ def _take(whole: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _copy_own(tokens: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array:
-    """Rows of `tokens`, int `[n]` or `[n, S]`, each counted within the part of `tokens` that the
-    device of this slot holds.
+def _take_scattered(tokens: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array:
+    def on_one(tokens: jax.Array, rows: jax.Array) -> jax.Array:
+        local = rows - jax.lax.axis_index("data") * len(tokens)
+        own = (local >= 0) & (local < len(tokens))
+        taken = tokens[jnp.where(own, local, 0)]
+        taken = jnp.where(own.reshape(*own.shape, 1, 1), taken, 0)
+        return jax.lax.psum_scatter(taken, "data", tiled=True)
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.shard_map(on_one, mesh=mesh, in_specs=(split, whole), out_specs=split)(tokens, rows)
+
+
+def take_rows(tokens: jax.Array, rows: np.ndarray, size: int, batching: Batching) -> jax.Array:
+    """Return rows of `tokens`, int `[n]` or `[n, S]`, as `[size, (S,) tokens, dim]`.
+
+    The result is split over the devices as `tokens` are; behind the first n it holds any rows.
+    Each device brings the rows that it has, and gets its share of the sum with zeros: what is
+    exchanged is the size of the result. (Left to XLA, every device receives all tokens.)
     """
-    by_row = PartitionSpec("data")
-    return jax.shard_map(
-        lambda tokens, rows: tokens[rows], mesh=mesh, in_specs=by_row, out_specs=by_row
-    )(tokens, rows)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
-def _exchange(
-    taken: jax.Array, tokens: jax.Array, send: jax.Array, slots: jax.Array, mesh: Mesh
-) -> jax.Array:
-    """`taken` with some slots filled by other devices' rows: each device sends `capacity` rows to
-    each.
-
-    `send`, int `[devices, devices, capacity]`, says by sender and receiver which of the sender's
-    rows; `slots`, by receiver and sender, in which of the receiver's slots they are put. A slot
-    that doesn't exist drops its row.
-    """
-
-    def on_one(taken, tokens, send, slots):
-        received = jax.lax.all_to_all(tokens[send[0]], "data", 0, 0)
-        one = tokens.shape[1:]
-        filled = (
-            taken.reshape(-1, *one)
-            .at[slots.reshape(-1)]
-            .set(received.reshape(-1, *one), mode="drop")
-        )
-        return filled.reshape(taken.shape)
-
-    by_row = PartitionSpec("data")
-    return jax.shard_map(on_one, mesh=mesh, in_specs=by_row, out_specs=by_row)(
-        taken, tokens, send, slots
-    )
-
-
-class Piece(NamedTuple):
-    """What one forward pass takes: `chosen`, int `[n]`, some of the dispatched items, and `slots`,
-    int `[n]`, the rows of the pass, `size` in all, that they are put in.
-    """
-
-    chosen: np.ndarray
-    slots: np.ndarray
-    size: int
-
-    def put(self, values: np.ndarray, batching: Batching) -> jax.Array:
-        """The chosen of `values` `[N, ...]` in their slots, zeros in the others, split over the
-        devices.
-        """
-        placed = np.zeros((self.size, *values.shape[1:]), values.dtype)
-        placed[self.slots] = values[self.chosen]
-        return batching.put(placed, self.size)
-
-
-def dispatch(
-    rows: np.ndarray, total: int, batching: Batching, largest: int | None = None
-) -> Iterator[Piece]:
-    """Cut items into pieces of at most `largest` rows, so that little is sent between devices.
-
-    Item i needs row `rows[i]` of an array of `total` rows, which is split over the devices. Each
-    piece takes about as many items from each device, and an item's slot is on the device that has
-    its row while slots are left there; what is over is dealt out to the others in turn. On one
-    device the items keep their order.
-    """
-    owners = rows // (total // batching.mesh.size)
-    order = np.lexsort((owners, _ranks(owners)))
-    for start, stop, size in batching.pieces(len(rows), largest):
-        chosen = order[start:stop]
-        room = size // batching.mesh.size
-        ranks = _ranks(owners[chosen])
-        slots = owners[chosen] * room + ranks
-        over = np.flatnonzero(ranks >= room)
-        over = over[np.argsort(owners[chosen[over]], kind="stable")]
-        free = np.setdiff1d(np.arange(size), slots[ranks < room])
-        slots[over] = free[np.argsort(_ranks(free // room), kind="stable")][: len(over)]
-        yield Piece(chosen, slots, size)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """How many equal values stand before each of `values` `[N]`: int `[N]`."""
-    order = np.argsort(values, kind="stable")
-    ranks = np.empty(len(values), int)
-    ranks[order] = np.arange(len(values)) - np.searchsorted(values[order], values[order])
-    return ranks
-
-
-def take_rows(tokens: jax.Array, rows: np.ndarray, piece: Piece, batching: Batching) -> jax.Array:
-    """Rows of `tokens`, int `[N]` or `[N, S]`, for a piece: `[size, tokens, dim]` or `[size, S,
-    tokens, dim]`, split over the devices as `tokens` are. Slots that the piece leaves empty hold
-    any row.
-
-    Devices copy the rows that they have, and exchange those that they don't: as many rounds of a
-    fixed number of rows as it takes, so that one program serves every mix. A round moves about as
-    much to a device as it has slots. (Left to XLA, every device receives all slots' rows, or all
-    tokens.)
-    """
-    devices, shape = batching.mesh.size, (piece.size, *rows.shape[1:])
-    count = int(np.prod(shape))
-    home = np.arange(count) // (count // devices)
-    source, row = home.reshape(shape).copy(), np.zeros(shape, int)
-    source[piece.slots], row[piece.slots] = np.divmod(rows[piece.chosen], len(tokens) // devices)
-    taken = _copy_own(tokens, batching.put(row, piece.size), batching.mesh)
-    source, row = source.reshape(-1), row.reshape(-1)
-    capacity = -(-count // devices**2)
-    moved = np.flatnonzero(source != home)
-    turn, place = np.divmod(_ranks(source[moved] * devices + home[moved]), capacity)
-    for now in range(turn.max(initial=-1) + 1):
-        slot, at = moved[turn == now], place[turn == now]
-        send = np.zeros((devices, devices, capacity), int)
-        send[source[slot], home[slot], at] = row[slot]
-        slots = np.full((devices, devices, capacity), count)  # beyond the last: dropped
-        slots[home[slot], source[slot], at] = slot % (count // devices)
-        send, slots = (batching.put(array, devices) for array in (send, slots))
-        with _exchanging:
-            taken = _exchange(taken, tokens, send, slots, batching.mesh)
-    return taken
+    whole = distributed.replicated(batching.mesh)
+    with _exchanging:
+        return _take_scattered(tokens, distributed.to_global(pad(rows, size), whole), batching.mesh)
 
 
 def queries(
@@ -493,32 +397,32 @@ def alpha_gradients(
         * out.dtype.itemsize
     )
     largest = GRADIENT_BYTES // held
-    pieces = list(dispatch(rows[:, 0], len(tokens), batching, largest))
+    pieces = list(batching.pieces(len(rows), largest))
     while pieces:
         # As many pieces as GRADIENT_BYTES holds, at least one, go through the tasks together: where
         # the cache doesn't hold all tasks, each pass through them loads most of them again.
-        fit = np.searchsorted(np.cumsum([piece.size for piece in pieces]), largest, side="right")
+        fit = np.searchsorted(np.cumsum([size for *_, size in pieces]), largest, side="right")
         together, pieces = pieces[: max(1, fit)], pieces[max(1, fit) :]
         gradients = [
             identity.entropy_gradients(
                 model.method,
                 model.backbone,
                 model.mean_weights,
-                _take(model.rows["prompt"], piece.put(prompt_of, batching)),
+                _take(model.rows["prompt"], batching.put(prompt_of[start:stop], size)),
                 model.shared,
-                take_rows(tokens, rows, piece, batching),
-                piece.put(weights.astype(out.dtype), batching),
+                take_rows(tokens, rows[start:stop], size, batching),
+                batching.put(weights[start:stop].astype(out.dtype), size),
                 len(tasks),
             )
-            for piece in together
+            for start, stop, size in together
         ]
         order = model.weights.order(tasks)
         for first in range(0, len(order), step):
             part = order[first : first + step]
             columns = np.searchsorted(tasks, part)
             products = _products(model, gradients, part, step)
-            for piece, values in zip(together, products, strict=True):
-                out[np.ix_(piece.chosen, columns)] = values[piece.slots]
+            for (start, stop, _), values in zip(together, products, strict=True):
+                out[start:stop, columns] = values[: stop - start]
         del gradients  # before the next are made
     return out
 
@@ -561,16 +465,16 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
     """
     out = np.empty((len(pairs), model.method.num_classes), at_least_float32(tokens.dtype))
     group = pairs[:, 0] if model.method.reparametrization else np.zeros(len(pairs), int)
-    pending: list[tuple[np.ndarray, np.ndarray, jax.Array]] = []
+    pending: list[tuple[np.ndarray, jax.Array]] = []
     for task in model.weights.order(np.unique(group).tolist()):
         if pending and task not in model.weights:
-            jax.block_until_ready(
-                pending[-1][-1]
-            )  # what the devices still work with would be held beside the budget
+            # What the devices still work with would be held beside the budget.
+            jax.block_until_ready(pending[-1][-1])
         weights = None  # and so would be what the cache lets go of for the next
         weights, members = model.weights[task], np.flatnonzero(group == task)
-        for piece in dispatch(pairs[members, 1], len(tokens), batching):
-            part = take_rows(tokens, pairs[members, 1], piece, batching)
+        for start, stop, size in batching.pieces(len(members)):
+            chosen = members[start:stop]
+            part = take_rows(tokens, pairs[chosen, 1], size, batching)
             values = _logits(
                 model.method,
                 model.backbone,
@@ -578,11 +482,11 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
                 model.rows["prompt"],
                 model.shared,
                 part,
-                piece.put(pairs[members], batching),
+                batching.put(pairs[chosen], size),
             )
-            pending.append((members[piece.chosen], piece.slots, values))
-    for chosen, slots, values in pending:  # read only now: the devices are kept busy meanwhile
-        out[chosen] = distributed.to_host(values)[slots]
+            pending.append((chosen, values))
+    for chosen, values in pending:  # read only now: the devices are kept busy meanwhile
+        out[chosen] = distributed.to_host(values)[: len(chosen)]
     return out
 
 
