@@ -15,7 +15,7 @@ import dataclasses
 
 from soft_jax.config import as_config_dict, parse_argument
 from soft_jax.errors import UserError
-from soft_jax.paper import tables
+from soft_jax.paper import rows as rows_lib
 
 
 def get_config(argument=None):
@@ -31,11 +31,11 @@ def get_config(argument=None):
             f"config argument: {missing.pop()} is missing; write table=7,row=5 (python -m soft_jax "
             "table 7 --list)"
         )
-    benchmark = of.get("benchmark") or tables.default_benchmark(of["table"])
-    rows = tables.rows_of(of["table"], benchmark)
-    if not of["row"].isdigit() or not 1 <= int(of["row"]) <= len(rows):
+    benchmark = of.get("benchmark") or rows_lib.default_benchmark(of["table"])
+    rows = rows_lib.rows_of(of["table"], benchmark)
+    if not of["row"].isdecimal() or not 1 <= int(of["row"]) <= len(rows):
         raise UserError(
             f"config argument: row={of['row']!r} is not one row's number, 1 to {len(rows)}"
         )
-    config = tables.config_of(rows[int(of["row"]) - 1], benchmark, parse_argument(rest), seed=0)
+    config = rows_lib.config_of(rows[int(of["row"]) - 1], benchmark, parse_argument(rest), seed=0)
     return as_config_dict(dataclasses.replace(config, name=f"table{of['table']}-row{of['row']}"))

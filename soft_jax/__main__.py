@@ -1,71 +1,89 @@
-"""Command lines: python -m soft_jax predict WORKDIR IMAGE..., python -m soft_jax table TABLE
---workdir=DIR
-"""
+"""The command line: soft-jax train|predict|table, and the same as python -m soft_jax."""
 
 import argparse
-import json
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from soft_jax.cache import COMPILED
+from soft_jax.errors import UserError
 
 # Set before jax is imported. Programs compiled once are kept for later runs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 
-from soft_jax.config import parse_argument
-from soft_jax.data import images
-from soft_jax.errors import UserError
-from soft_jax.paper import tables
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command of `argv`; the exit status: 1 when anything could not be answered, 143
-    after a SIGTERM, 141 for a closed pipe.
+    """Run the command of `argv` and return its exit status.
+
+    That is 1 when anything could not be answered, 128 + the signal's number after SIGTERM or
+    SIGINT, and 141 for a closed pipe.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m soft_jax",
-        description="Use a trained run, or make one of the paper's tables.",
-    )
-    commands = parser.add_subparsers(required=True)
-    _add_predict(commands)
-    _add_table(commands)
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    from soft_jax import commands
+
     try:
-        status = arguments.command(arguments)
+        if argv[:1] == ["train"]:
+            commands.train(argv[1:])  # its flags are absl's, and it ends the program
+        arguments = _parser().parse_args(argv)
+        status = getattr(commands, arguments.command)(arguments)
         sys.stdout.flush()  # here, where a closed pipe is told
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    # Who read the output, such as `head`, has enough; nor may the interpreter's end write what is
-    # left
     except BrokenPipeError:
+        # Who read the output, such as `head`, has enough; nor may the interpreter's end write what
+        # is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        print(
-            f"error: {error}; finished tasks are as they were, and the same command continues",
-            file=sys.stderr,
-        )
+        print(f"error: {error}; {commands.CONTINUES}", file=sys.stderr)
     return 1
+
+
+def console(argv: Sequence[str] | None = None) -> None:
+    """Be the installed command `soft-jax`, with `argv` or the program's own arguments."""
+    # Until a run takes over, and after a second one in it. An exception could surface anywhere, in
+    # the middle of an import too.
+    signal.signal(signal.SIGINT, _stop_at_once)
+    sys.exit(main(argv))
+
+
+def _stop_at_once(signum: int, frame: object) -> None:
+    os.write(2, b"Stopped; finished tasks are as they were, and the same command continues\n")
+    os._exit(128 + signum)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="soft-jax", description="Train a continual learner, use it, or make a paper's table."
+    )
+    commands = parser.add_subparsers(required=True, dest="command")
+    commands.add_parser(
+        "train",
+        help="train and evaluate a run",
+        description="soft-jax train --config=vit_cil --workdir=runs/mine; "
+        "soft-jax train --helpshort lists all flags.",
+    )
+    _add_predict(commands)
+    _add_table(commands)
+    return parser
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser(
         "predict", help="name the classes of images", description="Print a line for each image."
     )
-    predict.add_argument("workdir", help="the folder that launch.py trained in")
+    predict.add_argument("workdir", help="the folder that the run was trained in")
     predict.add_argument(
         "images", nargs="+", help="image files; a folder stands for all in it and below"
     )
     predict.add_argument(
         "--task-id",
-        choices=("prompt", "gradient", "prototype"),
         default="prompt",
-        help="how an image finds its task",
+        help="how an image finds its task: prompt (the nearest key; the default), gradient, or "
+        "prototype (statistics of the frozen features)",
     )
     predict.add_argument(
         "--tasks",
@@ -83,7 +101,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         help="the backbone's file, where it is no longer where the run found it",
     )
     predict.add_argument("--json", action="store_true", help="print a JSON object a line")
-    predict.set_defaults(command=_predict)
 
 
 def _add_table(commands: argparse._SubParsersAction) -> None:
@@ -93,7 +110,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         description="Run what is missing of a table, continue what was cut off, and print it with "
         "the published figures.",
     )
-    table.add_argument("table", help=f"its number, or one of our own: {', '.join(tables.OWN)}")
+    table.add_argument("table", help="its number, or one of our own: methods, layers, weights")
     table.add_argument(
         "--workdir",
         default="runs/tables",
@@ -101,8 +118,8 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     )
     table.add_argument(
         "--benchmark",
-        choices=tuple(tables.BENCHMARKS),
-        help="default: the first that the table has figures for",
+        help="c100_10, c100_20, imr_10, cub_5 or tiny_10; default: the first that the table has "
+        "figures for",
     )
     table.add_argument(
         "--seeds",
@@ -126,112 +143,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         help="also write the table as Markdown to this file; that of the layers with a picture "
         "beside it",
     )
-    table.set_defaults(command=_table)
-
-
-def _table(arguments: argparse.Namespace) -> int:
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds: {arguments.seeds} is below 1")
-    benchmark = arguments.benchmark or tables.default_benchmark(arguments.table)
-    rows = tables.rows_of(arguments.table, benchmark)
-    numbers = tables.chosen(arguments.rows, len(rows))
-    if arguments.list:
-        for number in numbers:
-            row = rows[number - 1]
-            print(
-                f"{number:3d}  {row.name}: "
-                + ("not run here" if row.settings is None else json.dumps(row.settings))
-            )
-        return 0
-    overrides = parse_argument(arguments.set)
-    rows = [rows[number - 1] for number in numbers]
-    # Imported here: a wrong argument is answered sooner.
-    from absl import logging
-
-    from soft_jax.experiment.loop import Preempted
-
-    logging.set_verbosity(logging.ERROR)
-    if arguments.output:  # now, not after hours
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    workdir = Path(arguments.workdir)
-    picture = (
-        Path(arguments.output).with_suffix(".png") if arguments.output else workdir / "layers.png"
-    )
-    try:
-        text, whole = tables.make(
-            arguments.table,
-            benchmark,
-            rows,
-            overrides,
-            arguments.seeds,
-            workdir,
-            _command(arguments, overrides),
-            picture,
-        )
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + 15
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text)
-    return 0 if whole else 1
-
-
-def _command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
-    """The command again, but for where things are, unless that tells what they are; `overrides`
-    are what `--set` says.
-    """
-    dropped = set(tables.RUNTIME_FIELDS) - set(tables.told_apart(overrides.get("dataset")))
-    options = {name: getattr(arguments, name) for name in ("benchmark", "seeds", "rows", "set")}
-    settings = ",".join(
-        item for item in options.pop("set").split(",") if item.partition("=")[0] not in dropped
-    )
-    words = [f"--{name}={value}" for name, value in (options | {"set": settings}).items() if value]
-    return " ".join(["python -m soft_jax table", arguments.table, *words])
-
-
-def _predict(arguments: argparse.Namespace) -> int:
-    try:
-        tasks = [int(task) for task in arguments.tasks.split(",")] if arguments.tasks else None
-    except ValueError:
-        raise UserError(
-            f"--tasks: {arguments.tasks!r} is not a list of numbers such as 0,2,5"
-        ) from None
-    files = images.find(arguments.images)
-    # Imported here: a wrong argument is answered sooner.
-    from soft_jax.inference.predictor import Predictor
-
-    task_id = "oracle" if arguments.task is not None else arguments.task_id
-    predictor = Predictor.load(
-        arguments.workdir, tasks, task_id, backbone_path=arguments.backbone_path
-    )
-    failed = 0
-    for answered, prediction, errors in predictor.predict_chunks(files, arguments.task):
-        rows = dict(zip(answered, zip(*prediction, strict=True), strict=True))
-        for index in sorted(answered + list(errors)):
-            if index in errors:
-                line = {"file": str(files[index]), "error": str(errors[index])}
-                print(
-                    json.dumps(line) if arguments.json else f"error: {errors[index]}",
-                    file=None if arguments.json else sys.stderr,
-                )
-                continue
-            class_, task, probabilities = rows[index]
-            line = {
-                "file": str(files[index]),
-                "class": predictor.class_names[class_],
-                "class_index": int(class_),
-                "task": int(task),
-                "probability": round(float(probabilities[class_]), 6),
-            }
-            print(
-                json.dumps(line)
-                if arguments.json
-                else "{file}: {class}, task {task}, probability {probability:.4f}".format(**line)
-            )
-        failed += len(errors)
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()
