@@ -44,11 +44,11 @@ def main() -> None:
     for index in range(count):
         augment_file(rng, Image.fromarray(files.image(index)), spec)
     alone = count / (time.perf_counter() - start)
-    schedule = batches.BatchSampler(0, 0, count, arguments.epochs, arguments.batch, 1)
-    feed = batches.from_files(schedule, files, spec, 0)
-    next(feed)
+    sampler = batches.BatchSampler(0, 0, count, arguments.epochs, arguments.batch, 1)
+    task_input = batches.from_files(sampler, files, spec, 0)
+    next(task_input)
     start = time.perf_counter()
-    taken = sum(len(batch["labels"]) for batch, _ in feed)
+    taken = sum(len(batch["labels"]) for batch, _ in task_input)
     together = taken / (time.perf_counter() - start)
     print(f"{np.mean([len(c) for c in contents]) / 1024:.0f} KiB a file, {os.cpu_count()} cores")
     print(

@@ -21,19 +21,20 @@ import jax
 import numpy as np
 from absl import logging
 
-from soft_jax import pytrees
-from soft_jax.config import Config
-from soft_jax.evaluation import protocols
-from soft_jax.inference import engine, identity, prototypes
+from soft_jax import distributed, pytrees
+from soft_jax.config import DEFAULTS, Config
+from soft_jax.inference import engine, identity, prototypes, rules
 from soft_jax.inference.predictor import Predictor
-from soft_jax.methods.method import Method, method_from_config
+from soft_jax.methods import registry
+from soft_jax.methods.method import Method
 from soft_jax.models import backbones
-from soft_jax.models.vit import ViT, ViTConfig
+from soft_jax.models.protocol import Architecture
 from soft_jax.store.folder import Store
-from soft_jax.training import train_step
+from soft_jax.store.records import RunRecord, TaskManifest
 
 BATCH, SHOTS = 24, 7  # of the published protocol
 FEATURES = 2000
+NO_HASH = "0" * 64  # of the backbone and the data of runs that nobody trained
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         "--random", action="store_true", help="draw the backbone instead of loading it"
     )
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--mask-weights", default="qkv+proj", help="joined by +: qkv, proj, mlp")
+    parser.add_argument("--target-modules", default="qkv+proj", help="joined by +: qkv, proj, mlp")
     parser.add_argument("--images", type=int, default=256, help="of one request")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
@@ -88,37 +89,45 @@ def main() -> None:
     return None
 
 
-def random_backbone(vit: ViTConfig) -> pytrees.Tree:
-    """Frozen parameters as they are drawn, on the devices."""
-    return jax.jit(ViT(vit).init)(
-        jax.random.key(0), np.zeros((1, vit.image_size, vit.image_size, 3), np.float32)
-    )["params"]
+def random_backbone(architecture: Architecture) -> pytrees.Tree:
+    """Return frozen parameters as they are drawn, on the devices."""
+    size = architecture.image_size
+    images = np.zeros((1, size, size, 3), np.float32)
+    return jax.jit(architecture.module().init)(jax.random.key(0), images)["params"]
 
 
-def _method(arguments: argparse.Namespace, classes: int) -> tuple[Method, dict]:
-    config = Config(
-        backbone=arguments.backbone, target_modules=arguments.target_modules, dtype=arguments.dtype
+def _config(arguments: argparse.Namespace, tasks: int = 10) -> Config:
+    return Config(
+        backbone=arguments.backbone,
+        target_modules=arguments.target_modules,
+        dtype=arguments.dtype,
+        tasks=tasks,
     )
+
+
+def _method(arguments: argparse.Namespace, classes: int) -> tuple[Method, pytrees.Tree]:
+    """Return the method over that many classes, and the frozen parameters, on the devices."""
     if arguments.random:
-        vit = dataclasses.replace(
-            backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype
-        )
-        params = random_backbone(vit)
+        source = backbones.BACKBONES[arguments.backbone]
+        architecture = dataclasses.replace(source.architecture, dtype=arguments.dtype)
+        params = random_backbone(architecture)
     else:
         loaded = backbones.load(arguments.backbone, "", 0, arguments.dtype)
-        vit, params = loaded.vit, jax.device_put(loaded.params)
-    return method_from_config(config, vit, classes), params
+        architecture, params = loaded.architecture, jax.device_put(loaded.params)
+    names = tuple(map(str, range(classes)))
+    return registry.make_method(_config(arguments), architecture, names), params
 
 
 class Requests:
     """Predictors of `count` tasks over one model, and what is asked of them."""
 
     def __init__(self, arguments: argparse.Namespace, count: int):
-        self.count, self.batching = count, engine.Batching(train_step.data_mesh(), arguments.images)
+        self.count = count
+        self.batching = engine.Batching(distributed.data_mesh(), arguments.images)
         method, params = _method(arguments, classes=10 * count)
-        whole = train_step.replicated(self.batching.mesh)
+        whole = distributed.replicated(self.batching.mesh)
         params = jax.device_put(params, whole)
-        size = method.vit.image_size
+        size = method.architecture.image_size
         self.images = (
             np.random.default_rng(0)
             .integers(0, 256, (arguments.images, size, size, 3))
@@ -129,40 +138,40 @@ class Requests:
         query = engine.queries(method, params, self.images, self.batching, prepared=True)
         # Keys towards single images, so that tasks share the images out.
         keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
-        projection = prototypes.projection(0, method.vit.dim, FEATURES)
-        drawn = (
-            np.random.default_rng(1).normal(0, 1e-2, (FEATURES, method.classes)).astype(np.float32)
-        )
-        classifier = prototypes.Classifier(projection, drawn, np.ones(method.classes, bool))
+        classes, settings = method.num_classes, rules.RuleSettings(prototype_features=FEATURES)
+        projection = prototypes.projection(settings.seed, method.architecture.dim, FEATURES)
+        drawn = np.random.default_rng(1).normal(0, 1e-2, (FEATURES, classes)).astype(np.float32)
+        classifier = prototypes.Classifier(projection, drawn, np.ones(classes, bool))
+        rows = {"key": keys, "prompt": np.stack([a["prompt"] for a in self.adapters])}
         self.model = engine.Model(
             method=method,
             backbone=params,
             shared=jax.device_put(method.init_shared(jax.random.key(1), params), whole),
-            keys=jax.device_put(keys, whole),
-            prompts=jax.device_put(np.stack([a["prompt"] for a in self.adapters]), whole),
+            rows=jax.device_put(rows, whole),
             weights=engine.TaskWeights(method, params, self.adapters.__getitem__, 2**36),
             tasks=tuple(range(count)),
-            task_of_class=np.arange(method.classes) // 10,
-            prototypes=jax.device_put(classifier, whole),
+            task_of_class=np.arange(classes) // 10,
+            solved=jax.device_put({rules.Prototype.name: classifier}, whole),
         )
         self.predictors = {
-            name: Predictor(self.model, name, [""] * method.classes, self.batching)
-            for name in ("prompt", "gradient", "prototype", "oracle")
+            option: Predictor(self.model, found, method.class_names, self.batching)
+            for option, rule in rules.options().items()
+            for found in rule.of(method, settings)
         }
         self.mix = np.random.default_rng(2).permutation(np.arange(arguments.images) % count)
 
-    def per_sample(self, task_id_: str) -> None:
-        """One request of mixed images through `predict`'s engine, images already at their size."""
-        predictor = self.predictors[task_id_]
-        predictor.predict_prepared(self.images, self.mix if task_id_ == "oracle" else None)
+    def per_sample(self, task_id: str) -> None:
+        """Answer a request of mixed images as `predict` does; they are at their size already."""
+        predictor = self.predictors[task_id]
+        predictor.predict_prepared(self.images, self.mix if task_id == "oracle" else None)
 
     def given(self, tasks: np.ndarray) -> None:
-        """One request whose tasks are given."""
+        """Answer a request whose tasks are given."""
         self.predictors["oracle"].predict_prepared(self.images, tasks)
 
     def batch_prompt(self) -> None:
-        """The published batches, each by the majority of its images' nearest keys."""
-        model, batches = self.model, protocols.Batches(len(self.images), BATCH)
+        """Answer the published batches, each by the majority of its images' nearest keys."""
+        model, batches = self.model, rules.TestBatches(len(self.images), BATCH)
         tokens, query = engine.encode(
             model, self.images, self.batching, queried=True, prepared=True
         )
@@ -171,28 +180,27 @@ class Requests:
         engine.logits(model, tokens, engine.alone(voted), self.batching)
 
     def batch_gradient(self) -> None:
-        """The published batches, each by ∂H/∂α on its first images; only those need q(x), for
-        the vote on the E-prompt.
+        """Answer the published batches, each by ∂H/∂α on its first images.
+
+        Only those need q(x), for the vote on the E-prompt; that of the others is left at 0.
         """
-        model, batches = self.model, protocols.Batches(len(self.images), BATCH)
+        model, batches = self.model, rules.TestBatches(len(self.images), BATCH)
         tokens, _ = engine.encode(model, self.images, self.batching, queried=False, prepared=True)
         shots = np.flatnonzero(batches.position < SHOTS)
-        nearest = np.zeros(len(self.images), int)
-        query = engine.queries(
+        found = engine.queries(
             model.method, model.backbone, self.images[shots], self.batching, prepared=True
         )
-        nearest[shots] = engine.key_similarity(model, query, self.batching).argmax(axis=1)
-        gradients = protocols.batch_alpha_gradients(
-            model, tokens, nearest, batches, SHOTS, self.batching
-        )
-        engine.logits(
-            model, tokens, engine.alone(gradients.argmin(axis=1)[batches.index]), self.batching
-        )
+        query = np.zeros((len(self.images), found.shape[1]), found.dtype)
+        query[shots] = found
+        images = rules.ImageBatch(model, tokens, query, self.batching, batches=batches)
+        tasks = rules.GradientVote(SHOTS).identify(images)
+        engine.logits(model, tokens, engine.alone(tasks), self.batching)
 
 
 def compare(rounds: int, **alternatives: Callable[[], None]) -> dict[str, float]:
-    """Seconds of each, the median of `rounds` in which they take turns; and by "a/b" the median
-    of the rounds' ratios.
+    """Return the seconds of each alternative, and by "a/b" the ratios of any two.
+
+    They take turns, `rounds` times; each figure is the median over the rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for turn in range(rounds + 1):
@@ -296,43 +304,61 @@ def _memory(arguments: argparse.Namespace) -> None:
 
 
 def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None:
-    """A workdir as a run would leave it, with masks that nobody trained."""
+    """Write a workdir as a run would leave it, with masks that nobody trained."""
     method, params = _method(arguments, classes=10 * count)
-    config = Config(
-        backbone=arguments.backbone,
-        target_modules=arguments.target_modules,
-        dtype=arguments.dtype,
-        tasks=count,
+    config = _config(arguments, count)
+    record = RunRecord(
+        settings=registry.used_settings(config),
+        backbone_sha256=NO_HASH,
+        dataset_sha256=NO_HASH,
+        tasks=None,
     )
     shared, draw = method.init_shared(jax.random.key(1), params), jax.jit(method.init_adapter)
     with closing(Store(workdir)) as store:
-        store.claim(dataclasses.asdict(config) | {"backbone_sha256": "0" * 64})
+        store.claim(record, DEFAULTS)
         for task in range(count):
-            classes = list(range(10 * task, 10 * task + 10))
-            manifest = {
-                "classes": classes,
-                "class_names": list(map(str, classes)),
-                "config": dataclasses.asdict(config),
-            }
-            store.save_task(
-                task, {"adapter": draw(jax.random.key(task), params), "shared": shared}, manifest
-            )
+            items = {"adapter": draw(jax.random.key(task), params), "shared": shared}
+            store.save_task(task, items, _manifest(config, task))
+
+
+def _manifest(config: Config, task: int) -> TaskManifest:
+    """Return a task's manifest without any figures, which `Predictor` has no use for."""
+    classes = tuple(range(10 * task, 10 * task + 10))
+    return TaskManifest(
+        task=task,
+        classes=classes,
+        class_names=tuple(map(str, classes)),
+        num_classes=10 * config.tasks,
+        num_tasks=config.tasks,
+        config=dataclasses.asdict(config),
+        backbone={"name": config.backbone, "sha256": NO_HASH},
+        metrics={},
+        seconds={},
+        parameters={},
+        step_flops=None,
+        bytes={},
+        mask_distance_from_one={},
+        weight_drift={},
+        mask_density={},
+        versions={},
+    )
 
 
 def _memory_of(arguments: argparse.Namespace) -> None:
-    workdir, _, task_id_ = arguments.child.rpartition(":")
+    workdir, _, task_id = arguments.child.rpartition(":")
     method, params = _method(arguments, classes=1)
-    backbones.load = lambda *_: backbones.Backbone(
-        arguments.backbone, method.vit, jax.device_get(params), "0" * 64
+    backbone = backbones.Backbone(
+        arguments.backbone, method.architecture, jax.device_get(params), NO_HASH
     )
+    backbones.load = lambda *_: backbone
     each = engine.TaskWeights(method, params, dict, 0).bytes_each
     predictor = Predictor.load(
         workdir,
-        task_id=task_id_,
+        task_id=task_id,
         cache_bytes=arguments.budget_tasks * each,
         batch_size=arguments.images,
     )
-    size = method.vit.image_size
+    size = method.architecture.image_size
     images = (
         np.random.default_rng(0)
         .integers(0, 256, (arguments.images, size, size, 3))
@@ -341,7 +367,7 @@ def _memory_of(arguments: argparse.Namespace) -> None:
     given = np.arange(arguments.images) % len(predictor.model.tasks)
     before = high_water()
     predictor.predict_prepared(images, given)
-    if task_id_ == "gradient":
+    if task_id == "gradient":
         predictor.predict_prepared(images)
     row = {"host": high_water(), "before the request": before}
     row["devices"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -350,8 +376,9 @@ def _memory_of(arguments: argparse.Namespace) -> None:
 
 
 def high_water(pid: int | str = "self") -> int:
-    """Peak memory of a process in bytes; getrusage's would count what the parent process held
-    when it forked.
+    """Return the peak memory of a process in bytes.
+
+    getrusage's would count what the parent process held when it forked.
     """
     return next(
         int(line.split()[1]) * 1024

@@ -15,15 +15,18 @@ import numpy as np
 from absl import logging
 from rich.console import Console
 
-from soft_jax import pytrees
-from soft_jax.config import from_identity
-from soft_jax.evaluation import report
+from soft_jax import distributed, pytrees
+from soft_jax.config import Config, from_settings
+from soft_jax.evaluation.metrics import TEST
 from soft_jax.experiment import loop
+from soft_jax.experiment.bank import TaskBank
+from soft_jax.experiment.run import Run, prepare
+from soft_jax.inference import rules
+from soft_jax.methods import registry
 from soft_jax.store import packing
 from soft_jax.store.folder import Reader, Store
-from soft_jax.training import train_step
 
-STRATEGIES = {
+WAYS = {  # by name, the rank of "lowrank"
     "float32": 0,
     "int8": 0,
     "int4": 0,
@@ -39,20 +42,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdirs", nargs="+")
-    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--data-dir", help="where the images are; default: where each run had them")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in STRATEGIES}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for workdir in arguments.workdirs:
-        # All tasks' weights are held: what is read from the workdir again is not what was packed
-        # here.
-        identity = Reader(workdir).read_identity()
-        config = dataclasses.replace(
-            from_identity(identity), data_dir=arguments.data_dir, weights_cache_mb=2**20
-        )
+        config = config_of(workdir, arguments.data_dir)
         with closing(Store(workdir)) as store:
-            run = loop.prepare(config, store, Console(quiet=True), threading.Event())
-            for name in STRATEGIES:
+            run = prepare(config, store, Console(quiet=True), threading.Event())
+            for name in WAYS:
                 found[name].append(evaluate(run, name))
     rows = {
         name: {
@@ -65,26 +63,42 @@ def main() -> None:
         print(
             f"{name}: "
             + "; ".join(
-                f"{report.title(key) if '/' in key else key} {mean:.2f} ± {deviation:.2f}"
+                f"{rules.title(key)} {mean:.2f} ± {deviation:.2f}"
                 for key, (mean, deviation) in row.items()
             )
         )
     print(json.dumps(rows))
 
 
-def evaluate(run: loop.Run, name: str) -> dict[str, float]:
-    """Final average accuracy of each protocol in percent, KiB of a task's masks, and the root
-    mean square error of their entries.
+def config_of(workdir: str, data_dir: str | None) -> Config:
+    """Return the config of a run, with room for the weights of all its tasks.
+
+    What does not fit would be read from the workdir again, which is not what was packed here.
     """
-    way, rank = name.split(maxsplit=1)[0], STRATEGIES[name]
-    learned, error = loop.TaskBank(run), []
-    for task in range(run.config.tasks):
+    reader = Reader(workdir)
+    reader.read_record()
+    trained_with = from_settings(reader.load_task_manifest(0).config)
+    # Older runs say settings, too, that their method does not use.
+    config = Config(**registry.drop_unused(dataclasses.asdict(trained_with)))
+    where = config.data_dir if data_dir is None else data_dir
+    return dataclasses.replace(config, data_dir=where, weights_cache_mb=2**20)
+
+
+def evaluate(run: Run, name: str) -> dict[str, float]:
+    """Evaluate all tasks of a run with their masks packed and unpacked in the way `name`.
+
+    Returns the final average accuracy of each protocol in percent, the KiB of a task's masks, and
+    the root mean square error of their entries.
+    """
+    way, rank = name.split(maxsplit=1)[0], WAYS[name]
+    bank, error = TaskBank(run), []
+    for task in range(run.scenario.num_tasks):
         templates = {
-            "adapter": learned.template,
+            "adapter": bank.template,
             "shared": run.initial_shared(),
             "statistics": run.statistics_shapes(task),
         }
-        items, _ = run.store.load_task(task, templates, train_step.replicated(run.mesh))
+        items, _ = run.store.load_task(task, templates, distributed.replicated(run.mesh))
         masks = items["adapter"]["mask"]
         packed = packing.pack(masks, way, rank)
         unpacked = packing.unpack(packed, way, masks)
@@ -95,8 +109,8 @@ def evaluate(run: loop.Run, name: str) -> dict[str, float]:
             for tree in (masks, unpacked)
         )
         error.append(np.sqrt(np.mean((a - b) ** 2)))
-        learned.add(task, items["adapter"] | {"mask": unpacked}, items["statistics"])
-    table, _ = loop.evaluate_stage(run, learned.model(items["shared"]))
+        bank.add(task, items["adapter"] | {"mask": unpacked}, items["statistics"])
+    table = loop.evaluate_stage(run, bank.model(items["shared"]), TEST)
     accuracy = {
         protocol: float(np.mean([100 * row.correct / row.total for row in rows]))
         for protocol, rows in table.items()

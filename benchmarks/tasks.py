@@ -1,9 +1,11 @@
 """What grows with the number of tasks: python -m benchmarks.tasks --output=DIR
 
-A run of many small tasks (random images, a small random ViT) through `continual`'s own loop. After
-every task the newest alone is evaluated: evaluating all of them, as a run does for its accuracy
-matrix, is by definition as many evaluations as there are tasks. At some numbers of tasks the run is
-opened again by a fresh process, as a continued run would. Writes `tasks.png` into DIR.
+A run of many small tasks (random images, a small random ViT), put together of the functions that
+`experiment.loop` is made of. It differs from a run in two things. After every task the newest alone
+is evaluated: evaluating all of them, as a run does for its accuracy matrix, is by definition as
+many evaluations as there are tasks. And no report is written, which needs that matrix. At some
+numbers of tasks the run is opened again by a fresh process through `loop.run`, as a continued run
+would be. Writes `tasks.png` into DIR.
 """
 
 import argparse
@@ -14,8 +16,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,17 +32,33 @@ from rich.console import Console
 from benchmarks.inference import high_water, random_backbone
 from soft_jax.config import Config
 from soft_jax.data import sources
-from soft_jax.evaluation import protocols, report
-from soft_jax.experiment import loop
+from soft_jax.evaluation import evaluate
+from soft_jax.evaluation.metrics import TEST
+from soft_jax.experiment import loop, manifest
+from soft_jax.experiment.bank import TaskBank
+from soft_jax.experiment.run import Run, prepare
+from soft_jax.methods.method import begin
 from soft_jax.models import backbones
 from soft_jax.models.vit import ViTConfig
+from soft_jax.store.folder import Store
+from soft_jax.store.records import TaskManifest
 
 VIT = ViTConfig(image_size=16, patch_size=4, dim=64, depth=4, heads=4, mlp_dim=256)
-CLASSES, TRAIN, TEST = 2, 24, 12  # of a task: its classes, and the images of each
+CLASSES, TRAIN, TEST_IMAGES = 2, 24, 12  # of a task: its classes, and the images of each
+PARTS = ("whole", "train", "statistics", "evaluate")  # of the seconds of a task
 
 
 class Opened(Exception):
     """A run has read all that is stored and would begin to train."""
+
+
+class Opening(Console):
+    """A console that raises Opened when the run says that it has read its finished tasks."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print nothing."""
+        if " are finished in " in str(objects[0]):
+            raise Opened
 
 
 def main() -> None:
@@ -51,19 +73,17 @@ def main() -> None:
     parser.add_argument("--output", default=".")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.tasks < 6:
+        parser.error("--tasks: the first five are not looked at; take 6 or more")
     logging.set_verbosity(logging.ERROR)
-    params = jax.device_get(random_backbone(VIT))
-    backbones.load = lambda *_: backbones.Backbone("random", VIT, params, "0" * 64)
+    backbone = backbones.Backbone("random", VIT, jax.device_get(random_backbone(VIT)), "0" * 64)
+    backbones.load = lambda *_: backbone
     if arguments.child:
         return _open_again(arguments)
     rows, resumed = [], []
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        last = [time.monotonic()]
-
-        def after_task(run: loop.Run, manifests: list) -> None:
-            count, now = len(manifests), time.monotonic()
-            seconds = manifests[-1]["seconds"] | {"whole": now - last[0]}
+        for count, seconds in enumerate(_run(arguments.tasks, workdir), 1):
             disk = sum(
                 path.stat().st_size
                 for path in (workdir / "tasks" / f"{count - 1:03d}").rglob("*")
@@ -73,16 +93,11 @@ def main() -> None:
             if count in arguments.resume_at:
                 resumed.append({"tasks": count} | _opened_by_another(workdir, folder, arguments))
                 print(json.dumps({"after": rows[-1], "opened again": resumed[-1]}), flush=True)
-            last[0] = time.monotonic()
-
-        loop._report, loop.evaluate_stage = after_task, _newest_alone
-        report.line, report.show = lambda *_: "", lambda *_: None
-        loop.run(_config(arguments.tasks), workdir, Console(quiet=True), _images(arguments.tasks))
     _draw(rows, resumed, Path(arguments.output) / "tasks.png")
-    first, last_rows = rows[5:55], rows[-50:]
-    for name in ("whole", "train", "statistics", "evaluate"):
+    first, last = rows[5:55], rows[-50:]
+    for name in PARTS:
         early, late = (
-            float(np.median([row["seconds"][name] for row in part])) for part in (first, last_rows)
+            float(np.median([row["seconds"][name] for row in part])) for part in (first, last)
         )
         print(f"{name}: {early:.3f} s a task early, {late:.3f} s late, {late / early:.2f} ×")
     print(
@@ -95,6 +110,54 @@ def main() -> None:
         )
     )
     return None
+
+
+def _run(tasks: int, workdir: Path) -> Iterator[dict[str, float]]:
+    """Train all tasks in `workdir`; yields the seconds of each by what they went into."""
+    console, stop = Console(quiet=True), threading.Event()
+    with closing(Store(workdir)) as store:
+        run = prepare(_config(tasks), store, console, stop, dataset=_images(tasks))
+        bank, shared = TaskBank(run), run.initial_shared()
+        manifests = []  # a run holds them, too
+        for task in range(tasks):
+            start = time.monotonic()
+            made, shared = _learn_task(run, bank, task, shared)
+            manifests.append(made)
+            yield {**made.seconds, "whole": time.monotonic() - start}
+
+
+def _learn_task(run: Run, bank: TaskBank, task: int, shared: Any) -> tuple[TaskManifest, Any]:
+    """Train, evaluate and store a task of a method that keeps no memory of older ones."""
+    adapter = begin(run.initial_adapter(task), bank.prompt(task - 1) if task else None)
+    state, seconds = loop.train_task(run, task, adapter, shared, {})
+    adapter, shared = state.trainable["adapter"], state.trainable["shared"]
+    start = time.monotonic()
+    statistics = loop.task_statistics(run, task)
+    seconds["statistics"] = time.monotonic() - start
+    bank.add(task, adapter, statistics)
+    start = time.monotonic()
+    table = _evaluate_newest(run, bank.model(shared))
+    seconds["evaluate"] = time.monotonic() - start
+    items = {
+        "adapter": run.method.pack(adapter),
+        "shared": shared,
+        "statistics": statistics,
+        "memory": {},
+    }
+    made = manifest.make(run, task, adapter, items, {TEST: table}, seconds)
+    run.store.save_task(task, items, made)
+    bank.stored(task)
+    return made, shared
+
+
+def _evaluate_newest(run: Run, model: Any) -> dict[str, list[evaluate.Row]]:
+    """Evaluate the newest task as `loop.evaluate_stage` does each."""
+    task = model.tasks[-1]
+    split, query = run.part(TEST, task), run.query(TEST, task)
+    rows = evaluate.evaluate_task(
+        model, run.rules, split.images, split.labels, query, task, run.settings
+    )
+    return {protocol: [row] for protocol, row in rows.items()}
 
 
 def _config(tasks: int) -> Config:
@@ -112,16 +175,7 @@ def _images(tasks: int) -> sources.Dataset:
             rng.integers(0, 256, (len(labels), 16, 16, 3)).astype(np.uint8), labels
         )
 
-    return sources.Dataset(split(TRAIN), split(TEST), tuple(map(str, range(classes))))
-
-
-def _newest_alone(run: loop.Run, model) -> tuple[dict[str, list[protocols.Row]], float]:
-    start, task = time.monotonic(), model.tasks[-1]
-    split = run.test_set(task)
-    rows = protocols.evaluate_task(
-        model, split.images, split.labels, run.query(task), task, run.settings
-    )
-    return {protocol: [row] for protocol, row in rows.items()}, time.monotonic() - start
+    return sources.Dataset(split(TRAIN), split(TEST_IMAGES), tuple(map(str, range(classes))))
 
 
 def _resident() -> int:
@@ -132,8 +186,9 @@ def _resident() -> int:
 def _opened_by_another(
     workdir: Path, folder: str, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds and peak memory of a fresh process that opens what is stored; of a copy, since the
-    run holds its folder.
+    """Return seconds and peak memory of a fresh process that opens what is stored.
+
+    It opens a copy, since the run holds its folder.
     """
     copy = Path(folder) / "copy"
     shutil.copytree(workdir, copy, copy_function=os.link)
@@ -153,13 +208,9 @@ def _opened_by_another(
 
 
 def _open_again(arguments: argparse.Namespace) -> None:
-    def opened(*_):
-        raise Opened
-
-    loop.train_task, loop._report = opened, lambda *_: None
     images, start = _images(arguments.tasks), time.monotonic()
     try:
-        loop.run(_config(arguments.tasks), arguments.child, Console(quiet=True), images)
+        loop.run(_config(arguments.tasks), arguments.child, Opening(quiet=True), images)
     except Opened:
         print(json.dumps({"seconds": time.monotonic() - start, "memory": high_water()}))
 
@@ -168,7 +219,7 @@ def _draw(rows: list[dict], resumed: list[dict], path: Path) -> None:
     tasks = [row["tasks"] for row in rows]
     figure = Figure(figsize=(16, 4), layout="constrained")
     time_axes, disk_axes, memory_axes, resume_axes = figure.subplots(1, 4)
-    for name in ("whole", "train", "statistics", "evaluate"):
+    for name in PARTS:
         time_axes.plot(
             tasks[1:], [row["seconds"][name] for row in rows[1:]], linewidth=0.8, label=name
         )

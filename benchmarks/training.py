@@ -30,9 +30,11 @@ from absl import logging
 
 from benchmarks import published
 from benchmarks.inference import compare, high_water, random_backbone
+from soft_jax import distributed
 from soft_jax.config import Config
 from soft_jax.data import batches
-from soft_jax.methods.method import method_from_config
+from soft_jax.experiment.run import step_config_of
+from soft_jax.methods import registry
 from soft_jax.models import backbones
 from soft_jax.training import train_step
 
@@ -85,7 +87,9 @@ def _ours(arguments: argparse.Namespace) -> None:
     row["device_memory"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     for name in ways:
         row[name] = times[name] / arguments.steps
-        share = "" if "fixed" in name else f", {ours.flops / row[name] / peak:.0%} of the peak"
+        share = (
+            "" if "cache_queries" in name else f", {ours.flops / row[name] / peak:.0%} of the peak"
+        )
         print(
             f"  {name:22s} {_speed(arguments, row[name])}{share}; "
             f"{times.get(f'{name}/ours', 1.0):.2f} × ours"
@@ -142,24 +146,21 @@ class Steps:
     """Our steps of one task on random images."""
 
     def __init__(self, arguments: argparse.Namespace, cache_queries: bool):
-        settings = {
-            "backbone": arguments.backbone,
-            "dtype": arguments.dtype,
-            "target_modules": "qkv+proj+mlp",
-            "cache_queries": cache_queries,
-        }
-        config = Config(batch_size=arguments.batch, **settings)
-        vit = dataclasses.replace(
-            backbones.BACKBONES[arguments.backbone].vit, dtype=arguments.dtype
+        config = Config(
+            backbone=arguments.backbone,
+            dtype=arguments.dtype,
+            target_modules="qkv+proj+mlp",
+            cache_queries=cache_queries,
+            batch_size=arguments.batch,
         )
-        method = method_from_config(config, vit, published.CLASSES)
-        self.step_config, self.mesh, self.count = (
-            train_step.step_config_from(config, method),
-            train_step.data_mesh(),
-            arguments.steps,
-        )
-        self.whole = train_step.replicated(self.mesh)
-        self.params = jax.device_put(random_backbone(vit), self.whole)
+        source = backbones.BACKBONES[arguments.backbone]
+        architecture = dataclasses.replace(source.architecture, dtype=arguments.dtype)
+        names = tuple(map(str, range(published.CLASSES)))
+        method = registry.make_method(config, architecture, names)
+        self.step_config = step_config_of(config, method, on_device=True)
+        self.mesh, self.count = distributed.data_mesh(), arguments.steps
+        self.whole = distributed.replicated(self.mesh)
+        self.params = jax.device_put(random_backbone(architecture), self.whole)
         adapter, shared = (
             method.init_adapter(jax.random.key(1), self.params),
             method.init_shared(jax.random.key(2), self.params),
@@ -174,9 +175,10 @@ class Steps:
         )
         self.pool = {"images": images, "labels": labels}
         if cache_queries:
-            self.pool["query"] = rng.normal(size=(5000, vit.dim)).astype(vit.dtype)
+            query = rng.normal(size=(5000, architecture.dim))
+            self.pool["query"] = query.astype(architecture.dtype)
         self.on_device = jax.device_put(self.pool, self.whole)
-        self.schedule = batches.BatchSampler(0, 0, 5000, 1000, arguments.batch, self.mesh.size)
+        self.sampler = batches.BatchSampler(0, 0, 5000, 1000, arguments.batch, self.mesh.size)
         fixed = {
             "class_mask": np.arange(published.CLASSES) < 10,
             "freeze_g_prompt": np.bool_(False),
@@ -187,7 +189,7 @@ class Steps:
     def many(self) -> None:
         """All steps in one call, as training runs them on images that fit the device."""
         rows = jax.device_put(
-            self.schedule.chunk(self.done, self.count, train_step.CHUNK), self.whole
+            self.sampler.chunk(self.done, self.count, train_step.CHUNK), self.whole
         )
         steps = train_step.compile_steps(self.step_config, self.mesh)
         self.state, terms = steps(
@@ -205,9 +207,9 @@ class Steps:
         """A call a step, its images sent along, as training runs them on images from files."""
         step = train_step.compile_step(self.step_config, self.mesh)
         for index in range(self.count):
-            rows, weights_ = self.schedule.batch(self.done + index)
+            rows, weights_ = self.sampler.batch(self.done + index)
             batch = {name: array[rows] for name, array in self.pool.items()} | {"weights": weights_}
-            batch = jax.device_put(batch, train_step.by_row(self.mesh))
+            batch = jax.device_put(batch, distributed.by_row(self.mesh))
             self.state, terms = step(self.state, self.params, batch | self.fixed, self.key)
         self._finish(terms)
 
@@ -220,7 +222,7 @@ class Steps:
         """Of a step, as XLA counts them in the program as it is written; crops and Adam are in
         it.
         """
-        rows, weights_ = self.schedule.batch(0)
+        rows, weights_ = self.sampler.batch(0)
         batch = (
             {name: array[rows] for name, array in self.pool.items()}
             | {"weights": weights_}
