@@ -6,9 +6,10 @@ published one, under the protocol that its row of the report names.
 
 Variants by argument: `benchmark` (c100_10, c100_20, imr_10, cub_5, tiny_10; default: the first that
 the table has figures for), and any field of soft_jax.config.Config:
-  table.py:table=1,row=16,benchmark=c100_20                    Soft-TF-L[10,11,12] on
-  20-Split-CIFAR100 table.py:table=methods,row=8,backbone=vit_ti8_32,epochs=2    L2P on the small
-  bundled backbone
+  table.py:table=1,row=16,benchmark=c100_20
+      Soft-TF-L[10,11,12] on 20-Split-CIFAR100
+  table.py:table=methods,row=8,backbone=vit_ti8_32,epochs=2
+      L2P on the small bundled backbone
 """
 
 import dataclasses

@@ -6,10 +6,12 @@ leaks the task.
 
 Variants by argument, any field of soft_jax.config.Config or `layers` for the E-prompt and masked
 layers together:
-  vit_cil.py:tasks=20                                   20-Split-CIFAR100 (seed 42)
-  vit_cil.py:method=dualprompt                          DualPrompt with E-prompts in the same layers
-  vit_cil.py:backbone=vit_ti8_32,target_modules=qkv+proj+mlp,epochs=2   the small bundled backbone
-  at 32 pixels
+  vit_cil.py:tasks=20
+      20-Split-CIFAR100 (seed 42)
+  vit_cil.py:method=dualprompt
+      DualPrompt with E-prompts in the same layers
+  vit_cil.py:backbone=vit_ti8_32,target_modules=qkv+proj+mlp,epochs=2
+      the small bundled backbone at 32 pixels
 """
 
 from soft_jax.config import config_dict, parse_argument
