@@ -38,21 +38,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print(f"error: {error}; {commands.CONTINUES}", file=sys.stderr)
+        continues = "" if argv[:1] == ["predict"] else f"; {commands.CONTINUES}"
+        print(f"error: {error}{continues}", file=sys.stderr)
     return 1
 
 
 def console(argv: Sequence[str] | None = None) -> None:
     """Be the installed command `soft-jax`, with `argv` or the program's own arguments."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # Predicting changes nothing, and has nothing to continue.
+    continues = b"; finished tasks are as they were, and the same command continues"
+    message = b"Stopped" + (b"" if argv[:1] == ["predict"] else continues) + b"\n"
+
+    def stop_at_once(signum: int, frame: object) -> None:
+        os.write(2, message)
+        os._exit(128 + signum)
+
     # Until a run takes over, and after a second one in it. An exception could surface anywhere, in
     # the middle of an import too.
-    signal.signal(signal.SIGINT, _stop_at_once)
+    signal.signal(signal.SIGINT, stop_at_once)
     sys.exit(main(argv))
-
-
-def _stop_at_once(signum: int, frame: object) -> None:
-    os.write(2, b"Stopped; finished tasks are as they were, and the same command continues\n")
-    os._exit(128 + signum)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train and evaluate a run",
         description="soft-jax train --config=vit_cil --workdir=runs/mine; "
-        "soft-jax train --helpshort lists all flags.",
+        "soft-jax train --help lists its flags and all settings.",
     )
     _add_predict(commands)
     _add_table(commands)

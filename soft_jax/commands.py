@@ -7,14 +7,25 @@ once.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from soft_jax.config import RUNTIME_FIELDS, parse_argument, unknown
+from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, parse_argument, unknown
 from soft_jax.errors import UserError
 
+# The flags of `train`, and what they mean.
+TRAIN_FLAGS = {
+    "config": "The run's settings: a file, or the name of one that comes along (digits, vit_cil, "
+    "table), with variants by argument (vit_cil:tasks=20); any field by --config.field=value. "
+    "Default: digits.",
+    "workdir": "The run's folder; the same command continues it. Default: "
+    "runs/NAME-METHOD-TASKSx-seedSEED.",
+    "distributed": 'Several processes, one a host, in one run: "auto" on TPU pod slices and '
+    'clusters that jax knows, else "HOST:PORT,INDEX,COUNT".',
+}
 CONTINUES = "finished tasks are as they were, and the same command continues"
 
 
@@ -22,18 +33,25 @@ def find_config(name: str) -> str:
     """Return the path of a config file, with its argument: "vit_cil:tasks=20" is one of ours.
 
     A name without a folder and without ".py" is looked up among the configs that come with the
-    package, or that stand beside it in a checkout. Raises UserError where there is none.
+    package, or in a checkout in the folder beside it. Raises UserError where there is none, naming
+    the nearest of those and of the files where it was looked for.
     """
     path, colon, argument = name.partition(":")
-    if "/" in path or path.endswith(".py") or Path(path).is_file():
-        return str(Path(path).expanduser()) + colon + argument
     package = Path(__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (file := folder / f"{path}.py").is_file():
-            return str(file) + colon + argument
-        if folder.is_dir():
-            known = sorted(file.stem for file in folder.glob("[!_]*.py"))
-    raise UserError(unknown("config", path, known))
+    # Only one of them: beside an installed package, "configs" would be somebody else's.
+    folder = package / "configs"
+    if not folder.is_dir():
+        folder = package.parent / "configs"
+    ours = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
+    if "/" not in path and not path.endswith(".py"):
+        if path not in ours:
+            raise UserError(unknown("config", path, ours))
+        return str(ours[path]) + colon + argument
+    file = Path(path).expanduser()
+    if not file.is_file():
+        there = sorted(str(other) for other in file.parent.glob("*.py"))
+        raise UserError(unknown("config", str(file), [*ours, *there]))
+    return str(file) + colon + argument
 
 
 def train(argv: Sequence[str], program: str = "soft-jax train") -> None:
@@ -43,17 +61,29 @@ def train(argv: Sequence[str], program: str = "soft-jax train") -> None:
     """
     from absl import app
 
+    if {"-h", "--help", "--helpshort"} & set(argv):
+        print(_train_help(program), flush=True)
+        sys.exit(0)  # absl's own help lists the flags of `__main__`, which are none, and exits 1
     app.run(_train, argv=[program, *argv], flags_parser=_parse_flags)
 
 
+def _train_help(program: str) -> str:
+    """Return what `train` takes: its flags, and the settings with their defaults."""
+    flags_help = "\n".join(f"  --{name}: {text}" for name, text in TRAIN_FLAGS.items())
+    settings = "\n".join(f"  --config.{name}={value!r}" for name, value in DEFAULTS.items())
+    return (
+        f"usage: {program} --config=vit_cil --workdir=runs/mine\n\n"
+        f"Train and evaluate a run, or continue it.\n\n{flags_help}\n\n"
+        f"Settings and their defaults, which a config replaces:\n{settings}"
+    )
+
+
 def _train(argv: list[str]) -> None:
-    from absl import app, flags, logging
+    from absl import flags, logging
 
     from soft_jax import config as config_lib
     from soft_jax.experiment.stopping import Preempted
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
@@ -94,40 +124,44 @@ def _end(message: str, distributed: bool) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Read the flags, and the config file that they name; what is wrong in either is one line."""
-    from absl import app, flags
+    from absl import flags
     from ml_collections import config_flags
 
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The run's folder; the same command continues it. Default: "
-        "runs/NAME-METHOD-TASKSx-seedSEED.",
-    )
-    flags.DEFINE_string(
-        "distributed",
-        None,
-        'Several processes, one a host, in one run: "auto" on TPU pod slices and clusters that jax '
-        'knows, else "HOST:PORT,INDEX,COUNT".',
-    )
+    flags.DEFINE_string("workdir", None, TRAIN_FLAGS["workdir"])
+    flags.DEFINE_string("distributed", None, TRAIN_FLAGS["distributed"])
     try:
         pairs = zip(["", *argv[:-1]], argv, strict=True)
         argv = [_with_config_found(argument, before) for before, argument in pairs]
+        _check_fields(argv)
         # Defining it reads the file and the overrides of its fields.
         config_flags.DEFINE_config_file(
-            "config",
-            find_config("digits"),
-            "The run's settings: a file, or the name of one that comes along (digits, vit_cil, "
-            "table), with variants by argument (vit_cil:tasks=20); any field by "
-            "--config.field=value.",
+            "config", find_config("digits"), TRAIN_FLAGS["config"], sys_argv=argv
         )
-        argv = app.parse_flags_with_usage(argv)
+        left = flags.FLAGS(argv)
         flags.FLAGS.config.lock()
     except UserError as error:
         sys.exit(f"error: --config: {error}")
+    except flags.Error as error:
+        sys.exit(f"error: {_one_line(error)}")
     except (OSError, SyntaxError, AttributeError, KeyError) as error:
-        # no such file, no Python, no such field
-        sys.exit(f"error: --config: {type(error).__name__}: {error}")
-    return argv
+        # A file that can't be read or is no Python, or a field that is none.
+        sys.exit(f"error: --config: {type(error).__name__}: {_one_line(error)}")
+    if left[1:]:
+        known = ", ".join(f"--{name}" for name in TRAIN_FLAGS)
+        sys.exit(f"error: unexpected argument {left[1]!r}; flags are {known}")
+    return left
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_fields(argv: Sequence[str]) -> None:
+    """Raise UserError for a flag --config.field of a field that there isn't, naming the nearest."""
+    for argument in argv:
+        field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if field and field[1] not in DEFAULTS:
+            raise UserError(unknown("setting", field[1], DEFAULTS))
 
 
 def _with_config_found(argument: str, before: str) -> str:

@@ -1,8 +1,8 @@
 """Run `launch.py` and strike at one moment: python -m tests.drive MOMENT ARGS...
 
 MOMENT is one of: none; kill-step:TASK:STEP, kill-save:FOLDER (just before Orbax commits it),
-kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); nan-step:TASK:STEP (the loss that is read is not
-a number). Tasks, steps and calls from 0.
+kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); int-step:TASK:STEP (SIGINT, as Ctrl-C);
+nan-step:TASK:STEP (the loss that is read is not a number). Tasks, steps and calls from 0.
 """
 
 import functools
@@ -24,7 +24,7 @@ def strike(moment: str) -> None:
         if kind.endswith("-step") and [task, step] == [int(x) for x in where]:
             if kind == "nan-step":
                 return values | {"loss": float("nan")}
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[kind[:4]])
+            os.kill(os.getpid(), getattr(signal, f"SIG{kind.removesuffix('-step').upper()}"))
         return values
 
     def before_evaluation(task):

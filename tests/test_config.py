@@ -3,7 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from soft_jax.config import Config, config_dict, from_config_dict, parse_argument
+from soft_jax.config import (
+    Config,
+    config_dict,
+    from_config_dict,
+    from_settings,
+    parse_argument,
+)
 from soft_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,7 +33,7 @@ def test_the_papers_settings():
         0.03,
         59,
     )
-    assert (c.backbone, c.image_size, c.method, c.clip_norm, c.pull) == (
+    assert (c.backbone, c.image_size, c.method, c.clip_norm, c.key_loss_weight) == (
         "vit_b16",
         0,
         "dualprompt+softtf",
@@ -78,7 +84,10 @@ def test_variants():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("taks=20", "unknown key 'taks'; known are layers, name, dataset"),
+        ("taks=20", "key 'taks' is unknown; did you mean 'tasks'?"),
+        ("tasks=3,tasks=4", "tasks is given twice"),
+        ("layers=3,mask_layers=4", "mask_layers is given twice"),
+        ("layers=1-99999999", "layers='1-99999999' is not one or more whole numbers"),
         ("tasks=ten", "tasks='ten' is not of the type int"),
         ("layers=12-10", "layers='12-10' is not one or more whole numbers"),
         ("crop_scale=0.5", "crop_scale='0.5' is not a range"),
@@ -96,38 +105,8 @@ def test_bad_arguments(argument, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"method": "coda"},
-            "method: 'coda' is unknown; known are adapter, bic, derpp, dualprompt, ewc, ft, head, "
-            "icarl, l2p, lora, lwf",
-        ),
-        (
-            {"method": "ft+pgp"},
-            "method: 'ft\\+pgp': head, ft, ewc, lwf, derpp, icarl, bic stand alone",
-        ),
-        ({"method": "lora+lora"}, "a part is named once"),
-        ({"method": "dualprompt+softtf+lora"}, "names both softtf and lora; one of them at most"),
-        ({"method": "pgp+softtf"}, "pgp projects prompts, so it needs one of dualprompt, l2p"),
-        ({"target_modules": "qv"}, "target_modules: 'qv' is for lora"),
-        ({"target_modules": "qkv+qkv"}, "names weights twice"),
-        (
-            {"mask_storage": "int3"},
-            "mask_storage: 'int3' is unknown; known are float32, int8, int4, lowrank",
-        ),
-        (
-            {"mask_storage": "int8", "method": "dualprompt+wsn"},
-            "mask_storage: 'dualprompt\\+wsn' has no soft masks",
-        ),
-        ({"cache_queries": True, "method": "ft"}, "cache_queries: 'ft' asks nothing of q"),
         ({"density": 0.0}, "density: 0.0 is not a share above 0"),
-        ({"top_k": 11}, "top_k: 11 is above pool_size, 10"),
         ({"rank": 0}, "rank: 0 is below 1"),
-        (
-            {"target_modules": "qkv+ffn"},
-            "target_modules: 'ffn' is unknown; join any of qkv, qv, proj, mlp",
-        ),
-        ({"mask_init": "zeros"}, "mask_init: 'zeros' is unknown"),
-        ({"prefix_layout": "x"}, "prefix_layout: 'x' is unknown"),
         ({"dtype": "float16"}, "dtype: 'float16' is unknown"),
         ({"tasks": 0}, "tasks: 0 is below 1"),
         ({"tasks": True}, "tasks: True is not of the type int"),
@@ -138,13 +117,20 @@ def test_bad_arguments(argument, message):
         ({"e_prompt_layers": "abc"}, "e_prompt_layers: 'abc' is not one or more whole numbers"),
         ({"crop_ratio": (1.0,)}, r"crop_ratio: \(1.0,\) is not a range"),
         ({"learning_rate": 0.0}, "learning_rate: 0.0 is below"),
+        ({"learning_rate": float("inf")}, "learning_rate: inf is not finite"),
+        ({"crop_scale": (0.5, 2.0)}, r"crop_scale: \(0.5, 2.0\) reaches above 1"),
+        ({"validation": 1.0}, "validation: 1.0 is not a share from 0 to below 1"),
         ({"crop_scale": (1.0, 0.5)}, r"crop_scale: \(1.0, 0.5\) is not a range"),
-        ({"g_prompt_layers": (9, 10)}, "both name layer 10; a layer takes one prompt"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UserError, match=message):
         Config(**settings)
+
+
+def test_an_unknown_setting_names_the_nearest():
+    with pytest.raises(UserError, match="setting 'epoch' is unknown; did you mean 'epochs'?"):
+        from_settings({"epoch": 3})
 
 
 def test_round_trip():

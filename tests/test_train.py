@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from soft_jax import pytrees
-from soft_jax.distributed import by_row, data_mesh, replicated
 from soft_jax.data.augmentation import Augment
+from soft_jax.distributed import by_row, data_mesh, replicated
 from soft_jax.training import train_step
 from tests.conftest import DUALPROMPT, tiny_method
 

@@ -312,7 +312,7 @@ def prepare(
     """Find weights and data, check that everything fits, and make `store` this run's.
 
     `mesh` defaults to all devices, `dataset` to what `config` names. Raises UserError for anything
-    that does not fit, before training.
+    that does not fit, before training, and Preempted after a signal.
     """
     registry.check(config)
     used = registry.used_settings(config)
@@ -331,6 +331,8 @@ def prepare(
     dataset = dataset or distributed.run_on_all(
         lambda: sources.load(config.dataset, config.data_dir)
     )
+    if distributed.all_max(stop.is_set())[0]:
+        raise Preempted("Stopped while reading images")
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = distributed.run_on_all(lambda: scenarios.make(config, dataset.class_names))
     fingerprint = dataset.fingerprint

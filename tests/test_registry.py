@@ -1,0 +1,151 @@
+"""The grammar of methods, and which settings have an effect."""
+
+import dataclasses
+import re
+
+import pytest
+
+from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, Config
+from soft_jax.errors import UserError
+from soft_jax.methods import registry
+from tests.conftest import LAYERS, TINY, names
+
+METHODS = (
+    *("head", "ft", "ewc", "lwf", "derpp", "icarl", "bic", "softtf", "lora", "adapter"),
+    *("dualprompt", "dualprompt+pgp", "dualprompt+softtf", "dualprompt+pgp+softtf"),
+    *("dualprompt+wsn", "dualprompt+softnet", "l2p", "l2p+pgp", "l2p+pgp+softtf"),
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_one_spelling(method):
+    """In whatever order its parts are named; the run's identity has the one."""
+    backwards = "+".join(reversed(method.split("+")))
+    assert registry.parse(backwards) == registry.parse(method)
+    assert registry.parse(backwards).name == method
+    assert registry.used_settings(Config(method=backwards))["method"] == method
+
+
+def test_the_parts_of_a_method():
+    parts = registry.parse("softtf+pgp+dualprompt")
+    assert (parts.host_name, parts.strategy_name) == ("dualprompt", "pgp")
+    assert parts.reparametrization_name == "softtf"
+    assert not parts.whole_network
+    trained = {method for method in METHODS if registry.parse(method).whole_network}
+    assert trained == {"ft", "ewc", "lwf", "derpp", "icarl", "bic"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"method": "coda"},
+            "method: 'coda' is unknown; known are adapter, bic, derpp, dualprompt, ewc, ft, head, "
+            "icarl, l2p, lora, lwf",
+        ),
+        (
+            {"method": "ft+pgp"},
+            "method: 'ft+pgp': head, ft, ewc, lwf, derpp, icarl, bic stand alone",
+        ),
+        ({"method": "lora+lora"}, "a part is named once"),
+        ({"method": "dualprompt+softtf+lora"}, "names both softtf and lora; one of them at most"),
+        ({"method": "pgp+softtf"}, "pgp projects prompts, so it needs one of dualprompt, l2p"),
+        (
+            {"mask_storage": "int3"},
+            "mask_storage: 'int3' is unknown; known are float32, int8, int4, lowrank",
+        ),
+        ({"mask_init": "zeros"}, "mask_init: 'zeros' is unknown"),
+        ({"prefix_layout": "x"}, "prefix_layout: 'x' is unknown"),
+        ({"top_k": 11, "method": "l2p"}, "top_k: 11 is above pool_size, 10"),
+        ({"g_prompt_layers": (9, 10)}, "both name layer 10; a layer takes one prompt"),
+        ({"scenario": "random"}, "scenario: 'random' is unknown; known are equal, increments"),
+        ({"scenario": "file"}, "scenario_file: scenario 'file' needs the file"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        registry.check(Config(**settings))
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("head", "density", 0.5),
+        ("dualprompt+softtf", "rank", 8),
+        ("dualprompt+lora", "mask_init", "ones"),
+        ("dualprompt+wsn", "mask_storage", "int8"),
+        ("ft", "shots", (3,)),
+        ("dualprompt", "shots", (3,)),
+        ("adapter", "shots", (3,)),
+        ("ft", "cache_queries", True),
+        ("ewc", "lwf_strength", 2.0),
+        ("softtf", "g_prompt_length", 7),
+        ("l2p", "prototype_features", 100),
+        ("dualprompt+softtf", "increment", 20),
+        ("dualprompt+softtf", "buffer_size", 300),
+    ],
+)
+def test_a_setting_without_effect_is_refused_by_name(method, setting, value):
+    """And is no part of what the run is."""
+    default = DEFAULTS[setting]
+    with pytest.raises(UserError, match=rf"^{setting}: .* has no effect with .*; leave it at"):
+        registry.check(Config(method=method, **{setting: value}))
+    registry.check(Config(method=method, **{setting: default}))
+    assert setting not in registry.used_settings(Config(method=method))
+    assert registry.drop_unused({"method": method, setting: value}) == {"method": method}
+
+
+def test_rank_is_used_where_masks_are_products():
+    registry.check(Config(rank=8, mask_storage="lowrank"))
+    assert "rank" in registry.used_settings(Config(mask_storage="lowrank"))
+
+
+def test_layers_at_once_may_be_one_layer_too_many():
+    """`layers` in a config's argument sets both; the one without effect is as the other."""
+    both = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4)}
+    registry.check(Config(method="softtf", **both))
+    with pytest.raises(UserError, match="e_prompt_layers"):
+        registry.check(Config(method="softtf", **both | {"e_prompt_layers": (5,)}))
+
+
+def test_every_setting_is_used_by_some_run():
+    used = set()
+    for method in METHODS:
+        for scenario in ("equal", "increments"):
+            used |= registry.used_settings(Config(method=method, scenario=scenario)).keys()
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert used == fields - set(RUNTIME_FIELDS) - {"rank"} | {"rank"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_made(method):
+    settings = registry.drop_unused({"method": method, **LAYERS})
+    made = registry.make_method(Config(**settings), TINY, names(6))
+    parts = registry.parse(method)
+    assert isinstance(made.host, parts.host)
+    assert (made.strategy is None) == (parts.strategy is None)
+    assert (made.reparametrization is None) == (parts.reparametrization is None)
+    assert made.trains_backbone == parts.whole_network
+    assert made.num_classes == 6
+    hash(made)  # jit takes it as static
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_layers": (5,)}, "mask_layers: layer 5 is not one of vit_b16's layers 1 to 4"),
+        ({"e_prompt_layers": (9,)}, "e_prompt_layers: layer 9 is not one of"),
+        ({"target_modules": "qkv+ffn"}, "'ffn' is unknown; join any of qkv, qv, proj, mlp"),
+        ({"target_modules": "qkv+qkv"}, "names weights twice"),
+        ({"target_modules": "qv"}, "target_modules: 'qv' is for lora"),
+        (
+            {"target_modules": "qkv+qv", "method": "lora"},
+            "target_modules: 'qkv+qv' names weights twice",
+        ),
+        ({"method": "lora", "rank": 25}, "rank: 25 is above the backbone's width, 24"),
+    ],
+)
+def test_what_the_backbone_does_not_have_is_named(settings, message):
+    config = Config(**registry.drop_unused({**LAYERS, **settings}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        registry.make_method(config, TINY, names(6))
