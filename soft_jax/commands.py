@@ -96,7 +96,8 @@ def _train(argv: list[str]) -> None:
         registry.check(config)
         if given.distributed:
             distributed.join(given.distributed)
-        loop.run(config, given.workdir or default_workdir(config))
+        method = registry.parse(config.method).name
+        loop.run(config, given.workdir or default_workdir(config, method))
     except UserError as error:
         _end(f"error: {error}", bool(given.distributed))
     except OSError as error:
@@ -106,10 +107,13 @@ def _train(argv: list[str]) -> None:
         sys.exit(128 + stopped.signum)
 
 
-def default_workdir(config: Any) -> str:
-    """Return the folder of a run that is given none: its name, method, tasks and seed."""
+def default_workdir(config: Any, method: str) -> str:
+    """Return the folder of a run that is given none: its name, method, tasks and seed.
+
+    `method` is the method in its one spelling.
+    """
     tasks = f"{config.tasks}x" if config.scenario == "equal" else config.scenario
-    return f"runs/{config.name}-{config.method}-{tasks}-seed{config.seed}"
+    return f"runs/{config.name}-{method}-{tasks}-seed{config.seed}"
 
 
 def _end(message: str, distributed: bool) -> None:

@@ -21,6 +21,7 @@ from soft_jax.experiment import run as run_lib
 from soft_jax.experiment.bank import TaskBank
 from soft_jax.hooks import Hooks
 from soft_jax.inference import engine
+from soft_jax.inference.predictor import Predictor
 from soft_jax.methods.method import begin
 from soft_jax.store.folder import Store
 from soft_jax.training import loop as training_loop
@@ -105,7 +106,6 @@ def run_two_tasks(run):
     return adapters, models, loop.evaluate_stage(run, models[-1], "test")
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_the_same_run_on_one_and_on_four_devices(small):
     (adapters, models, rows), (adapters_4, models_4, rows_4) = (
         run_two_tasks(small(devices)) for devices in (1, 4)
@@ -366,6 +366,80 @@ def test_a_fixed_query_is_that_of_the_whole_image(request, monkeypatch, stored):
     query, key = run.train_query(0)[rows[weights_ > 0]], np.asarray(adapter["key"])
     cosine = query @ key / np.linalg.norm(query, axis=1) / np.linalg.norm(key)
     assert logged[0] == pytest.approx(cosine.mean(), abs=1e-5)
+
+
+def classes_file(tmp_path):
+    (tmp_path / "tasks.json").write_text('[["7", 2, "0"], [5]]')
+    return {"scenario": "file", "scenario_file": str(tmp_path / "tasks.json")}
+
+
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize("rule", ["increments", "file"])
+def test_tasks_of_any_sizes_are_learned_and_predicted(rule, digits, tmp_path):
+    """With a remainder, or with classes that are in no task; continued as they began."""
+    settings = {"scenario": "increments", "increment": 4, "class_order_seed": 1993}
+    expected = [len(part) for part in (range(4), range(4), range(2))]
+    if rule == "file":
+        settings, expected = classes_file(tmp_path), [3, 1]
+    config = tiny_config(
+        **settings, batch_size=10, epochs=1, eval_batch_size=16, prototype_features=20
+    )
+    manifests = learn(config, tmp_path / "run")
+    assert [len(manifest.classes) for manifest in manifests] == expected
+    if rule == "file":
+        assert manifests[0].classes == (7, 2, 0)
+    again = learn(config, tmp_path / "run")
+    assert [manifest.metrics for manifest in again] == [manifest.metrics for manifest in manifests]
+    predictor = Predictor.load(tmp_path / "run", task_id="prototype", batch_size=16)
+    classes, tasks, _ = predictor.predict(digits.test.images)
+    for task, manifest in enumerate(manifests):
+        own = np.isin(digits.test.labels, manifest.classes)
+        row = manifests[-1].metrics["per_sample/prototype"][task]
+        assert row["total"] == own.sum()
+        assert row["correct"] == (classes == digits.test.labels)[own].sum()
+        assert set(classes[tasks == task]) <= set(manifest.classes)
+    if rule == "file":
+        (tmp_path / "tasks.json").write_text('[["7", 2], [5]]')
+        with pytest.raises(UserError, match="tasks: .* there, .* now"):
+            learn(config, tmp_path / "run")
+
+
+def learn(config, workdir):
+    return loop.run(config, workdir, Console(quiet=True))
+
+
+def test_what_is_held_out_is_not_trained_on(small, digits):
+    run = small(validation=0.25)
+    assert run.parts == ("test", "validation")
+    trained, held = run.dataset.train, run.dataset.validation
+    assert len(trained.labels) + len(held.labels) == len(digits.train.labels)
+    taken = {image.tobytes() for image in held.images}
+    whole = [image.tobytes() for image in digits.train.images]
+    assert {image.tobytes() for image in trained.images} == set(whole) - taken
+    rows = np.concatenate([run.training_indices(task)[0] for task in range(2)])
+    assert rows.max() < len(trained.labels)
+
+
+def test_a_share_that_holds_nothing_out_is_refused(small):
+    with pytest.raises(UserError, match="validation: a share of 0.01 holds no training image of"):
+        small(validation=0.01)
+
+
+def test_what_the_first_process_says_is_finished_holds(small, monkeypatch):
+    """Another that sees something else ends, or starts the task again with all of them."""
+    run = small()
+    adapter, shared = run.initial_adapter(0), run.initial_shared()
+    stopping = dataclasses.replace(run, log=lambda group, step, values: run.stop.set())
+    with pytest.raises(loop.Preempted):
+        loop.train_task(stopping, 0, adapter, shared, {})
+    run.stop.clear()
+    monkeypatch.setattr(distributed, "from_primary", lambda *values: tuple(v + 1 for v in values))
+    state = train_step.compile_init(run.step_config, run.mesh)(adapter, shared)
+    continued, seconds = loop._continued(run, 0, state)
+    assert (continued is state, seconds) == (True, 0.0)
+    assert not list(run.store.training.glob("0*"))
+    with pytest.raises(UserError, match="the processes see different tasks"):
+        loop._restore(run, TaskBank(run), shared, {})
 
 
 def test_another_dataset_is_another_run(small, monkeypatch):

@@ -18,7 +18,6 @@ from rich.console import Console
 from soft_jax import pytrees
 from soft_jax.config import Config
 from soft_jax.data import scenarios, sources
-from soft_jax.evaluation import report
 from soft_jax.experiment import loop
 from soft_jax.inference import rules
 from soft_jax.inference.predictor import Predictor
@@ -325,4 +324,3 @@ def test_the_page_shows_these_pieces():
     for block in blocks:
         piece = block.split("```")[0].strip("\n")
         assert piece in code, f"docs/extending.md shows what isn't run:\n{piece}"
-    assert report.markdown  # the report asks the rules for their titles

@@ -30,6 +30,14 @@ def test_an_equal_split_in_label_order_is_the_default():
         make(tasks=3)
 
 
+def test_only_the_papers_rule_is_the_default():
+    """Whatever the sizes: also where the classes can't be divided by the number of tasks."""
+    assert not make(scenario="increments", increment=3).is_default
+    assert not make(scenario="increments", initial_classes=6, increment=2).is_default
+    assert make(scenario="increments", increment=5).is_default
+    assert not Scenario(10, ((0, 1, 2), (3, 4))).is_default
+
+
 def test_the_class_order_that_pilot_uses():
     """`np.random.seed(1993); np.random.permutation(100)` begins so."""
     names = tuple(map(str, range(100)))

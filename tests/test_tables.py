@@ -154,7 +154,7 @@ def test_every_published_row_can_be_made():
 
 
 @pytest.mark.parametrize(
-    "example", re.findall(r"table\.py:(\S+) +(.*)", (ROOT / "configs/table.py").read_text())
+    "example", re.findall(r"table\.py:(\S+)\s+(.*)", (ROOT / "configs/table.py").read_text())
 )
 def test_the_examples_of_the_config_are_what_they_say(example):
     argument, meant = example

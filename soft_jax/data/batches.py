@@ -103,7 +103,7 @@ def _cores() -> int:
 
 
 def from_files(
-    schedule: BatchSampler,
+    sampler: BatchSampler,
     files: EncodedImages,
     spec: Augment,
     first: int,
@@ -113,24 +113,24 @@ def from_files(
     """The batches from step `first` on, decoded and augmented in threads ahead of their use.
 
     Each of `processes` gets its own rows of every batch, as (`{"images": uint8 [rows, size, size,
-    3], "labels", "weights"}`, rows of the task). An image is augmented by its place in the schedule
+    3], "labels", "weights"}`, rows of the task). An image is augmented by its place in the sampler
     alone, so the batches depend neither on threads nor on processes. Raises UserError naming a file
     that can't be read.
     """
     import grain  # a third of what a run would import, and only files need it
 
-    each = schedule.padded // processes
+    each = sampler.padded // processes
     first_row = process * each
 
     def load(step: int) -> dict[str, np.ndarray]:
-        rows, weights = (array[first_row : first_row + each] for array in schedule.batch(step))
+        rows, weights = (array[first_row : first_row + each] for array in sampler.batch(step))
         images, labels = (
             np.zeros((each, spec.size, spec.size, 3), np.uint8),
             np.zeros(each, np.int32),
         )
         for index in np.flatnonzero(weights):
             rng = np.random.default_rng(
-                [schedule.seed, zlib.crc32(b"augment"), schedule.task, step, first_row + index]
+                [sampler.seed, zlib.crc32(b"augment"), sampler.task, step, first_row + index]
             )
             images[index] = augment_file(rng, Image.fromarray(files.image(rows[index])), spec)
             labels[index] = files.labels[rows[index]]
@@ -141,7 +141,7 @@ def from_files(
     threads = max(2, _cores())
     waiting = max(1, min(2 * threads, AHEAD_BYTES // (3 * each * spec.size**2)))
     options = grain.ReadOptions(num_threads=min(threads, waiting), prefetch_buffer_size=waiting)
-    iterator = iter(grain.MapDataset.range(schedule.steps).map(load).to_iter_dataset(options))
+    iterator = iter(grain.MapDataset.range(sampler.steps).map(load).to_iter_dataset(options))
     iterator.set_state({"next_index": first})
     for batch in iterator:
         yield {name: batch[name] for name in ("images", "labels", "weights")}, batch["rows"]

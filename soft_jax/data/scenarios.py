@@ -55,7 +55,14 @@ class Scenario:
     @property
     def is_default(self) -> bool:
         """Whether the tasks are equal slices of all classes in label order, the paper's rule."""
+        if self.num_classes % self.num_tasks:
+            return False
         return self == equal(range(self.num_classes), self.num_classes, self.num_tasks)
+
+    @property
+    def num_learned(self) -> int:
+        """Return the number of classes that are in a task."""
+        return sum(map(len, self.classes_by_task))
 
     def class_mask(self, task: int) -> np.ndarray:
         """Return which classes are task `task`'s, bool `[num_classes]`."""

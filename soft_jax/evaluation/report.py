@@ -4,6 +4,7 @@ terminal's table.
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -50,8 +51,8 @@ class Report:
 
     `results.jsonl` gets the lines of each task when it is added; whatever else is in the file is
     replaced. `report.md` and its pictures are written at the end of the `with` block, however that
-    ends, and before that only after tasks of more than `WRITTEN_AFTER` seconds. A task then costs
-    time linear in the tasks before it.
+    ends, and before that only after tasks of more than `WRITTEN_AFTER` seconds that are long
+    beside the writing. Adding a task costs time linear in the tasks before it.
 
         with Report(store.root, dataclasses.asdict(config), config.benchmark, manifests) as report:
             ...
@@ -76,7 +77,7 @@ class Report:
         self._root, self._config, self._benchmark = root, config, benchmark
         self._manifests = list(manifests)
         self._rows = ResultRows(config, benchmark)
-        self._is_written = False
+        self._is_written, self._write_seconds = False, 0.0
         text = "".join(map(self._lines, self._manifests)).encode()
         self._size = len(text)  # bytes in results.jsonl
         if (self._results.read_bytes() if self._results.is_file() else b"") != text:
@@ -104,7 +105,8 @@ class Report:
         self._manifests.append(manifest)
         self._is_written = False
         self._append(self._lines(manifest).encode())
-        if _task_seconds(manifest) > WRITTEN_AFTER:
+        # Drawing takes longer with every task: at most a twentieth of a task's time goes into it.
+        if _task_seconds(manifest) > max(WRITTEN_AFTER, 20 * self._write_seconds):
             self.write()
 
     def write(self) -> None:
@@ -113,10 +115,11 @@ class Report:
         """
         if self._is_written or not self._manifests:
             return
+        start = time.monotonic()
         names = pictures.draw(self._root, self._manifests)
         text = markdown(self._root, self._config, self._benchmark, self._manifests, names)
         write_text(self._root / "report.md", text)
-        self._is_written = True
+        self._is_written, self._write_seconds = True, time.monotonic() - start
 
     def _lines(self, manifest: TaskManifest) -> str:
         return "".join(json.dumps(row) + "\n" for row in self._rows.add(manifest))

@@ -17,6 +17,7 @@ from soft_jax.config import DEFAULTS, Config
 from soft_jax.data import batches, scenarios, sources
 from soft_jax.data.augmentation import Augment
 from soft_jax.data.scenarios import Scenario
+from soft_jax.errors import UserError
 from soft_jax.evaluation import evaluate
 from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment.stopping import Preempted
@@ -113,7 +114,7 @@ class Run:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return what task `task` is trained on, as rows of the training set.
 
-        The first are images of its own, the second older tasks' that `memory`, if any, names.
+        First its own images, then the older tasks' images that `memory` names, if there is any.
         """
         labels, strategy = self.dataset.train.labels, self.method.rehearsal
         own = self.members(task)
@@ -336,13 +337,19 @@ def prepare(
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = distributed.run_on_all(lambda: scenarios.make(config, dataset.class_names))
     fingerprint = dataset.fingerprint
-    if config.validation:
-        dataset = dataset.with_validation(config.validation, config.seed)
     for split in (dataset.train, dataset.test):
         scenario.check(split.labels)
+    if config.validation:
+        dataset = dataset.with_validation(config.validation, config.seed)
+        for task in range(scenario.num_tasks):
+            if not len(scenario.members(dataset.validation.labels, task)):
+                raise UserError(
+                    f"validation: a share of {config.validation} holds no training image of task "
+                    f"{task + 1} out; take a larger share, or more images a class"
+                )
     method = registry.make_method(config, backbone.architecture, dataset.class_names)
     if method.strategy:
-        method.strategy.check_classes(scenario.num_classes)
+        method.strategy.check_classes(scenario.num_learned)
     record = RunRecord(
         settings=used,
         backbone_sha256=backbone.fingerprint,

@@ -97,8 +97,8 @@ class SoftMask(Reparametrization):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def top_k_mask(scores: jax.Array, keep: int) -> jax.Array:
-    """1 for the `keep` highest of scores, exactly, else 0; its gradient is that of the scores
+def top_k_mask(scores: jax.Array, count: int) -> jax.Array:
+    """1 for the `count` highest of scores, exactly, else 0; its gradient is that of the scores
     themselves (straight-through).
 
     Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so
@@ -111,9 +111,9 @@ def top_k_mask(scores: jax.Array, keep: int) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(scores.reshape(-1), unsigned)
     ranks = jnp.where(bits >= top, ~bits, bits | top)
 
-    lowest = _highest(unsigned, lambda rank: _count(ranks >= rank) >= keep)
+    lowest = _highest(unsigned, lambda rank: _count(ranks >= rank) >= count)
     above, level = ranks > lowest, ranks == lowest
-    room = keep - _count(above)
+    room = count - _count(above)
 
     def first() -> jax.Array:
         places = jnp.arange(scores.size, dtype=jnp.uint32)
@@ -142,8 +142,8 @@ def _highest(kind: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Ar
 
 
 @top_k_mask.defjvp
-def _straight_through(keep, primals, tangents):
-    return top_k_mask(primals[0], keep), tangents[0]
+def _straight_through(count, primals, tangents):
+    return top_k_mask(primals[0], count), tangents[0]
 
 
 def num_kept(share: float, size: int) -> int:

@@ -182,7 +182,7 @@ def drop_unused(settings: Mapping[str, Any]) -> dict[str, Any]:
 def used_settings(config: Config) -> dict[str, Any]:
     """Return the settings that make a run what it is, with the method in its one spelling.
 
-    Those are not among them that have no effect here, nor those that never change a figure.
+    Settings without effect here, and runtime settings, are left out.
     """
     unused = _unused(config)
     settings = {

@@ -2,7 +2,7 @@
 ones: DER++, iCaRL, BiC.
 
 These are strategies that keep, beside arrays, which images of the training set are their exemplars:
-rows of that set, equally many of every class seen (`exemplars` // classes), so a continued run
+rows of that set, equally many of every class seen (`buffer_size` // classes), so a continued run
 needs the same set, which it checks. All of them train the whole network, with the cross entropy
 over all classes seen: they forget as fine-tuning does wherever so few images, which they come to
 know by heart, do not speak for the rest. They are the paper's rehearsal baselines on this backbone,

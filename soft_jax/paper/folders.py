@@ -35,7 +35,8 @@ def folder_of(config: Config) -> str:
     used = registry.used_settings(config)
     paths = {name: getattr(config, name) for name in told_apart(used)}
     changed = {
-        name: value
+        # 100 and 100.0 are one setting, and so one folder.
+        name: float(value) if type(DEFAULTS[name]) is float else value
         for name, value in (used | paths).items()
         if value != DEFAULTS[name] and name != "seed"
     }

@@ -313,6 +313,8 @@ def _condition(config: Config) -> str:
         f"{config.train_images_per_class or 'all'} training and "
         f"{config.test_images_per_class or 'all'} test images a class"
     )
+    if config.validation:
+        images += f" ({config.validation:g} of the training images held out)"
     return (
         f"{config.backbone}, {config.epochs} epoch(s) in batches of {config.batch_size} at base "
         f"rate {config.learning_rate}, {images}"

@@ -296,6 +296,11 @@ def settings_of(row: Row, benchmark: str, overrides: Settings, seed: int) -> dic
         )
     if benchmark not in BENCHMARKS:
         raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
+    if "tasks" in row.settings and overrides.get("scenario", "equal") != "equal":
+        raise UserError(
+            f"scenario: the row {row.name!r} is about {row.settings['tasks']} task(s), an equal "
+            "split; leave scenario out, or this row"
+        )
     if "backbone" in row.settings and "backbone" in overrides:
         raise UserError(
             f"backbone: the row {row.name!r} is about {row.settings['backbone']}; leave backbone "

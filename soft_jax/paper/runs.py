@@ -50,6 +50,8 @@ def finished(planned: PlannedRun) -> list[TaskManifest] | None:
     # A folder is named for a digest: what is in it has the last word.
     reader.compare_settings(registry.used_settings(planned.config), DEFAULTS)
     last = reader.load_task_manifest(tasks[-1])
+    if planned.config.scenario == "file":
+        return None  # its tasks are compared where the run is prepared, which trains nothing anew
     if len(tasks) < last.num_tasks:
         return None
     return [*(reader.load_task_manifest(task) for task in range(last.num_tasks - 1)), last]

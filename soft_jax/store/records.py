@@ -2,8 +2,7 @@
 each finished task, and where the task in training stands.
 
 A record is made by `from_json` from JSON of today's format (`formats.upgrade` brings older ones
-there), which refuses a key too many as it does one too few: what is dropped or filled in silently
-answers wrongly later.
+there), which refuses unknown and missing keys alike: a silent default would answer wrongly later.
 """
 
 import dataclasses
