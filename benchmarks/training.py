@@ -204,7 +204,7 @@ class Steps:
         self._finish(terms)
 
     def one_by_one(self) -> None:
-        """A call a step, its images sent along, as training runs them on images from files."""
+        """Run one step a call with its images sent along, as training does with images from files."""
         step = train_step.compile_step(self.step_config, self.mesh)
         for index in range(self.count):
             rows, weights_ = self.sampler.batch(self.done + index)

@@ -142,8 +142,9 @@ Result = TypeVar("Result")
 
 
 def run_on_all(function: Callable[[], Result]) -> Result:
-    """Call `function` in the first process, which may make files that the others find, and then
-    in the others. Return this process's result.
+    """Call `function` in the first process, then in the others; return this process's result.
+
+    The first may make files that the others find.
 
     Raises:
         UserError: in all processes when `function` raised one in any of them. Where it was not this
@@ -179,5 +180,5 @@ def check_equal(settings: Mapping[str, Any]) -> None:
 
 
 def barrier() -> None:
-    """Return when every process has come here."""
+    """Wait until every process has come here."""
     all_max(0)

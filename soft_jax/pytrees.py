@@ -12,17 +12,20 @@ Tree = dict[str, Any]
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
-    """Nested dicts to one dict keyed by path, in sorted order."""
+    """Flatten nested dicts into one dict keyed by path, in sorted order."""
     return dict(sorted(traverse_util.flatten_dict(tree, sep="/").items()))
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `flatten`."""
+    """Rebuild the nested dicts that `flatten` took apart."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
 
 
 def select(tree: Mapping, paths: Iterable[str]) -> Tree:
-    """The subtree at `paths`. Raises KeyError naming the paths that the tree does not have."""
+    """Return the subtree at `paths`.
+
+    Raises KeyError naming the paths that the tree does not have.
+    """
     leaves = flatten(tree)
     paths = list(paths)
     if missing := [path for path in paths if path not in leaves]:
@@ -31,22 +34,22 @@ def select(tree: Mapping, paths: Iterable[str]) -> Tree:
 
 
 def merge(tree: Mapping, overlay: Mapping) -> Tree:
-    """`tree` with the leaves of `overlay` in the place of its own, or beside them."""
+    """Return `tree` with the leaves of `overlay` in the place of its own, or beside them."""
     return unflatten(flatten(tree) | flatten(overlay))
 
 
 def count(tree: Any) -> int:
-    """Number of scalars in a tree of arrays."""
+    """Return the number of scalars in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays."""
+    """Return the size of a tree of arrays in bytes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def sha256(array: Any) -> str:
-    """Hex SHA-256 of an array's dtype, shape and little-endian C-order bytes."""
+    """Return the hex SHA-256 of an array's dtype, shape and little-endian C-order bytes."""
     array = np.ascontiguousarray(array)
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)

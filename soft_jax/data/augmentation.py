@@ -48,8 +48,9 @@ FILTERS = {"bilinear": _triangle, "bicubic": _bicubic}  # each vanishes outside 
 def resize_weights(
     source: int, size: int, start: jax.Array | int, length: jax.Array | int, filter: str
 ) -> jax.Array:
-    """Weights `[size, source]` that resample `length` pixels from `start` on to `size` pixels,
-    antialiased as Pillow does.
+    """Return weights `[size, source]` that resample `length` pixels from `start` on to `size`.
+
+    They filter as Pillow does when it makes an image smaller (antialiasing).
     """
     kernel = FILTERS[filter]
     start, length = jnp.asarray(start, jnp.float32), jnp.asarray(length, jnp.float32)
@@ -83,8 +84,10 @@ def draw_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> jax.Array | np.ndarray:
-    """A random crop (top, left, height, width) in pixels, int32 `[4]`: torchvision's
-    RandomResizedCrop.get_params.
+    """Draw a random crop: (top, left, height, width) in pixels, int32 `[4]`.
+
+    It is drawn as torchvision's RandomResizedCrop.get_params does. `draws`, float `[DRAWS]`, are
+    uniform numbers in [0, 1). NumPy draws give a NumPy result, computed on the host.
 
     `draws`, float `[DRAWS]`, are from U[0, 1); NumPy's are answered in NumPy, on the host.
     """
@@ -110,8 +113,9 @@ def draw_crop(
 def crop_and_resize(
     image: jax.Array, crop: jax.Array, size: int, filter: str = "bilinear"
 ) -> jax.Array:
-    """`image` uint8 `[H, W, 3]` cut to `crop` and resized to whole levels, float32 `[size, size,
-    3]` in 0 to 255.
+    """Cut an image to `crop` and resize it to whole levels, float32 `[size, size, 3]`, 0 to 255.
+
+    `image` is uint8 `[H, W, 3]`.
     """
     top, left, height, width = crop
     rows = resize_weights(image.shape[0], size, top, height, filter)
@@ -120,8 +124,9 @@ def crop_and_resize(
 
 
 def augment(key: jax.Array, images: jax.Array, spec: Augment) -> jax.Array:
-    """Random crops and flips of uint8 `[B, H, W, 3]`: uint8 `[B, size, size, 3]`, each image by
-    its own key.
+    """Crop and flip uint8 images `[B, H, W, 3]` at random, each image by its own key.
+
+    The result is uint8 `[B, size, size, 3]`.
     """
     height, width = images.shape[1:3]
 
@@ -144,7 +149,10 @@ def augment(key: jax.Array, images: jax.Array, spec: Augment) -> jax.Array:
 
 
 def augment_file(rng: np.random.Generator, image: Image.Image, spec: Augment) -> np.ndarray:
-    """As `augment` for one image of any size, by Pillow on the host: uint8 `[size, size, 3]`."""
+    """Augment one image of any size as `augment` does, by Pillow on the host.
+
+    The result is uint8 `[size, size, 3]`.
+    """
     if spec.scale != (1, 1) or spec.ratio != (1, 1) or image.size != (spec.size, spec.size):
         top, left, height, width = draw_crop(
             rng.random(DRAWS), image.height, image.width, spec.scale, spec.ratio
@@ -158,11 +166,12 @@ def augment_file(rng: np.random.Generator, image: Image.Image, spec: Augment) ->
 
 
 def tested_geometry(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How a test image is prepared: the (height, width) it is resized to (bicubic), then the
-    (top, left) of the cut of `size`.
+    """Return how a test image is prepared: the size it is resized to, and where it is cut.
 
-    As the published code: above 32 pixels the short side is resized to 256/224 × size and the
-    centre cut out; up to 32 pixels images are only resized where their size is another.
+    These are the (height, width) after bicubic resizing, and the (top, left) of the square cut of
+    side `size`. As in the published code, images above 32 pixels are resized so that the short side
+    is 256/224 × size, and the centre is cut out. Images of up to 32 pixels are only resized, and
+    only if their size is not `size`.
     """
     if size <= 32:
         return (size, size), (0, 0)
@@ -174,7 +183,10 @@ def tested_geometry(height: int, width: int, size: int) -> tuple[tuple[int, int]
 
 
 def prepare_test(images: jax.Array, size: int) -> jax.Array:
-    """Test images uint8 `[B, H, W, 3]` to uint8 `[B, size, size, 3]`, by `tested_geometry`."""
+    """Prepare test images: uint8 `[B, H, W, 3]` to uint8 `[B, size, size, 3]`.
+
+    `tested_geometry` says how.
+    """
     height, width = images.shape[1:3]
     resized, (top, left) = tested_geometry(height, width, size)
     if (height, width) == resized == (size, size):
@@ -186,5 +198,5 @@ def prepare_test(images: jax.Array, size: int) -> jax.Array:
 
 
 def to_unit(images: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """uint8 levels to [0, 1]; the published backbones take no mean or standard deviation."""
+    """Scale uint8 levels to [0, 1]; the published backbones take no mean or standard deviation."""
     return images.astype(dtype) / 255

@@ -44,21 +44,21 @@ class BatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches in an epoch."""
         return math.ceil(self.count / self.batch_size)
 
     @property
     def steps(self) -> int:
-        """Batches of the task."""
+        """Return the number of batches of the task."""
         return self.epochs * self.steps_per_epoch
 
     @property
     def padded(self) -> int:
-        """Rows of a batch, with the padding."""
+        """Return the number of rows in a batch, padding included."""
         return math.ceil(self.batch_size * (1 + self.replay) / self.devices) * self.devices
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Step `step`'s rows, int32 `[padded]`, and their weights, float32 `[padded]`."""
+        """Return step `step`'s rows, int32 `[padded]`, and their weights, float32 `[padded]`."""
         epoch, index = divmod(step, self.steps_per_epoch)
         chosen = _order(self.seed, self.task, epoch, self.count)[
             index * self.batch_size : (index + 1) * self.batch_size
@@ -73,8 +73,9 @@ class BatchSampler:
         return rows, weights
 
     def chunk(self, first: int, count: int, length: int) -> Batch:
-        """The batches of `count` steps from `first` on, and zeros up to `length`: `rows` and
-        `weights`, `[length, padded]`.
+        """Return the batches of `count` steps from `first` on, then zeros up to `length` steps.
+
+        The result has `rows` and `weights`, each `[length, padded]`.
         """
         rows, weights = (
             np.zeros((length, self.padded), np.int32),
@@ -110,7 +111,7 @@ def from_files(
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """The batches from step `first` on, decoded and augmented in threads ahead of their use.
+    """Yield the batches from step `first` on, decoded and augmented by threads ahead of use.
 
     Each of `processes` gets its own rows of every batch, as (`{"images": uint8 [rows, size, size,
     3], "labels", "weights"}`, rows of the task). An image is augmented by its place in the sampler

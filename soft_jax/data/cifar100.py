@@ -19,8 +19,9 @@ RECORD = 2 + 32 * 32 * 3  # coarse label, label, then the red, green and blue pl
 
 
 def builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """TFDS's cifar100 builder, its archive read by plain Python; `download_and_prepare()` writes
-    below `data_dir`.
+    """Return TFDS's cifar100 builder, changed to read its archive by plain Python.
+
+    Its `download_and_prepare()` writes below `data_dir`.
     """
     stock = tfds.builder_cls("cifar100")
 
@@ -44,13 +45,13 @@ def builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def member(archive: str | Path, name: str) -> bytes:
-    """The bytes of one file of the archive."""
+    """Return the bytes of one file of the archive."""
     with tarfile.open(archive) as tar, tar.extractfile(f"cifar-100-binary/{name}") as file:
         return file.read()
 
 
 def examples(split: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """TFDS's examples from one binary file: images as PNG, which is how TFDS stores them."""
+    """Yield TFDS's examples from one binary file: images as PNG, which is how TFDS stores them."""
     records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
     for index, record in enumerate(records):
         png = io.BytesIO()

@@ -31,8 +31,9 @@ _DEEP = (
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
-    """An image file, upright and in colour, as uint8 `[H, W, 3]`. Raises UserError naming the
-    file when it can't be read.
+    """Read an image file, upright and in colour, as uint8 `[H, W, 3]`.
+
+    Raises UserError naming the file when it can't be read.
     """
     try:
         return decode(path)
@@ -45,8 +46,9 @@ def read(path: str | os.PathLike) -> np.ndarray:
 
 
 def decode(file: str | os.PathLike | BinaryIO) -> np.ndarray:
-    """An image file's content, as `read`. Raises whatever Pillow's decoders do: OSError,
-    SyntaxError, ValueError, struct.error and more.
+    """Decode an image file's content to what `read` returns.
+
+    Raises whatever Pillow's decoders do: OSError, SyntaxError, ValueError, struct.error and more.
     """
     with Image.open(file) as image:
         levels = _colours(ImageOps.exif_transpose(image))
@@ -74,8 +76,9 @@ def _colours(image: Image.Image) -> np.ndarray:
 
 
 def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files of `paths`; a folder stands for the image files in it and below it that are not
-    hidden, in order of their names.
+    """Return the files of `paths`, in which a folder stands for the image files inside it.
+
+    Files in its subfolders count too, hidden ones do not; they are in the order of their names.
     """
     known = {
         extension
@@ -98,8 +101,9 @@ def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def as_list(images: Any) -> Sequence[Any]:
-    """`images` as a sequence of single images: an array `[N, H, W, 3]`, a path, a Pillow image,
-    or a sequence of those.
+    """Return `images` as a sequence of single images.
+
+    `images` is an array `[N, H, W, 3]`, a path, a Pillow image, or a sequence of those.
 
     An iterator is read to its end.
 
@@ -129,7 +133,7 @@ def as_list(images: Any) -> Sequence[Any]:
 
 
 def prepare(image: Any, index: int, size: int) -> np.ndarray:
-    """One image to uint8 `[size, size, 3]`, as a test image of evaluation, resized by Pillow.
+    """Prepare one image as evaluation prepares a test image: to uint8 `[size, size, 3]`, by Pillow.
 
     Args:
         image: a path; or `[H, W, 3]`, uint8 or float in [0, 1], which is rounded to the 256 levels.

@@ -222,7 +222,7 @@ def make(config: Config, class_names: Sequence[str]) -> Scenario:
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Choose which training images are for validation, bool `[N]`: `share` of each class's.
+    """Choose `share` of each class's training images for validation; return bool `[N]`.
 
     Of a class with images, one at least stays for training. The choice depends on `seed` and the
     labels alone, so a continued run makes it again.

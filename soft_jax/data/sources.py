@@ -33,16 +33,16 @@ class InMemoryImages:
     labels: np.ndarray
 
     def take(self, indices: np.ndarray) -> "InMemoryImages":
-        """The images at `indices`, int `[M]`."""
+        """Return the images at `indices`, int `[M]`, as another split."""
         return InMemoryImages(self.images[indices], self.labels[indices])
 
     def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
-        """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
+        """Prepare the images at `indices` as test images, uint8 `[M, size, size, 3]`."""
         return np.asarray(prepare_test(jnp.asarray(self.images[indices]), size))
 
     @property
     def fingerprint(self) -> tuple[str, str]:
-        """Hex SHA-256 of the images and of the labels."""
+        """Return the SHA-256 of the images and of the labels, in hex."""
         return pytrees.sha256(self.images), pytrees.sha256(self.labels)
 
 
@@ -62,24 +62,25 @@ class EncodedImages:
     order: np.ndarray
 
     def take(self, indices: np.ndarray) -> "EncodedImages":
-        """The files at `indices`, int `[M]`."""
+        """Return the files at `indices`, int `[M]`, as another split."""
         return dataclasses.replace(self, labels=self.labels[indices], order=self.order[indices])
 
     @property
     def fingerprint(self) -> tuple[str, str]:
-        """Hex SHA-256 of the files and of the labels."""
+        """Return the SHA-256 of the files and of the labels, in hex."""
         return hashlib.sha256(
             "".join(self.digests[i] for i in self.order).encode()
         ).hexdigest(), pytrees.sha256(self.labels)
 
     def image(self, index: int) -> np.ndarray:
-        """Image `index` of the split, upright and in colour, uint8 `[H, W, 3]`. Raises UserError
-        naming the file when it can't be read.
+        """Read image `index` of the split, upright and in colour, as uint8 `[H, W, 3]`.
+
+        Raises UserError naming the file when it can't be read.
         """
         return _decoded(self.read, self.names, int(self.order[index]))[1]
 
     def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
-        """The images at `indices` prepared as test images, uint8 `[M, size, size, 3]`."""
+        """Prepare the images at `indices` as test images, uint8 `[M, size, size, 3]`."""
         with ThreadPoolExecutor() as threads:
             images = threads.map(lambda i: images_lib.prepare(self.image(i), int(i), size), indices)
             return (
@@ -90,7 +91,7 @@ class EncodedImages:
 def _decoded(
     read: Callable[[int], bytes], names: Callable[[int], str], index: int
 ) -> tuple[bytes, np.ndarray]:
-    """File `index` and its image, as `Predictor` sees an image file."""
+    """Return the content of file `index`, and its image as `Predictor` sees an image file."""
     try:
         content = read(index)
         return content, images_lib.decode(io.BytesIO(content))
@@ -118,8 +119,9 @@ class Dataset:
         return dataclasses.replace(self, train=kept, validation=taken)
 
     def first(self, train: int, test: int) -> "Dataset":
-        """The set with the first `train` and `test` images of each class, in their order; 0 is
-        all of them.
+        """Return the set with the first `train` and `test` images of each class; 0 means all.
+
+        The images stay in their order.
         """
 
         def cut(
@@ -136,14 +138,14 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of all images and labels."""
+        """Return the SHA-256 of all images and labels, in hex."""
         return hashlib.sha256(
             "".join((*self.train.fingerprint, *self.test.fingerprint)).encode()
         ).hexdigest()
 
 
 def load(name: str, data_dir: str = "") -> Dataset:
-    """The set `name`.
+    """Load the data set `name`.
 
     "digits" is bundled. "tiny_imagenet" is `data_dir/tiny-imagenet-200` as it is published.
     "folder" is `data_dir` with an image a file, `train/CLASS/*` and `test/CLASS/*`. Other names are
@@ -156,8 +158,9 @@ def load(name: str, data_dir: str = "") -> Dataset:
 
 
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
-    """Which images are for the test where a set has no such split: of each class every fifth,
-    from its first on; bool `[N]`.
+    """Choose the test images of a set that has no test split; return bool `[N]`.
+
+    They are every fifth image of each class, counted from its first.
     """
     test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -166,8 +169,9 @@ def _every_fifth(labels: np.ndarray) -> np.ndarray:
 
 
 def _digits(data_dir: str) -> Dataset:
-    """1,797 handwritten digits, 8 × 8 in 17 levels, enlarged to 32 × 32; every fifth image of a
-    class is for the test.
+    """Load the digits: 1,797 handwritten ones, 8 × 8 in 17 levels, enlarged to 32 × 32.
+
+    Every fifth image of a class is for the test.
     """
     from sklearn.datasets import load_digits
 
@@ -184,8 +188,9 @@ def _digits(data_dir: str) -> Dataset:
 
 
 def _tiny_imagenet(data_dir: str) -> Dataset:
-    """Tiny-ImageNet-200 in the folders of its archive; its validation images, 50 a class, are
-    the test. Classes go by their WordNet id.
+    """Load Tiny-ImageNet-200 from the folders of its archive.
+
+    Its validation images, 50 a class, are the test. Classes are in the order of their WordNet ids.
     """
     root = Path(data_dir or ".").expanduser() / "tiny-imagenet-200"
     try:
@@ -260,11 +265,10 @@ def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> InMemoryImages
 def _split(
     read: Callable[[int], bytes], names: Callable[[int], str], labels: np.ndarray
 ) -> InMemoryImages | EncodedImages:
-    """The split of files 0 to N - 1: held in memory where all have one shape and fit, else as
-    files.
+    """Make the split of files 0 to N - 1: in memory if all have one shape and fit, else as files.
 
-    All are decoded once, so that a bad one is named now, by a UserError, and not in some later
-    task.
+    All files are decoded once here, so that a damaged one is reported now, by a UserError that
+    names it, and not in some later task.
     """
 
     def look(index: int) -> tuple[str, np.ndarray]:
@@ -343,8 +347,9 @@ def _tfds(name: str, data_dir: str) -> Dataset:
 
 
 def _imagenet_r(images: InMemoryImages | EncodedImages, class_names: tuple[str, ...]) -> Dataset:
-    """ImageNet-R's 200 of ImageNet's 1,000 labels, counted from 0. It comes in one split: every
-    fifth image of a class is for the test.
+    """Make ImageNet-R's two splits from its only one, and count its 200 classes from 0.
+
+    Its labels are 200 of ImageNet's 1,000. Every fifth image of a class is for the test.
     """
     there = np.unique(images.labels)
     images = dataclasses.replace(

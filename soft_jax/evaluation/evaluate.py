@@ -49,7 +49,7 @@ class Settings:
 
     @property
     def chunk(self) -> int:
-        """Return how many images' tokens are held at once.
+        """Return how many images have their tokens in memory at once.
 
         They are whole test batches, about four forward passes.
         """
@@ -141,7 +141,8 @@ def _tokens(
 ) -> tuple[Array, Array]:
     """Return trunk tokens of each image by itself, and as part of its test batch.
 
-    The latter come from another selection of a pool's prompts; else they are the same array.
+    The two differ where a batch selects other prompts of a pool than an image by itself; otherwise
+    they are the same array.
     """
     batching, prepared, host = settings.batching, settings.prepared, model.method.host
     if not host.pools:
@@ -193,7 +194,7 @@ def evaluate_task(
     task: int,
     settings: Settings,
 ) -> dict[str, Row]:
-    """Count what every rule makes of the test images of one task.
+    """Identify and classify one task's test images under every rule, and count the results.
 
     Arguments are those of `answer`, and `labels` int `[N]`.
     """

@@ -117,7 +117,7 @@ def by_stage(columns: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def columns_of(matrix: np.ndarray) -> list[np.ndarray]:
-    """Return what is on and above the diagonal of a matrix `[task, trained through]`, by stage."""
+    """Split a matrix `[task, trained through]` by stage: what is on and above its diagonal."""
     return [matrix[: stage + 1, stage] for stage in range(matrix.shape[1])]
 
 

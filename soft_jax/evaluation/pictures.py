@@ -132,15 +132,16 @@ def layer_of(path: str) -> int | None:
 
 
 def weight_of(path: str) -> str:
-    """Return which weight of a layer a parameter's path names: "blocks_9/attn/qkv/kernel" is
-    "attn/qkv".
+    """Return which weight of a layer a parameter's path names.
+
+    For "blocks_9/attn/qkv/kernel" that is "attn/qkv".
     """
     parts = path.split("/")[:-1]
     return "/".join(part for part in parts if not part.rpartition("_")[2].isdecimal())
 
 
 def layer_first(path: str) -> tuple[int, str]:
-    """Return what sorts parameters' paths by layer, those of no layer first."""
+    """Return a key that sorts parameters' paths by layer, those of no layer first."""
     layer = layer_of(path)
     return (-1 if layer is None else layer), path
 
@@ -156,11 +157,11 @@ def _row_of_panels(count: int, height: float) -> tuple[Figure, Any]:
 
 
 def _every(count: int) -> int:
-    """Return which of `count` places in a row are labelled: every so many."""
+    """Return the step from one labelled place to the next, for `count` places in a row."""
     return -(-count // MOST_LABELS)
 
 
 def _number(set_ticks: Callable[..., Any], count: int) -> None:
-    """Label places 0 to `count` - 1 as 1 and on, those that there is room for."""
+    """Label places 0 to `count` - 1 with 1 to `count`, leaving out labels there is no room for."""
     places = np.arange(0, count, _every(count))
     set_ticks(places, places + 1)

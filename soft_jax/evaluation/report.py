@@ -110,8 +110,9 @@ class Report:
             self.write()
 
     def write(self) -> None:
-        """Write `report.md` and the pictures, unless they show all tasks already, or there are
-        none.
+        """Write `report.md` and the pictures.
+
+        Nothing is written when they show all tasks already, or when there are no tasks.
         """
         if self._is_written or not self._manifests:
             return
@@ -158,8 +159,9 @@ class ResultRows:
         self._tasks = 0
 
     def add(self, manifest: TaskManifest) -> list[dict[str, Any]]:
-        """Return the rows of the next task: one a part of the data that it is evaluated on, and
-        protocol.
+        """Return the rows of the next task: one for each protocol and part of the data.
+
+        The parts are those that the task is evaluated on.
         """
         self._tasks += 1
         return [
@@ -264,7 +266,7 @@ def markdown(
 
 
 def escaped(text: str) -> str:
-    """Return text as Markdown shows it: a star is a star."""
+    """Return text with its stars escaped, so that Markdown shows them as stars."""
     return text.replace("*", "\\*")
 
 

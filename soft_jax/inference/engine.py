@@ -42,8 +42,9 @@ class Batching:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sizes, largest first, each about a quarter of the one before; multiples of the
-        device count.
+        """Return the sizes, largest first, each about a quarter of the one before.
+
+        They are multiples of the device count.
         """
         n, sizes, size = self.mesh.size, [], self.largest
         while size > 1:
@@ -53,12 +54,13 @@ class Batching:
 
     @property
     def chunk(self) -> int:
-        """Images whose tokens are held at once."""
+        """Return how many images have their tokens in memory at once."""
         return 4 * self.sizes[0]
 
     def pieces(self, count: int, largest: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """Cut `count` rows into (start, stop, padded size) pieces: few of them, and at most half
-        of each is padding.
+        """Cut `count` rows into (start, stop, padded size) pieces.
+
+        They are few, and at most half of each is padding.
         """
         sizes = [size for size in self.sizes if largest is None or size <= largest] or self.sizes[
             -1:
@@ -73,12 +75,13 @@ class Batching:
             start += size
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
-        """`rows` padded with zeros to `size` and split over the devices."""
+        """Pad `rows` with zeros to `size` and split them over the devices."""
         return distributed.to_global(pad(rows, size), distributed.by_row(self.mesh))
 
     def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
-        """`function` of all rows, called on pieces. The rows of its results must not depend on
-        each other.
+        """Apply `function` to all rows, piece by piece, and join the results.
+
+        Each row of its results must depend on no other row.
         """
         out = [
             (function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))
@@ -125,7 +128,7 @@ class TaskWeights:
             return self._kept[task]
 
     def put(self, task: int, adapter: Adapter) -> None:
-        """Keep what `adapter` makes of the backbone as task `task`'s."""
+        """Keep the weights that `adapter` makes of the backbone, as those of task `task`."""
         if not self._method.reparametrization:
             return
         with self._lock:
@@ -140,16 +143,17 @@ class TaskWeights:
             self._kept.popitem(last=False)
 
     def order(self, tasks: Iterable[int]) -> list[int]:
-        """`tasks` with those at hand first: going through more tasks than the budget holds then
-        reloads no more than it must.
+        """Return `tasks` with those in the devices' memory first.
+
+        In this order, going through more tasks than the budget holds reloads no more than it must.
         """
         return sorted(tasks, key=lambda task: (task not in self, task))
 
     def at_once(self, count: int) -> int:
-        """How many of `count` tasks' weights one product takes: a power of two, so that few
-        programs serve all.
+        """Return how many of `count` tasks' weights one product takes.
 
-        The product copies them twice; that is at most half the budget, beside it.
+        It is a power of two, so that few programs serve all counts. The product copies the weights
+        twice; the copies take at most half the budget, in addition to it.
         """
         most = min(TASKS_AT_ONCE, max(1, self._budget // max(4 * self.bytes_each, 1)))
         return 2 ** min((count - 1).bit_length(), most.bit_length() - 1)
@@ -176,7 +180,7 @@ class Model:
 
     @functools.cached_property
     def mean_weights(self) -> pytrees.Tree:
-        """θ ⊙ M, M the mean of the masks of `tasks`."""
+        """Return θ ⊙ M, where M is the mean of the masks of `tasks`."""
         return identity.mean_weights((self.weights[task] for task in self.tasks), len(self.tasks))
 
 
@@ -272,9 +276,9 @@ def _take_scattered(tokens: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array
 def take_rows(tokens: jax.Array, rows: np.ndarray, size: int, batching: Batching) -> jax.Array:
     """Return rows of `tokens`, int `[n]` or `[n, S]`, as `[size, (S,) tokens, dim]`.
 
-    The result is split over the devices as `tokens` are; behind the first n it holds any rows.
-    Each device brings the rows that it has, and gets its share of the sum with zeros: what is
-    exchanged is the size of the result. (Left to XLA, every device receives all tokens.)
+    The result is split over the devices as `tokens` are; behind the first n it holds any rows. Each
+    device brings the rows that it has, and gets its share of the sum with zeros: what is exchanged
+    is the size of the result. (Left to XLA, every device receives all tokens.)
     """
     whole = distributed.replicated(batching.mesh)
     with _exchanging:
@@ -288,8 +292,10 @@ def queries(
     batching: Batching,
     prepared: bool = False,
 ) -> np.ndarray:
-    """q(x) `[N, dim]` of images uint8 `[N, H, W, 3]`, prepared as test images here or before. It
-    depends on nothing that is trained.
+    """Compute q(x) `[N, dim]` of uint8 images `[N, H, W, 3]`.
+
+    The images are prepared as test images, here or before. The result depends on nothing that is
+    trained.
     """
     return batching.map(functools.partial(_query, method, backbone, prepared=prepared), images)
 
@@ -302,8 +308,9 @@ def encode(
     prepared: bool = False,
     selected: np.ndarray | None = None,
 ) -> tuple[jax.Array, np.ndarray | None]:
-    """Trunk tokens of images uint8 `[N, H, W, 3]`, prepared as test images here or before, and
-    q(x) `[N, dim]` where `queried`.
+    """Compute trunk tokens of uint8 images `[N, H, W, 3]`, and q(x) `[N, dim]` where `queried`.
+
+    The images are prepared as test images, here or before.
 
     `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The
     tokens, `[N rounded up to a fixed size or to whole chunks, tokens, dim]`, stay on the devices.
@@ -336,8 +343,9 @@ def encode(
 def gather_tokens(
     parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching
 ) -> jax.Array:
-    """Parts `[n, tokens, dim]` in one array of `rows` rows, each from its start on; a later part
-    lies over an earlier one's end.
+    """Join parts `[n, tokens, dim]` in one array of `rows` rows, each part from its start on.
+
+    Where parts overlap, the later one overwrites the end of the earlier one.
     """
     sharding = distributed.by_row(batching.mesh)
     with _exchanging:
@@ -352,18 +360,19 @@ def gather_tokens(
 
 
 def key_similarity(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
-    """cos(q(x), k) `[N, P]` of queries `[N, dim]` with every key of the pool."""
+    """Compute cos(q(x), k) `[N, P]` of queries `[N, dim]` with every key of the pool."""
     return batching.map(lambda part: identity.key_similarity(part, model.rows["key"]), query)
 
 
 def pool_selection(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
-    """L2P's prompts for each image by itself, int `[N, top_k]`, for queries `[N, dim]`."""
+    """Select L2P's prompts for each image by itself, int `[N, top_k]`, from queries `[N, dim]`."""
     return batching.map(lambda part: _select(model.method, model.shared, part), query)
 
 
 def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
-    """Prompt ID of each image by itself, int `[N]`: the nearest key among `model.tasks`', from
-    `key_similarity` `[N, P]`.
+    """Return the Prompt ID of each image by itself, int `[N]`.
+
+    It is the nearest key among those of `model.tasks`, by the `[N, P]` result of `key_similarity`.
     """
     return np.asarray(model.tasks)[similarity[:, model.tasks].argmax(axis=1)]
 
@@ -376,8 +385,9 @@ def alpha_gradients(
     prompt_of: np.ndarray,
     batching: Batching,
 ) -> np.ndarray:
-    """∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`, in the order of
-    `model.tasks`.
+    """Compute ∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`.
+
+    The columns are in the order of `model.tasks`.
 
     Args:
         model: whose tasks replace kernels.
@@ -430,8 +440,10 @@ def alpha_gradients(
 def _products(
     model: Model, gradients: list[dict[str, identity.Factors]], tasks: list[int], padded: int
 ) -> list[np.ndarray]:
-    """`identity.alpha_gradients` of each of `gradients` for at most `padded` tasks, `[G,
-    len(tasks)]`; a function, so that no weights outlive their use.
+    """Compute `identity.alpha_gradients` of each of `gradients`, `[G, len(tasks)]`.
+
+    There are at most `padded` tasks. This is a function of its own so that no weights outlive their
+    use.
     """
     weights = tuple(model.weights[task] for task in tasks)
     weights += weights[:1] * (padded - len(tasks))
@@ -442,8 +454,9 @@ def _products(
 def gradient_id(
     model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching
 ) -> np.ndarray:
-    """Gradient ID of each image by itself, int `[N]`: the most negative ∂H/∂α_t (Soft-TF,
-    section 3).
+    """Return the Gradient ID of each image by itself, int `[N]`.
+
+    It is the task of the most negative ∂H/∂α_t (Soft-TF, section 3).
 
     The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`. With
     one class a task, C/T = 1 and H is 0 whatever α: the first task is the answer then, as in the
@@ -457,8 +470,9 @@ def gradient_id(
 
 
 def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batching) -> np.ndarray:
-    """Logits `[K, classes]` of (task, row of `tokens`, position in its batch, size of its
-    batch), int `[K, 4]`.
+    """Compute logits `[K, classes]`, one row for each row of `pairs`, int `[K, 4]`.
+
+    A row of it is (task, row of `tokens`, position in its batch, size of its batch).
 
     The last two matter under the interleaved prefix layout only. Images of one task share its
     weights; without masks all do.
@@ -491,25 +505,27 @@ def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batchin
 
 
 def alone(tasks: np.ndarray) -> np.ndarray:
-    """`logits`' pairs for images that each form a batch of their own, image i by `tasks[i]`: int
-    `[N, 4]`.
+    """Return `logits`' pairs for images that each form a batch of their own, int `[N, 4]`.
+
+    Image i is answered by the network of task `tasks[i]`.
     """
     count = len(tasks)
     return np.stack([tasks, np.arange(count), np.zeros(count, int), np.ones(count, int)], axis=1)
 
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:
-    """The dtype of logits computed in `dtype`."""
+    """Return the dtype of logits computed in `dtype`."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def mask_to_seen(model: Model, logits: np.ndarray) -> np.ndarray:
-    """`logits` `[N, classes]` with -inf for every class that is no task's of `model.tasks`."""
+    """Return `logits` `[N, classes]` with -inf for every class outside all of `model.tasks`."""
     return np.where(np.isin(model.task_of_class, model.tasks)[None], logits, -np.inf)
 
 
 def mask_to_task(model: Model, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-    """`logits` `[N, classes]` with -inf for every class that is not of the image's task, `tasks`
-    int `[N]`.
+    """Return `logits` `[N, classes]` with -inf for every class outside the image's task.
+
+    `tasks` int `[N]` has the task of each image.
     """
     return np.where(model.task_of_class[None] == tasks[:, None], logits, -np.inf)

@@ -20,15 +20,17 @@ BLOCK_BYTES = 2**26  # of kernel gradients, one per group of images, that are mu
 
 @jax.jit
 def key_similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
-    """cos(q(x), k) for queries `[N, dim]` and keys `[K, dim]`: `[N, K]`; Prompt ID is its argmax
-    over the keys.
+    """Compute cos(q(x), k) `[N, K]` for queries `[N, dim]` and keys `[K, dim]`.
+
+    Prompt ID is its argmax over the keys.
     """
     return prompts.similarity(query.astype(keys.dtype), keys)
 
 
 def vote(ids: np.ndarray, pool: int) -> int:
-    """The most frequent of a batch's ids, int `[B]`, as the published code finds it among `pool`
-    prompts.
+    """Return the most frequent of a batch's ids, int `[B]`, as the published code finds it.
+
+    `pool` is the number of prompts among which it looks.
 
     Ties are common, and the traces have them: the published code leaves them to PyTorch's top-k of
     the counts (present ids in order, then zeros up to the pool's size), which on a CPU is C++'s
@@ -41,7 +43,10 @@ def vote(ids: np.ndarray, pool: int) -> int:
 
 
 def _nth_element_first(values: np.ndarray) -> int:
-    """The index that libstdc++'s introselect (std::nth_element, descending) brings to the front."""
+    """Return the index that libstdc++'s introselect brings to the front.
+
+    That is std::nth_element, in descending order.
+    """
     order = list(range(len(values)))
 
     def above(i: int, j: int) -> bool:
@@ -72,7 +77,7 @@ def _nth_element_first(values: np.ndarray) -> int:
 
 
 def majority(ids: np.ndarray, batches: np.ndarray, pool: int) -> np.ndarray:
-    """The published vote: every image of a test batch gets the id that `vote` gives the batch.
+    """Give every image of a test batch the id that `vote` gives the batch: the published vote.
 
     Args:
         ids: int `[N]`.
@@ -90,8 +95,9 @@ def majority(ids: np.ndarray, batches: np.ndarray, pool: int) -> np.ndarray:
 
 
 def entropy_of_top(logits: jax.Array, top: jax.Array) -> jax.Array:
-    """Entropy of the softmax over the `top` highest of logits `[..., classes]`; `top` may be
-    traced.
+    """Compute the entropy of the softmax over the `top` highest of logits `[..., classes]`.
+
+    `top` may be traced.
     """
     ranked = -jnp.sort(-logits, axis=-1)
     kept = jnp.arange(logits.shape[-1]) < top
@@ -121,8 +127,9 @@ def entropy_gradients(
     weights: jax.Array,
     tasks: jax.Array,
 ) -> dict[str, Factors]:
-    """∂H/∂(θ ⊙ M) of several groups of images at once, each by itself, at the superposed mask M
-    = Σ α_t m_t.
+    """Compute ∂H/∂(θ ⊙ M) of several groups of images, at the superposed mask M = Σ α_t m_t.
+
+    Each group has its own gradients; all are computed in one pass.
 
     H is the group's mean entropy over the top C/T logits, C classes of the head and T tasks to
     choose from. At any α, ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves
@@ -194,7 +201,9 @@ def entropy_gradients(
 
 @jax.jit
 def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, ...]) -> jax.Array:
-    """⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each group, for the weights θ ⊙ m_t of K tasks: `[G, K]`.
+    """Compute ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each group, for K tasks: `[G, K]`.
+
+    It takes the weights θ ⊙ m_t of those tasks.
 
     The gradient is multiplied out for a few of a kernel's rows at a time, for all K: in all that is
     one product of the masked layers' size, and K inner products.
@@ -207,7 +216,7 @@ def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, .
 
 
 def _inner_products(factors: Factors, kernels: jax.Array) -> jax.Array:
-    """⟨Σ x ⊗ g, W_k⟩ for kernels `[K, in, out]`: `[G, K]`."""
+    """Compute ⟨Σ x ⊗ g, W_k⟩ for kernels W_k `[K, in, out]`: `[G, K]`."""
     inputs, gradients = factors
     (groups, tokens, width), out = inputs.shape, gradients.shape[2]
     rows = max(1, BLOCK_BYTES // (groups * out * gradients.dtype.itemsize))
@@ -231,8 +240,9 @@ def _add(total: pytrees.Tree, weights: pytrees.Tree) -> pytrees.Tree:
 
 
 def mean_weights(weights: Iterator[pytrees.Tree], count: int) -> pytrees.Tree:
-    """θ ⊙ M at uniform α, (1/T) Σ θ ⊙ m_t for T = `count`, added up one by one: two are held at
-    a time.
+    """Compute θ ⊙ M at uniform α: (1/T) Σ θ ⊙ m_t for T = `count` tasks.
+
+    The terms are added one by one, so that only two are in memory at a time.
     """
     total = jax.tree.map(jnp.copy, next(weights))
     for tree in weights:

@@ -145,8 +145,9 @@ class Predictor:
     def predict_chunks(
         self, images: Any, task: int | Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], Prediction, dict[int, UserError]]]:
-        """As `predict`, for more files than fit in memory: a chunk at a time, in order, and an
-        unusable image fails alone.
+        """Answer `predict` a chunk at a time, in order, for more files than fit in memory.
+
+        An image that can't be used fails alone.
 
         Yields:
             The indices of a chunk's usable images, the prediction for those, and by index the
@@ -203,8 +204,9 @@ class Predictor:
                     rule.scores(batch, np.zeros((rows, model.method.num_classes)), tasks)
 
     def _prepared(self, images: Sequence[Any]) -> Iterator[dict[int, np.ndarray | UserError]]:
-        """Chunks of images by index, uint8 `[size, size, 3]` or what is wrong; the next chunk is
-        read while one is computed.
+        """Yield chunks of images by index, reading the next chunk while one is computed.
+
+        An image is uint8 `[size, size, 3]`, or the error that says what is wrong with it.
         """
         chunk, size = self.batching.chunk, self.model.method.architecture.image_size
 
@@ -228,7 +230,7 @@ class Predictor:
                 yield {index: future.result() for index, future in current.items()}
 
     def predict_prepared(self, images: np.ndarray, given: np.ndarray | None = None) -> Prediction:
-        """Answer `predict` for a chunk at most of images as the model takes them.
+        """Answer `predict` for at most one chunk of images as the model takes them.
 
         `images` is uint8 `[N, size, size, 3]`, `given` int `[N]` or None.
         """
@@ -302,7 +304,7 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
 
 
 def _rule(config: Config, method: Method, task_id: str) -> TaskIdentityRule:
-    """Return the rule of option `task_id`. Raises UserError where it means nothing here."""
+    """Return the rule of option `task_id`. Raises UserError where this run has no use for it."""
     wanted = rules.options()[task_id]
     settings = rules.RuleSettings(config.seed, config.prototype_features, config.shots)
     if found := wanted.of(method, settings):

@@ -34,7 +34,7 @@ class Classifier(NamedTuple):
 
 
 def projection(seed: int, dim: int, count: int) -> np.ndarray:
-    """R, float32 `[dim, count]`, drawn from N(0, 1); the same for every task of a run."""
+    """Draw R, float32 `[dim, count]`, from N(0, 1); it is the same for every task of a run."""
     # NumPy promises that this generator's stream never changes; statistics on disk outlive a
     # version of JAX.
     return np.random.RandomState(seed).standard_normal((dim, count)).astype(np.float32)
@@ -58,8 +58,9 @@ def _sums(
 def statistics(
     query: np.ndarray, labels: np.ndarray, classes: Sequence[int], projection: np.ndarray
 ) -> pytrees.Tree:
-    """A task's statistics from q(x) `[N, dim]` of its training images and their labels, int
-    `[N]`, which are among `classes`.
+    """Compute a task's statistics from q(x) `[N, dim]` of its training images and their labels.
+
+    The labels are int `[N]`, and are among `classes`.
 
     Returns:
         `{"gram": [features (features + 1) / 2], "sums": [len(classes), features]}`, float32: the
@@ -79,7 +80,7 @@ def statistics(
 
 
 def shapes(features: int, classes: int) -> pytrees.Tree:
-    """Shapes and dtypes of the statistics of a task of `classes` classes."""
+    """Return the shapes and dtypes of the statistics of a task of `classes` classes."""
     return {
         "gram": jax.ShapeDtypeStruct((features * (features + 1) // 2,), jnp.float32),
         "sums": jax.ShapeDtypeStruct((classes, features), jnp.float32),
@@ -103,7 +104,7 @@ class Sums:
         self._seen[list(classes)] = True
 
     def solve(self) -> Classifier:
-        """The regression over the tasks added."""
+        """Solve the regression over the tasks added."""
         count = self._projection.shape[1]
         gram = np.zeros((count, count))
         gram[np.triu_indices(count)] = self._gram
@@ -119,8 +120,9 @@ class Sums:
 
 @jax.jit
 def log_posterior(query: jax.Array, classifier: Classifier) -> jax.Array:
-    """log p(class | x), float32 `[B, classes]`, for q(x) `[B, dim]`; -inf for classes that no
-    task of the fit has.
+    """Compute log p(class | x), float32 `[B, classes]`, for q(x) `[B, dim]`.
+
+    It is -inf for classes that no task of the fit has.
     """
     scores = jnp.matmul(
         _features(query, classifier.projection), classifier.weights, precision="highest"
@@ -131,8 +133,9 @@ def log_posterior(query: jax.Array, classifier: Classifier) -> jax.Array:
 
 
 def task_posterior(log_posterior: np.ndarray, task_of_class: np.ndarray) -> np.ndarray:
-    """p(task | x) `[N, tasks]`: the sum over each task's classes of what the function
-    `log_posterior` gave.
+    """Compute p(task | x) `[N, tasks]`.
+
+    It is the sum over each task's classes of the probabilities whose logs `log_posterior` gave.
     """
     member = task_of_class[:, None] == np.arange(task_of_class.max() + 1)
     return np.exp(log_posterior) @ member.astype(log_posterior.dtype)

@@ -99,7 +99,7 @@ class ImageBatch:
 
     @property
     def alpha_gradients(self) -> dict[int, np.ndarray]:
-        """Return the test batches' ∂H/∂α `[batches, seen]` as far as asked for, by shots."""
+        """Return the test batches' ∂H/∂α `[batches, seen]` computed so far, by number of shots."""
         return {key[1]: found for key, found in self.cache.items() if key[0] == "alpha_gradients"}
 
     @functools.cached_property
@@ -159,7 +159,7 @@ class TaskIdentityRule:
 
     @classmethod
     def title_of(cls, name: str) -> str | None:
-        """Return the title of this class's rule of that name; None where it is none of it."""
+        """Return the title of this class's rule called `name`; None where it has no such rule."""
         return cls.title if name == cls.name else None
 
     @property
@@ -198,7 +198,7 @@ class TaskIdentityRule:
         return {}
 
     def collector(self, num_classes: int) -> Collector | None:
-        """Return what adds the tasks' statistics up; None where there are none."""
+        """Return an object that adds up the tasks' statistics; None where the rule keeps none."""
         return None
 
 
@@ -449,8 +449,8 @@ def options() -> dict[str, type[TaskIdentityRule]]:
 def batch_alpha_gradients(images: ImageBatch, shots: int) -> np.ndarray:
     """Return ∂H/∂α at uniform α, `[batches, seen]`, of each published test batch's first images.
 
-    `shots` says of how many, 0 of all. The superposed pass uses the E-prompt that the majority of
-    those images is nearest to.
+    `shots` is the number of those images; 0 means all. The superposed pass uses the E-prompt that
+    the majority of those images is nearest to.
     """
     batches, nearest = images.batches, images.nearest_of_all
     shots = min(shots or batches.size, batches.size)

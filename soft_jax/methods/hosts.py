@@ -237,7 +237,7 @@ class DualPrompt(PromptHost):
         return grads | {"g_prompt": jnp.where(frozen, 0, grads["g_prompt"])}
 
     def count_projectors(self) -> int:
-        """Return one for each prompted layer."""
+        """Return the number of prompted layers: each has one basis."""
         return len(self.g_layers + self.e_layers)
 
     def project(self, grads: pytrees.Tree, projector: jax.Array) -> pytrees.Tree:
@@ -330,7 +330,7 @@ class L2P(PromptHost):
         return prompts.nearest(similarity, self.top_k)
 
     def select_together(self, selected: jax.Array, weights: jax.Array) -> jax.Array:
-        """Return what most of a batch's images select, for all of them, int `[B, top_k]`."""
+        """Return the prompts that most images of a batch select, for all, int `[B, top_k]`."""
         return prompts.most_selected(selected, weights, self.size)
 
     def tokens(self, shared: pytrees.Tree, selected: jax.Array | None) -> jax.Array | None:
@@ -339,7 +339,7 @@ class L2P(PromptHost):
         return prompt[selected].reshape(len(selected), self.prompt_tokens, prompt.shape[-1])
 
     def count_projectors(self) -> int:
-        """Return one, for the pool."""
+        """Return 1: the pool has one basis."""
         return 1
 
     def project(self, grads: pytrees.Tree, projector: jax.Array) -> pytrees.Tree:

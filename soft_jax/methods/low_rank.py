@@ -47,8 +47,10 @@ class LoRA(Reparametrization):
         return (self.parts, 3) if path in self.fused else ((0,), 1)
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
-        """For each kernel `{"a": [blocks, in, rank], "b": [blocks, rank, out / all blocks]}`,
-        float32.
+        """Draw A and start B at 0 for each kernel.
+
+        Beside each kernel's path stand `{"a": [blocks, in, rank], "b": [blocks, rank, out / all
+        blocks]}`, float32.
         """
         own = {}
         kernels = pytrees.flatten(pytrees.select(backbone, self.kernels))
@@ -63,7 +65,7 @@ class LoRA(Reparametrization):
         return pytrees.unflatten(own)
 
     def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
-        """W + 8 A B: the merged weights, so that inference costs what the backbone's does."""
+        """Return the merged weights W + 8 A B: inference costs what the backbone's does."""
         own, merged = pytrees.flatten(own), {}
         for path, kernel in pytrees.flatten(pytrees.select(backbone, self.kernels)).items():
             blocks, of = self._columns(path)
@@ -115,5 +117,5 @@ class Bottleneck(Reparametrization):
         return pytrees.unflatten(own)
 
     def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
-        """The bottlenecks as they are."""
+        """Return the bottlenecks as they are."""
         return own

@@ -33,7 +33,7 @@ MASK_INITS: dict[str, Draw] = {
 
 
 def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
-    """The masked kernels alone, θ ⊙ m (Soft-TF, section 3)."""
+    """Return the masked kernels alone, θ ⊙ m (Soft-TF, section 3)."""
     kernels = pytrees.select(backbone, pytrees.flatten(masks))
     return jax.tree.map(jnp.multiply, kernels, masks)
 
@@ -68,7 +68,7 @@ class SoftMask(Reparametrization):
 
     @classmethod
     def settings_used(cls, config: Config) -> tuple[str, ...]:
-        """Leave `rank` out where the store keeps no products."""
+        """Return the settings, without `rank` unless masks are stored as low-rank products."""
         lowrank = config.mask_storage == "lowrank"
         return tuple(name for name in cls.settings if name != "rank" or lowrank)
 
@@ -80,30 +80,32 @@ class SoftMask(Reparametrization):
                 raise UserError(f"{name}: {value!r} is unknown; known are {', '.join(known)}")
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
-        """A task's masks, float32, shaped as the kernels."""
+        """Draw a task's masks, float32, shaped as the kernels."""
         return draw_for(key, backbone, self.kernels, MASK_INITS[self.init_as])
 
     def weights(self, backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
-        """θ ⊙ m."""
+        """Return the masked kernels, θ ⊙ m."""
         return masked(backbone, masks)
 
     def pack(self, masks: pytrees.Tree) -> pytrees.Tree:
-        """The masks as `stored_as` says."""
+        """Return the masks packed in the way that `stored_as` names."""
         return packing.pack(masks, self.stored_as, self.stored_rank)
 
     def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
-        """The masks that are stored."""
+        """Return the masks, float32, from what `pack` gave."""
         return packing.unpack(packed, self.stored_as, pytrees.select(backbone, self.kernels))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def top_k_mask(scores: jax.Array, count: int) -> jax.Array:
-    """1 for the `count` highest of scores, exactly, else 0; its gradient is that of the scores
-    themselves (straight-through).
+    """Return 1 for exactly the `count` highest of `scores` and 0 for the others.
 
-    Of equal scores the first are kept; -0 is below 0. Sorting would be most of a training step, so
-    the lowest that is kept is found bit by bit: a float's bits, those of negative ones inverted,
-    are in the order of the floats. So is the place where the equal ones end.
+    The gradient passes to the scores unchanged (straight-through). Of equal scores the first are
+    kept; -0 is below 0.
+
+    Sorting would take most of a training step, so the lowest score that is kept is found bit by
+    bit: a float's bits, with those of negative ones inverted, are in the order of the floats. The
+    place of the last equal score that is kept is found in the same way.
     """
     width = 8 * scores.dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")
@@ -130,8 +132,9 @@ def _count(where: jax.Array) -> jax.Array:
 
 
 def _highest(kind: jnp.dtype, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The highest number of an unsigned `kind` that `holds`; 0 does, and with any number all
-    below it.
+    """Find the highest number of the unsigned type `kind` for which `holds` is true.
+
+    `holds` must be true for 0, and for every number below one for which it is true.
     """
 
     def raised(step: jax.Array, number: jax.Array) -> jax.Array:
@@ -147,7 +150,7 @@ def _straight_through(count, primals, tangents):
 
 
 def num_kept(share: float, size: int) -> int:
-    """How many of `size` weights the top `share` is: at least 1."""
+    """Return how many of `size` weights the top `share` is: at least 1."""
     return max(1, round(share * size))
 
 
@@ -176,7 +179,10 @@ class BinaryMask(Reparametrization):
         return cls(*targets(config, architecture), config.density)
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
-        """A task's scores, and for SoftNet its minor weights, float32, shaped as the kernels."""
+        """Draw a task's scores and, for SoftNet, its minor weights.
+
+        Both are float32, shaped as the kernels.
+        """
         score_key, minor_key = jax.random.split(key)
         own = {"scores": draw_for(score_key, backbone, self.kernels, kaiming)}
         if self.soft:
@@ -196,7 +202,7 @@ class BinaryMask(Reparametrization):
         )
 
     def masks(self, own: pytrees.Tree) -> pytrees.Tree:
-        """The masks that the scores stand for."""
+        """Return the masks that the scores stand for."""
         masks = self._binary(own)
         if not self.soft:
             return masks
@@ -207,12 +213,13 @@ class BinaryMask(Reparametrization):
         )
 
     def weights(self, backbone: pytrees.Tree, own: pytrees.Tree) -> pytrees.Tree:
-        """θ ⊙ m."""
+        """Return the masked kernels, θ ⊙ m."""
         return masked(backbone, self.masks(own))
 
     def pack(self, own: pytrees.Tree) -> pytrees.Tree:
-        """Which weights are kept, a bit each, and the small values of the others, float32 `[size
-        - kept]`.
+        """Return which weights are kept, one bit each, as `bits`.
+
+        SoftNet adds `minor`: the small values of the other weights, float32 `[size - kept]`.
         """
         binary = self._binary(own)
         packed = {"bits": jax.tree.map(packing.pack_bits, binary)}
@@ -223,8 +230,9 @@ class BinaryMask(Reparametrization):
         return packed
 
     def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
-        """Scores of 1 and 0, and the small values where they are used: the same masks, to the
-        bit.
+        """Return scores of 1 and 0, which stand for the same masks to the bit.
+
+        SoftNet adds its small values where they are used, and 0 elsewhere.
         """
         kernels = pytrees.select(backbone, self.kernels)
         own = {

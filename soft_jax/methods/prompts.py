@@ -12,18 +12,18 @@ def from_zero(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Prompts and prompt keys start from U(-1, 1), float32 `shape`."""
+    """Draw prompts or prompt keys from U(-1, 1), float32 `shape`."""
     return jax.random.uniform(key, shape, jnp.float32, -1, 1)
 
 
 def prefix_sources(layout: str, positions: jax.Array, batch: jax.Array) -> jax.Array | None:
-    """Which half of an E-prompt each image gets as its key prefix and as its value prefix.
+    """Return which half of an E-prompt gives each image its key prefix, and which its value prefix.
 
     "separate" gives the key prompt as key and the value prompt as value: None stands for that.
     "interleaved" is what the published prompt-pool look-up does, which *reshapes* `[2, B, ...]` to
     `[B, 2, ...]`: flat entry f of the first comes from half f // B, and image b gets entries 2b and
-    2b + 1. It so depends on the image's position in its batch; for a batch of one image it is the
-    same as "separate".
+    2b + 1. The result then depends on the image's position in its batch; for a batch of one image
+    it is the same as "separate".
 
     Args:
         layout: "separate" or "interleaved".
@@ -42,8 +42,9 @@ def prefix_sources(layout: str, positions: jax.Array, batch: jax.Array) -> jax.A
 def prefixes(
     prompt: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None
 ) -> dict[int, jax.Array]:
-    """A prompt `[layers, 2, length, heads, head_dim]` as `{layer: [1 or B, 2, length, heads,
-    head_dim]}`.
+    """Split a prompt `[layers, 2, length, heads, head_dim]` by layer.
+
+    The result is `{layer: [1 or B, 2, length, heads, head_dim]}`: B with `sources`, else 1.
     """
     rows = prompt[:, None] if sources is None else prompt[:, sources]
     return dict(zip(layers, rows, strict=True))
@@ -52,8 +53,9 @@ def prefixes(
 def row_prefixes(
     rows: jax.Array, layers: tuple[int, ...], sources: jax.Array | None = None
 ) -> dict[int, jax.Array]:
-    """As `prefixes` for a prompt of its own per image, `[B, layers, 2, length, heads,
-    head_dim]`.
+    """Split one prompt per image, `[B, layers, 2, length, heads, head_dim]`, by layer.
+
+    The result is `{layer: [B, 2, length, heads, head_dim]}`.
     """
     if sources is not None:
         rows = jnp.take_along_axis(rows, sources[:, None, :, None, None, None], axis=2)
@@ -61,30 +63,32 @@ def row_prefixes(
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """`x / |x|` over the last axis."""
+    """Return `x / |x|`, with the norm over the last axis."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
 
 def similarity(query: jax.Array, keys: jax.Array) -> jax.Array:
-    """cos(q(x), k) of queries `[B, dim]` and keys `[K, dim]`: `[B, K]`."""
+    """Return cos(q(x), k) of queries `[B, dim]` and keys `[K, dim]`: `[B, K]`."""
     return jnp.matmul(normalize(query), normalize(keys).T, precision="highest")
 
 
 def nearest(similarity: jax.Array, count: int) -> jax.Array:
-    """L2P's selection for each image by itself: the `count` nearest keys, int `[B, count]`, from
-    `similarity` `[B, size]`.
+    """Return the `count` nearest keys of each image by itself, int `[B, count]` (L2P).
+
+    `similarity` is `[B, size]`.
     """
     return jax.lax.top_k(similarity, count)[1]
 
 
 def most_selected(selected: jax.Array, weights: jax.Array, size: int) -> jax.Array:
-    """L2P's selection for a batch (Wang et al., 2022, `batchwise_prompt`): what most of its
-    images select, for all of them.
+    """Return the prompts that most images of a batch select, for all of its images.
+
+    This is L2P's selection for a batch (Wang et al., 2022, `batchwise_prompt`).
 
     Args:
         selected: int `[B, count]`, each image's own selection.
         weights: `[B]`, 0 for padding, whose selection does not count.
-        size: of the pool. Of prompts selected as often, the first in the pool are taken.
+        size: of the pool. Of prompts selected equally often, the first in the pool are taken.
 
     Returns:
         int `[B, count]`, the same row for each image.

@@ -61,7 +61,7 @@ class PGP(ContinualStrategy):
         backbone: pytrees.Tree,
         batch: Batch,
     ) -> pytrees.Tree:
-        """The memory with the directions of one more task."""
+        """Return the memory with the directions of one more task."""
         images = batch["images"]
         grams = sum(
             np.asarray(
@@ -80,8 +80,9 @@ class PGP(ContinualStrategy):
 def _grams(
     method: "Method", trainable: pytrees.Tree, backbone: pytrees.Tree, images: jax.Array
 ) -> jax.Array:
-    """Σ xᵀx `[layers, dim, dim]` over the tokens of images in [0, 1]: of queries in prompted
-    layers, or of embedded images for a pool.
+    """Sum xᵀx `[layers, dim, dim]` over the tokens x of images in [0, 1].
+
+    Tokens are the queries of the prompted layers or, for a pool, the embedded images.
     """
     features = method.host.projection_inputs(method, trainable, backbone, images)
     return jnp.stack(
@@ -122,17 +123,17 @@ class EWC(ContinualStrategy):
 
     @classmethod
     def from_config(cls, config: "Config") -> Self:
-        """λ is `ewc_strength`."""
+        """Make the strategy with `ewc_strength` as λ."""
         return cls(config.ewc_strength)
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """Nothing to hold on to: F = 0."""
+        """Return F = 0: nothing is held on to yet."""
         return {"fisher": jax.tree.map(jnp.zeros_like, shared)}
 
     def before_task(
         self, memory: pytrees.Tree, shared: pytrees.Tree
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """With θ* as `anchor`."""
+        """Return the memory with the shared part, θ*, as `anchor`, and the shared part as it is."""
         return memory | {"anchor": shared}, shared
 
     def loss(
@@ -144,7 +145,7 @@ class EWC(ContinualStrategy):
         batch: Batch,
         logits: jax.Array,
     ):
-        """The term, a scalar."""
+        """Return the term λ/2 Σ F (θ − θ*)², a scalar."""
         terms = jax.tree.map(
             lambda f, x, a: jnp.sum(f * (x - a) ** 2),
             memory["fisher"],
@@ -161,8 +162,9 @@ class EWC(ContinualStrategy):
         backbone: pytrees.Tree,
         batch: Batch,
     ) -> pytrees.Tree:
-        """F with one more task's, the mean over images of the squared gradient of each one's log
-        p(label).
+        """Return the memory with one more task's Fisher information added to F.
+
+        It is the mean over images of the squared gradient of log p(label).
         """
         fisher = _fisher(
             method, trainable, backbone, batch["images"], batch["labels"], batch["class_mask"]
@@ -205,13 +207,13 @@ class Distillation(ContinualStrategy):
     temperature: float = 2.0
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """No class is old."""
+        """Return a memory in which no class is old."""
         return {"seen": jnp.zeros(method.num_classes, bool)}
 
     def before_task(
         self, memory: pytrees.Tree, shared: pytrees.Tree
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """With the old network as `shared`."""
+        """Return the memory with the old network as `shared`, and the shared part as it is."""
         return memory | {"shared": shared}, shared
 
     def loss(
@@ -223,7 +225,7 @@ class Distillation(ContinualStrategy):
         batch: Batch,
         logits: jax.Array,
     ):
-        """The term, a scalar; 0 while no class is old."""
+        """Return the distillation term, a scalar; 0 while no class is old."""
         seen, weights, shared = memory["seen"], batch["weights"], memory["shared"]
         before = method.logits(
             backbone, trainable["adapter"], shared, method.trunk(backbone, shared, batch["images"])
@@ -259,7 +261,7 @@ class LwF(Distillation):
 
     @classmethod
     def from_config(cls, config: "Config") -> Self:
-        """λ is `lwf_strength`."""
+        """Make the strategy with `lwf_strength` as λ."""
         return cls(config.lwf_strength)
 
     def update(
@@ -270,5 +272,5 @@ class LwF(Distillation):
         backbone: pytrees.Tree,
         batch: Batch,
     ) -> pytrees.Tree:
-        """Its task's classes among the old ones."""
+        """Return the memory with the task's classes among the old ones."""
         return {"seen": memory["seen"] | jnp.asarray(batch["class_mask"])}

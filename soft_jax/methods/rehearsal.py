@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Reviewed:
-    """What a trained network makes of exemplars, of older tasks' ones first, and of images of
-    the task it was trained on.
+    """A trained network's features and logits of exemplars and of images of its last task.
 
-    `rows` int `[N]` of the training set, in the order in which they would be kept; `labels` int
-    `[N]`; `features` `[N, dim]` and `logits` `[N, classes]` of the images as test images are
-    prepared; `new` and `seen` bool `[classes]`, the task's classes, and those and all before.
+    The exemplars of older tasks come first. `rows` int `[N]` of the training set, in the order in
+    which they would be kept; `labels` int `[N]`; `features` `[N, dim]` and `logits` `[N, classes]`
+    of the images as test images are prepared; `new` and `seen` bool `[classes]`, the task's
+    classes, and those and all before.
     """
 
     rows: np.ndarray
@@ -46,8 +46,10 @@ class Reviewed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rehearsal(ContinualStrategy):
-    """What the three share. `joined`: exemplars are images of an epoch like the task's own; else
-    every batch gets as many more of them.
+    """What DER++, iCaRL and BiC share.
+
+    With `joined`, exemplars are images of an epoch like the task's own; else as many exemplars as
+    a batch has images are added to each batch.
 
     Memory: `{"rows": int32 [exemplars]}`, -1 where there are none yet, and each one's own.
     """
@@ -59,7 +61,7 @@ class Rehearsal(ContinualStrategy):
 
     @classmethod
     def from_config(cls, config: "Config") -> Self:
-        """With as many exemplars as `config` says."""
+        """Make the strategy with as many exemplars as `config` says."""
         return cls(buffer_size=config.buffer_size)
 
     def check_classes(self, classes: int) -> None:
@@ -71,52 +73,58 @@ class Rehearsal(ContinualStrategy):
             )
 
     def share(self, seen: np.ndarray) -> int:
-        """How many exemplars each class has when those of `seen` bool `[classes]` have been
-        learned.
+        """Return how many exemplars each class has once the classes `seen` have been learned.
+
+        `seen` is bool `[classes]`.
         """
         return self.buffer_size // int(seen.sum())
 
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """Those of a task's `rows`, in random order, that are not trained on; `labels` are
-        theirs, `seen` counts the task's classes in.
+        """Return those of a task's `rows` that are not trained on: by default none.
+
+        `rows` are in random order, `labels` are theirs, and `seen`, bool `[classes]`, includes the
+        task's classes.
         """
         return rows[:0]
 
     def candidate_indices(
         self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray
     ) -> np.ndarray:
-        """Those of a task's `rows`, in random order, that `update_buffer` chooses from, in that
-        order; arguments as in `held_out`.
+        """Return those of a task's `rows` that `update_buffer` chooses from, in their order.
+
+        Arguments are as in `held_out`.
         """
         return rows[first_of_each(labels, self.share(seen))]
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `loss` needs of every image of a batch beside image and label, by name; shapes
-        are those of one image.
+        """Return what `loss` needs of each image beside image and label, by name.
+
+        Shapes are those of one image.
         """
         return {}
 
     def table(self, memory: pytrees.Tree, count: int) -> dict[str, np.ndarray]:
-        """`columns` of `count` images of a task and the exemplars after them."""
+        """Return the `columns` of a task's `count` images, followed by those of the exemplars."""
         return {}
 
     def update_buffer(
         self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """The memory after a task, and what of its network is stored and classifies; `shared` is
-        as it was trained.
+        """Return the memory after a task, and the shared part that is stored and classifies.
+
+        `shared` is the shared part as it was trained.
         """
         raise NotImplementedError
 
 
 def rows_of(memory: pytrees.Tree) -> np.ndarray:
-    """The exemplars that are trained on, as rows of the training set, int `[N]`."""
+    """Return the exemplars that are trained on, as rows of the training set, int `[N]`."""
     rows = np.asarray(memory["rows"])
     return rows[rows >= 0]
 
 
 def all_rows_of(memory: pytrees.Tree) -> np.ndarray:
-    """The exemplars, with those that are kept for validation."""
+    """Return the rows of all exemplars, also of those kept for validation, int `[N]`."""
     rows = np.concatenate(
         [np.asarray(memory[name]) for name in ("rows", "validation") if name in memory]
     )
@@ -124,7 +132,7 @@ def all_rows_of(memory: pytrees.Tree) -> np.ndarray:
 
 
 def first_of_each(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first `count` of each label in `labels` int `[N]`, in order."""
+    """Return the indices of the first `count` of each label in `labels` int `[N]`, in order."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order])
     return np.sort(order[np.arange(len(labels)) - starts < count])
@@ -154,21 +162,21 @@ class DERpp(Rehearsal):
     alpha: float = 0.1
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """No exemplars."""
+        """Return a memory without exemplars."""
         return {
             "rows": np.full(self.buffer_size, -1, np.int32),
             "logits": np.zeros((self.buffer_size, method.num_classes), np.float32),
         }
 
     def columns(self, classes: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Whether an image is an exemplar (1 or 0), and its logits of then."""
+        """Return `replayed`, 1 for an exemplar and else 0, and `then`, its stored logits."""
         return {
             "replayed": jax.ShapeDtypeStruct((), np.float32),
             "then": jax.ShapeDtypeStruct((classes,), np.float32),
         }
 
     def table(self, memory: pytrees.Tree, count: int) -> dict[str, np.ndarray]:
-        """New images have no logits of then."""
+        """Return the columns of all images; `then` is 0 for the task's own."""
         kept = np.asarray(memory["logits"])[np.asarray(memory["rows"]) >= 0]
         new = np.zeros((count, kept.shape[1]), np.float32)
         return {
@@ -185,7 +193,7 @@ class DERpp(Rehearsal):
         batch: Batch,
         logits: jax.Array,
     ):
-        """The third term, a scalar; 0 without exemplars."""
+        """Return the third term, a scalar; 0 without exemplars."""
         weights = batch["weights"] * batch["replayed"]
         squares = jnp.mean((logits - batch["then"]) ** 2, axis=1)
         return (
@@ -198,8 +206,9 @@ class DERpp(Rehearsal):
     def update_buffer(
         self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """Some of the new images at random, with their logits of now; fewer of the old. The
-        network as it is.
+        """Keep random new images with their present logits, and fewer of the old.
+
+        The shared part is returned as it is.
         """
         old = np.asarray(memory["rows"]) >= 0
         logits = np.concatenate([np.asarray(memory["logits"])[old], known.logits[old.sum() :]])
@@ -229,7 +238,7 @@ class ICaRL(Distillation, Rehearsal):
     published_as: ClassVar[str] = "iCaRL"
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """No class is old, no exemplars."""
+        """Return a memory without old classes or exemplars."""
         return super().init(method, shared) | {
             "rows": np.full(self.buffer_size, -1, np.int32),
             "head": shared["head"],
@@ -238,23 +247,26 @@ class ICaRL(Distillation, Rehearsal):
     def before_task(
         self, memory: pytrees.Tree, shared: pytrees.Tree
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """The network with its trained classifier, as the old one and to start from."""
+        """Return the memory and the network with its trained classifier back in place.
+
+        That network is the old one for the distillation, and the one that training starts from.
+        """
         return super().before_task(memory, shared | {"head": memory["head"]})
 
     def candidate_indices(
         self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray
     ) -> np.ndarray:
-        """All: herding is towards their mean."""
+        """Return all rows: herding needs the mean of all images of a class."""
         return rows
 
     def update_buffer(
         self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """New classes' exemplars by herding, fewer of the old; the network with the means of
-        all, as it is now, as its classifier.
+        """Choose the new classes' exemplars by herding, and keep fewer of the old.
 
-        A class without exemplars, since it has no images or is not learned yet, has no mean, and
-        never wins.
+        The shared part is returned with the means of all exemplars' features, as the network gives
+        them now, for its classifier. A class without exemplars, since it has no images or is not
+        learned yet, has no mean, and never wins.
         """
         features = known.features / np.maximum(
             np.linalg.norm(known.features, axis=1, keepdims=True), 1e-12
@@ -276,8 +288,10 @@ class ICaRL(Distillation, Rehearsal):
 
 
 def herding(features: np.ndarray, count: int) -> np.ndarray:
-    """An order of `features` `[N, dim]`, the first `count` such that each beginning has the mean
-    nearest to that of all (alg. 4).
+    """Return an order of images, int `[N]`, by their `features` `[N, dim]` (alg. 4).
+
+    Each of the first `count` is the image that brings the mean of those chosen so far nearest to
+    the mean of all. The others follow in their old order.
     """
     target, total, rest = (
         features.mean(axis=0),
@@ -310,7 +324,7 @@ class BiC(Distillation, Rehearsal):
     least: ClassVar[int] = 2
 
     def init(self, method: "Method", shared: pytrees.Tree) -> pytrees.Tree:
-        """No class is old, no exemplars."""
+        """Return a memory without old classes or exemplars."""
         empty = np.full(self.buffer_size, -1, np.int32)
         return super().init(method, shared) | {
             "rows": empty,
@@ -321,12 +335,17 @@ class BiC(Distillation, Rehearsal):
     def before_task(
         self, memory: pytrees.Tree, shared: pytrees.Tree
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """The corrected network as the old one, and that before the correction to start from."""
+        """Return the memory with the corrected network as the old one, and where training starts.
+
+        It starts from the network with its classifier before the correction.
+        """
         return super().before_task(memory, shared)[0], shared | {"head": memory["head"]}
 
     def held_out(self, rows: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """The first of each class: a tenth of its exemplars, or of its images where those are
-        fewer; none of a class of one image.
+        """Return the first rows of each class, which serve for validation.
+
+        They are a tenth of the class's exemplars, or of its images where those are fewer, but at
+        least one; none of a class of one image.
         """
         counts = np.bincount(labels)
         held = [
@@ -344,7 +363,7 @@ class BiC(Distillation, Rehearsal):
         batch: Batch,
         logits: jax.Array,
     ):
-        """The term, a scalar; 0 while no class is old."""
+        """Return the distillation term, a scalar; 0 while no class is old."""
         term = super().loss(memory, method, trainable, backbone, batch, logits)
         old, seen = (
             mask.sum().astype(term.dtype) for mask in (memory["seen"], batch["class_mask"])
@@ -354,8 +373,9 @@ class BiC(Distillation, Rehearsal):
     def update_buffer(
         self, memory: pytrees.Tree, shared: pytrees.Tree, known: Reviewed
     ) -> tuple[pytrees.Tree, pytrees.Tree]:
-        """Some of the new images at random, fewer of the old; the network with α and β in its
-        classifier.
+        """Keep random new images, and fewer of the old.
+
+        The shared part is returned with α and β put into its classifier.
         """
         count = max(1, self.share(known.seen) // 10)
         fresh = np.arange(len(known.rows)) >= len(all_rows_of(memory))
@@ -378,11 +398,11 @@ class BiC(Distillation, Rehearsal):
 
 
 def bias(known: Reviewed, validation: np.ndarray) -> tuple[float, float]:
-    """α and β of the new classes' logits: the least cross entropy over the classes seen on the
-    images `validation`, int `[M]`.
+    """Fit α and β of the new classes' logits on the images `validation`, int `[M]`.
 
-    Of few images any α may be best, so those near (1, 0) are preferred, as by a prior N(1, 1) of α
-    and N(0, 1) of β. (There, β alone is held near 0, by a weight decay.)
+    They give the least cross entropy over the classes seen. With few images any α may be best, so
+    those near (1, 0) are preferred, as by a prior N(1, 1) of α and N(0, 1) of β. (In the original,
+    β alone is held near 0, by a weight decay.)
     """
     from scipy.optimize import minimize  # only BiC needs it, and it takes long to import
 

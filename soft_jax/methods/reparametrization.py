@@ -120,8 +120,9 @@ def kaiming(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def draw_for(
     key: jax.Array, backbone: pytrees.Tree, paths: tuple[str, ...], draw: Draw
 ) -> pytrees.Tree:
-    """An array for each kernel of `paths`. Raises KeyError naming the paths that the backbone
-    does not have.
+    """Draw an array for each kernel of `paths`.
+
+    Raises KeyError naming the paths that the backbone does not have.
     """
     kernels = pytrees.flatten(pytrees.select(backbone, paths))
     keys = jax.random.split(key, len(kernels))

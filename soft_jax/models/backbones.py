@@ -89,8 +89,9 @@ class Backbone:
 
 
 def locate(name: str, path: str = "") -> Path:
-    """The file of backbone `name`: `path` if given, else the bundled or cached copy, else a
-    download.
+    """Find the file of backbone `name`: `path`, a bundled or cached copy, or a download.
+
+    `path` is taken if it is given; else the copy, and a download where there is no copy.
 
     Raises UserError when `name` is unknown, `path` does not exist, or the download fails.
     """
@@ -137,7 +138,7 @@ def _download(source: Source, target: Path) -> Path:
 
 
 def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32") -> Backbone:
-    """Backbone `name` ready for images of `image_size` pixels (0: its own size).
+    """Load backbone `name` for images of `image_size` pixels (0: its own size).
 
     Raises UserError when the file cannot be had, is damaged, or does not fit the backbone's sizes.
     """

@@ -59,11 +59,11 @@ class ViTConfig(Architecture):
         return ViT(self)
 
     def block_path(self, layer: int) -> str:
-        """Return "blocks_3" and the like."""
+        """Return the path of a layer's block, such as "blocks_3"."""
         return f"blocks_{layer}"
 
     def layer_of(self, path: str) -> int | None:
-        """Return 3 for "blocks_3/attn/qkv/kernel", None for what is in no block."""
+        """Return the layer of a path: 3 for "blocks_3/attn/qkv/kernel", None outside the blocks."""
         found = re.match(r"blocks_(\d+)/", path)
         return int(found[1]) if found else None
 
@@ -81,7 +81,7 @@ class ViTConfig(Architecture):
         return {f"{mlp}/adapter1": self.mlp_dim, f"{mlp}/adapter2": self.dim}
 
     def convert(self, arrays: Mapping[str, np.ndarray]) -> tuple[pytrees.Tree, tuple[str, ...]]:
-        """Read Google's or timm's naming (`vit_checkpoints`)."""
+        """Convert arrays in Google's or timm's naming to our tree (`vit_checkpoints`)."""
         return vit_checkpoints.convert(arrays, self)
 
     def at_size(self, image_size: int) -> "ViTConfig":
@@ -95,12 +95,11 @@ class ViTConfig(Architecture):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scaled dot-product attention of queries `[B, Q, heads, D]` over keys and values `[B, K,
-    heads, D]`: as the queries.
+    """Return scaled dot-product attention, shaped as the queries `q` `[B, Q, heads, D]`.
 
-    Softmax in float32 or wider, its sum divided out last, where it is smallest; heads come first
-    throughout. On a CPU that takes a quarter of the time of Flax's, whose batched products XLA
-    takes over strided arrays.
+    Keys `k` and values `v` are `[B, K, heads, D]`. The softmax is in float32 or wider, and its sum
+    is divided out last, where the array is smallest; heads come first throughout. On a CPU that
+    takes a quarter of the time of Flax's, whose batched products XLA takes over strided arrays.
     """
     accumulate_dtype = q.dtype if jnp.finfo(q.dtype).bits >= 32 else jnp.float32
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
@@ -123,7 +122,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None
     ) -> jax.Array:
-        """Tokens `[B, N, dim]` to the same, the first `queries` of them (all by default).
+        """Attend over tokens `[B, N, dim]`; return the first `queries` of them (all by default).
 
         `prefix` is `[B or 1, 2, length, heads, head_dim]`, keys then values.
         """
@@ -153,7 +152,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Tokens `[B, N, dim]` to the same."""
+        """Transform each token of `[B, N, dim]`; the shape stays."""
         c = self.config
         x = self._adapted("adapter1", nn.Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x))
         return self._adapted(
@@ -183,7 +182,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, prefix: jax.Array | None = None, queries: int | None = None
     ) -> jax.Array:
-        """Tokens `[B, N, dim]` to the same; `prefix` and `queries` as for `Attention`."""
+        """Transform tokens `[B, N, dim]`; `prefix` and `queries` are as for `Attention`."""
         c = self.config
         x = x[:, :queries] + Attention(c, name="attn")(_layer_norm(c, "norm1")(x), prefix, queries)
         return x + Mlp(c, name="mlp")(_layer_norm(c, "norm2")(x))
@@ -215,9 +214,9 @@ class ViT(nn.Module):
         self.norm = _layer_norm(c, "norm")
 
     def embed(self, images: jax.Array, prompts: jax.Array | None = None) -> jax.Array:
-        """Images in [0, 1] `[B, H, W, 3]` to tokens `[B, 1 + prompts + patches, dim]`: [class]
-        token, `prompts` `[B, P, dim]`, patches.
+        """Embed images in [0, 1] `[B, H, W, 3]` as tokens `[B, 1 + prompts + patches, dim]`.
 
+        Tokens are the [class] token, `prompts` `[B, P, dim]`, and the patches, in this order.
         Prompts get no position; they are trained where they stand.
         """
         c = self.config
@@ -239,7 +238,7 @@ class ViT(nn.Module):
         stop: int | None = None,
         prompts: int = 0,
     ) -> jax.Array:
-        """Layers `start` to `stop` (all by default) on tokens `[B, N, dim]`.
+        """Run layers `start` to `stop` (all by default) on tokens `[B, N, dim]`.
 
         After the last layer only the [class] token and the `prompts` tokens behind it are left,
         `[B, 1 + prompts, dim]`. `prefix[layer]` is `[B or 1, 2, length, heads, head_dim]`, keys
@@ -257,8 +256,9 @@ class ViT(nn.Module):
         return tokens
 
     def pool(self, tokens: jax.Array, prompts: int = 0) -> jax.Array:
-        """The [class] token after the final norm, `[B, dim]`; with `prompts`, the mean of that
-        many prompts' (L2P's features).
+        """Return the features `[B, dim]`: the [class] token after the final norm.
+
+        With `prompts`, they are the mean of that many prompts' tokens after it (L2P's features).
         """
         return (
             self.norm(tokens[:, 1 : 1 + prompts]).mean(axis=1)
@@ -267,7 +267,7 @@ class ViT(nn.Module):
         )
 
     def __call__(self, images: jax.Array, prefix: Prefix | None = None) -> jax.Array:
-        """Features `[B, dim]` of images in [0, 1] `[B, H, W, 3]`."""
+        """Return the features `[B, dim]` of images in [0, 1] `[B, H, W, 3]`."""
         return self.pool(self.run_blocks(self.embed(images), prefix))
 
 

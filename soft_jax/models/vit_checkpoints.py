@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def convert(
     arrays: Mapping[str, np.ndarray], vit: "ViTConfig"
 ) -> tuple[pytrees.Tree, tuple[str, ...]]:
-    """A checkpoint's arrays as our tree, in float32 (float64 arrays stay so), and the names left
-    out.
+    """Return a checkpoint's arrays as our tree, and the names of those left out.
 
-    Raises ValueError naming an array that is missing or of the wrong shape.
+    Arrays are float32 afterwards; float64 ones stay so. Raises ValueError naming an array that is
+    missing or of the wrong shape.
     """
     naming = _from_google if any(key.startswith("Transformer/") for key in arrays) else _from_timm
     leaves, used = naming(arrays, vit)
@@ -140,8 +140,9 @@ def _no_deeper(arrays: Mapping[str, np.ndarray], pattern: str, vit: "ViTConfig")
 
 
 def interpolate_positions(pos_embed: np.ndarray, grid: int) -> np.ndarray:
-    """Position embeddings `[1, 1 + g·g, dim]` for a `grid` × `grid` image, bicubic; the [class]
-    position is kept.
+    """Resize position embeddings `[1, 1 + g·g, dim]` to `grid` × `grid` patches, bicubic.
+
+    The position of the [class] token is kept.
     """
     tokens, dim = pos_embed.shape[1:]
     old = round((tokens - 1) ** 0.5)

@@ -15,7 +15,7 @@ from soft_jax.methods import registry
 
 
 def told_apart(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return which settings of where things are say what they are too.
+    """Return which of the settings that say where things are also say what a run is.
 
     That is a backbone's file, and a folder of images or a file of tasks where `settings`, some of a
     `Config`'s fields, name these.
@@ -29,7 +29,9 @@ def told_apart(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def folder_of(config: Config) -> str:
-    """Return the run's folder: its method and benchmark, a digest of the settings that differ from
+    """Return the run's folder.
+
+    Its name is made of the run's method and benchmark, a digest of the settings that differ from
     the defaults, and its seed.
     """
     used = registry.used_settings(config)

@@ -42,8 +42,9 @@ class Line:
 
     @property
     def bounded(self) -> bool:
-        """Whether joint training bounds it: not where the task is given, nor joint training
-        itself.
+        """Whether joint training bounds it.
+
+        It does not where the task is given, nor where this is joint training itself.
         """
         return not self.joint and not self.task_is_given
 
@@ -54,7 +55,7 @@ class Line:
 
     @property
     def seeds(self) -> int:
-        """How many seeds it is of."""
+        """Return the number of seeds."""
         return len(self.each)
 
 
@@ -143,8 +144,9 @@ def joint_lines(
     workdir: Path,
     backbones: Iterable[str],
 ) -> list[Line]:
-    """Return the lines of joint training on `backbones` under the settings of a table, as far as
-    any table has finished it below `workdir`.
+    """Return the lines of joint training on `backbones` under the settings of a table.
+
+    They are of the runs that any table has finished below `workdir`.
     """
     upper_bounds = {
         row["method"]: row_settings(row)
@@ -168,10 +170,10 @@ def joint_lines(
 
 
 def bound(line: Line, lines: Sequence[Line]) -> float | None:
-    """Return what joint training reached among `lines` in what `line` is: all classes, its
-    backbone, with or without prototypes.
+    """Return the accuracy that joint training reached under the same conditions as `line`.
 
-    In percent; None where that was not measured, or does not bound it.
+    It is looked for among `lines`: on all classes, the same backbone, and with prototypes where
+    `line` has them. In percent; None where it was not measured, or is no bound for `line`.
     """
     if not line.bounded:
         return None

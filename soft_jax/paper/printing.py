@@ -61,9 +61,9 @@ def markdown(
 ) -> str:
     """Return the table as Markdown.
 
-    `settings` says what was chosen for all rows (`conditions`). `joint` are lines of joint training
-    that bound those of the table, whether or not they are in it. `failed` has by number what was
-    wrong with a row.
+    `settings` is the text on what was chosen for all rows (`conditions`). `joint` are lines of
+    joint training that bound those of the table, whether or not they are in it. `failed` has the
+    errors of rows that failed, by row number.
     """
     measured = [*lines, *joint]
     bounds = [bound(line, measured) for line in lines]
@@ -127,7 +127,7 @@ def _mean(values: tuple[float, float], seeds: int) -> str:
 
 
 def published_cell(figures: Mapping[str, Any] | None) -> str:
-    """Return a published accuracy and forgetting, or seconds, as they stand in a table."""
+    """Return the cell of a published accuracy and forgetting, or of published seconds."""
     if not figures:
         return "–"
     if "train" in figures:
@@ -138,7 +138,7 @@ def published_cell(figures: Mapping[str, Any] | None) -> str:
 
 
 def _rows_without_lines(rows: Sequence[Row], failed: Mapping[int, UserError]) -> list[str]:
-    """Return the rows that are not run, as published, and those that failed."""
+    """Return table rows for what is not run, with published figures, and for what failed."""
     text = []
     for row in rows:
         for figures in row.published.values() if row.settings is None else ():
@@ -153,8 +153,8 @@ def _rows_without_lines(rows: Sequence[Row], failed: Mapping[int, UserError]) ->
 def _legend(lines: Sequence[Line], bounds: Sequence[float | None], has_joint: bool) -> str:
     if not has_joint:
         return (
-            "Joint training on all classes, the bound that ▲ marks what is above of, is not "
-            "measured under these settings; "
+            "Joint training on all classes is not measured under these settings, so no row "
+            "is marked as above it (▲); "
             "`table methods` has it in its last rows."
         )
     legend = (
@@ -174,8 +174,10 @@ Found = Mapping[tuple[str, str], Sequence[float]]  # accuracy of each seed, by r
 
 
 def reading(lines: Sequence[Line]) -> list[str]:
-    """Return what the figures say, as Markdown: the best, what Soft-TF does beside each method,
-    what the vote over single-task batches adds.
+    """Return what the figures say, as Markdown.
+
+    That is: the best rows, how Soft-TF compares with each method, and how much the vote over
+    single-task batches adds.
     """
     found = {(line.name, line.protocol): line.each for line in lines if not line.joint}
     text = [*_best_and_worst(found), *_comparisons(found), *_votes(found)]
@@ -222,7 +224,7 @@ def _comparisons(found: Found) -> list[str]:
 
 
 def _differences(found: Found, one: str, other: str) -> str:
-    """Return by how much the accuracies of `one` are above those of `other`, by protocol."""
+    """Say by how much `one`'s accuracies are above `other`'s, for each protocol."""
     parts = []
     for same in _COMPARED:
         keys = [f"{rule.grouping}/{rule.name}" for rule in same]
@@ -238,7 +240,7 @@ def _differences(found: Found, one: str, other: str) -> str:
 
 
 def _votes(found: Found) -> list[str]:
-    """Return what it adds when a batch of one task decides in the place of each image."""
+    """Say how much is gained when a batch of one task decides in the place of each image."""
     added = {}
     for (name, protocol), each in found.items():
         rule = rule_of(protocol)
@@ -274,10 +276,11 @@ def draw_layers(lines: Sequence[Line]) -> Figure:
 def conditions(
     rows: Sequence[Row], configs: Mapping[int, Sequence[Config]], overrides: Mapping[str, Any]
 ) -> str:
-    """Say backbone, epochs, batches, rates and images, and for which rows; and which of the
-    `overrides` did not reach a row.
+    """Say which backbone, epochs, batches, rates and images are used, and for which rows.
 
-    `configs` has those of every seed by a row's number; rows that are not run have none.
+    It also says which of the `overrides` did not reach a row.
+
+    `configs` has the configs of a row's seeds, by row number; rows that are not run have none.
     """
     by_condition: dict[str, list[int]] = {}
     for number, (config, *_) in configs.items():

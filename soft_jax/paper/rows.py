@@ -161,7 +161,7 @@ def row_settings(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _of_name(name: str, parts: Sequence[str]) -> dict[str, Any]:
-    """Return what the name of a row sets beside its method, which has `parts`."""
+    """Return the settings that a row's name gives beside its method, which has `parts`."""
     settings: dict[str, Any] = {}
     if "l2p" in parts:
         settings |= {"batch_size": 16, "epochs": 5}
@@ -185,7 +185,7 @@ def _of_name(name: str, parts: Sequence[str]) -> dict[str, Any]:
 
 
 def _other_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a row's other columns set."""
+    """Return the settings that a row's other columns give."""
     settings = {}
     if row.get("pretraining"):
         settings["backbone"] = _BACKBONES[row["pretraining"]]
@@ -198,7 +198,7 @@ def _other_columns(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def protocol_of(row: Mapping[str, Any]) -> str:
-    """Return which of our protocols a published figure is under.
+    """Return which of our protocols a published figure belongs to.
 
     It is the key of a task-identity rule; "per_sample" where the paper names none.
     """
@@ -241,7 +241,7 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
 
 
 def _add(rows: dict[str, Row], row: Mapping[str, Any], benchmark: str) -> None:
-    """Add a published row to those of its table, which are by their settings."""
+    """Add a published row to the rows of its table, a dict by their settings."""
     settings, name = row_settings(row), row_name(row)
     if settings and "l2p" in settings["method"].split("+"):
         settings |= _L2P_ON.get(benchmark, {})
@@ -267,8 +267,9 @@ def _figures(row: Mapping[str, Any], benchmark: str) -> dict[str, Mapping[str, A
 
 @functools.cache
 def _all_shots() -> dict[str, tuple[int, ...]]:
-    """Return the shots that any table names for a row, by the rest of its settings as JSON: one run
-    serves all tables.
+    """Return the shots that any table names for a row, by the rest of its settings as JSON.
+
+    With all of them, one run serves all tables.
     """
     found: dict[str, set[int]] = {}
     for row in published_rows():
@@ -344,7 +345,7 @@ def default_benchmark(table: str) -> str:
 
 
 def chosen(numbers: str | None, count: int) -> list[int]:
-    """Return row numbers, from 1 and in order, of a list such as "1,3-5"; all without one.
+    """Return row numbers, from 1 and in order, from a list such as "1,3-5"; all without a list.
 
     Raises UserError for what is no such list, or a number above `count`.
     """

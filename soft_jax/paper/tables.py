@@ -35,7 +35,7 @@ class Request:
 
 
 def make(request: Request, rows: Sequence[Row], command: str, picture: Path) -> tuple[str, bool]:
-    """Run what is missing of `rows`: the table as Markdown, and whether every row is in it.
+    """Run what is missing of `rows`; return the table as Markdown, and whether it has every row.
 
     A row that can't be run, or fails, has its error in the table; the others are run. That of the
     layers has a picture, a PNG at `picture`. `command` is what the table is said to be made by.
@@ -84,7 +84,7 @@ def plan(
 def gather(
     rows: Sequence[Row], planned: Planned, console: Console
 ) -> tuple[list[Line], dict[int, UserError]]:
-    """Run what is missing: the lines of the rows, and what went wrong with which row."""
+    """Run what is missing; return the lines of the rows, and the errors of those that failed."""
     outcomes = iter(runs.run([each for of_row in planned.values() for each in of_row], console))
     lines: list[Line] = []
     failed: dict[int, UserError] = {}
@@ -109,7 +109,7 @@ def benchmark_run(request: Request) -> str:
 
 
 def with_published(request: Request, rows: Sequence[Row]) -> list[Row]:
-    """Return `rows` with their published figures where these are of the data and tasks run."""
+    """Return `rows`, with published figures only where these are of the data and tasks run."""
     if benchmark_run(request) == request.benchmark:
         return list(rows)
     return [dataclasses.replace(row, published={}) for row in rows]

@@ -79,7 +79,7 @@ def _checkpointer(items: Mapping[str, Any]) -> ocp.Checkpointer:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted name, for any pytree; the name is also the array's directory on disk."""
+    """Return any pytree's leaves by dotted name, which is also each array's directory on disk."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -214,8 +214,9 @@ def load_items(
 
 
 def _state_on_disk(folder: Path) -> tuple | None:
-    """What is another when an array's files were written again: inode, size and time of each. None
-    where they can't be looked at.
+    """Return name, inode, size and time of each of an array's files.
+
+    The result differs once the files were written again. It is None where they can't be looked at.
     """
     try:
         with os.scandir(folder) as entries:

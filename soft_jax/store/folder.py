@@ -80,8 +80,9 @@ class Reader:
         return record, formats.number(data)
 
     def compare_settings(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        """Raise UserError, with a line for each setting that differs, when the folder's run has
-        others than `settings`, by the rule of `records.differences`.
+        """Raise UserError when the folder's run has other settings than `settings`.
+
+        The error has a line for each that differs, by the rule of `records.differences`.
         """
         there = self.read_record()
         self._refuse(
@@ -89,7 +90,7 @@ class Reader:
         )
 
     def compare(self, record: RunRecord, defaults: Mapping[str, Any]) -> None:
-        """Do as `compare_settings`, and compare the hashes and the tasks' classes too."""
+        """Raise UserError as `compare_settings`, also for other hashes or classes of the tasks."""
         there = self.read_record()
         self._refuse(
             records.differences(there, record.settings, defaults, ignore_unused=self._format == 0)
@@ -104,11 +105,11 @@ class Reader:
             )
 
     def task_path(self, task: int) -> Path:
-        """Where task `task` (from 0) is kept."""
+        """Return where task `task` (from 0) is kept."""
         return self.tasks / f"{task:03d}"
 
     def present(self) -> list[int]:
-        """The tasks that are there, in order."""
+        """Return the tasks that are there, in order."""
         if not self.tasks.is_dir():
             return []
         return sorted(
@@ -116,7 +117,7 @@ class Reader:
         )
 
     def finished(self) -> int:
-        """How many tasks are finished. Raises UserError where one is missing among them."""
+        """Return how many tasks are finished. Raises UserError where one is missing among them."""
         there = self.present()
         self.check_complete(there)
         return len(there)
@@ -132,11 +133,11 @@ class Reader:
     def load_task(
         self, task: int, templates: Mapping[str, Any], sharding: Sharding, part: bool = False
     ) -> tuple[dict[str, Any], TaskManifest]:
-        """Return items of a finished task ("adapter", "shared", "statistics", "memory") like
-        `templates`, and its manifest, verified as by `checkpoint.load_items`.
+        """Return items of a finished task, like `templates`, and its manifest.
 
-        Raises UserError when an array is damaged, or the task is missing, another one, or of
-        another run.
+        Items are "adapter", "shared", "statistics" and "memory", verified as by
+        `checkpoint.load_items`. Raises UserError when an array is damaged, or the task is missing,
+        another one, or of another run.
         """
         manifest, path = self.load_task_manifest(task), self.task_path(task)
         return checkpoint.load_items(path, manifest.sha256, templates, sharding, part), manifest
@@ -221,12 +222,12 @@ class Store(Reader):
             self._locked.close()
 
     def compare_settings(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        """Do as `Reader.compare_settings`; a folder without a run is fine."""
+        """Raise UserError as `Reader.compare_settings`; a folder without a run is fine."""
         if self._holds_run():
             super().compare_settings(settings, defaults)
 
     def compare(self, record: RunRecord, defaults: Mapping[str, Any]) -> None:
-        """Do as `Reader.compare`; a folder without a run is fine."""
+        """Raise UserError as `Reader.compare`; a folder without a run is fine."""
         if self._holds_run():
             super().compare(record, defaults)
 
@@ -244,9 +245,10 @@ class Store(Reader):
     def claim(self, record: RunRecord, defaults: Mapping[str, Any]) -> Path | None:
         """Make the folder this run's: write `record`, or find that the run there is this one.
 
-        Where there was no config.json, training states, which nothing says the run of, are set
-        aside; returns the folder where they are now, else None. Raises UserError as `compare`
-        does, or where the processes of a run don't see the same folder.
+        Where there was no config.json, nothing says which run the training states there are of:
+        they are set aside. Returns the folder where they are now, None if none were set aside.
+        Raises UserError as `compare` does, or where the processes of a run don't see the same
+        folder.
         """
         self.compare(record, defaults)
         new = not self._holds_run()
@@ -274,10 +276,11 @@ class Store(Reader):
             )
 
     def save_task(self, task: int, items: Mapping[str, Any], manifest: TaskManifest) -> None:
-        """Keep a finished task's `items` ("adapter", "shared", "statistics", "memory") with
-        `manifest`, whose `run` and `sha256` are filled in, and drop the training state.
+        """Save a finished task's `items` with `manifest`, and drop the training state.
 
-        Raises UserError when it can't be written, or the folder is no longer this run's.
+        Items are "adapter", "shared", "statistics" and "memory"; the manifest's `run` and `sha256`
+        are filled in. Raises UserError when it can't be written, or the folder is no longer this
+        run's.
         """
         self._check_still_ours()
         data = manifest.to_json() | {"task": task, "run": self.record.to_json()}
@@ -285,8 +288,9 @@ class Store(Reader):
         self._keep_only(None)
 
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
-        """Keep the state of task `task` after `step` steps and `seconds` of training in the
-        place of the one before. Raises UserError as `save_task`.
+        """Save the state of task `task` after `step` steps and `seconds` of training.
+
+        It takes the place of the one before. Raises UserError as `save_task`.
         """
         self._check_still_ours()
         path = self.training / f"{task:03d}-{step:06d}"
@@ -343,8 +347,9 @@ class Store(Reader):
             )
 
     def set_aside_training(self) -> Path:
-        """Move every kept training state out of the way, never to be read again; returns where
-        to.
+        """Move every kept training state out of the way, never to be read again.
+
+        Returns the folder where they are now.
         """
         self._check_still_ours()
         return self._move_states_aside()
@@ -359,7 +364,7 @@ class Store(Reader):
         return aside
 
     def _states(self) -> list[Path]:
-        """The kept training states, in the order of tasks and steps."""
+        """Return the kept training states, in the order of tasks and steps."""
         if not self.training.is_dir():
             return []
         paths = [path for path in self.training.iterdir() if _STATE_NAME.fullmatch(path.name)]
@@ -373,12 +378,13 @@ class Store(Reader):
         distributed.barrier()
 
     def _folders(self) -> list[tuple[int, int]]:
-        """Device and inode of the folders that are written in."""
+        """Return device and inode of each folder that is written in."""
         stats = [os.stat(folder) for folder in (self.root, self.tasks, self.training)]
         return [(stat.st_dev, stat.st_ino) for stat in stats]
 
     def _check_still_ours(self) -> None:
-        """Raise UserError in all processes when the folder was moved, removed, or made another's:
+        """Raise UserError in all processes when the folder was moved, removed, or made another's.
+
         Orbax would make it anew, and the run would end well in a folder that holds half of it.
         """
 
@@ -398,6 +404,6 @@ class Store(Reader):
 
 
 def _state_of(path: Path) -> tuple[int, int]:
-    """Task and step that a training state's folder is named for."""
+    """Return the task and the step that a training state's folder is named for."""
     task, step = path.name.split("-")
     return int(task), int(step)

@@ -19,8 +19,9 @@ Packed = dict[str, jax.Array]
 
 
 def _quantized(mask: jax.Array, levels: int) -> Packed:
-    """Whole multiples, -`levels` to `levels`, of a step that each row of the mask `[in, out]`
-    has for itself.
+    """Round `mask - 1`, `[in, out]`, to whole multiples of a step, one step for each row.
+
+    Multiples `whole` are int8, -`levels` to `levels`; `step` is float32 `[in, 1]`.
     """
     delta = mask - 1
     step = jnp.max(jnp.abs(delta), axis=1, keepdims=True) / levels
@@ -37,7 +38,7 @@ def _pack_int8(mask: jax.Array, rank: int) -> Packed:
 
 
 def _pack_int4(mask: jax.Array, rank: int) -> Packed:
-    """As int8, with two neighbours of a row in a byte, the first in its lower half."""
+    """Pack in 4 bits: two neighbours of a row share a byte, the first in its lower half."""
     packed = _quantized(mask, 7)
     halves = (packed["whole"] + 8).astype(jnp.uint8)
     halves = jnp.pad(halves, ((0, 0), (0, halves.shape[1] % 2)))
@@ -52,18 +53,21 @@ def _unpack_int4(packed: Packed, columns: int) -> jax.Array:
 
 
 def _pack_low_rank(mask: jax.Array, rank: int) -> Packed:
-    """The best product of `[in, rank]` and `[rank, out]` in the 2-norm (Eckart and Young, 1936)."""
+    """Return the products `[in, rank]` and `[rank, out]` nearest to `mask - 1` in the 2-norm.
+
+    They are from the singular value decomposition (Eckart and Young, 1936).
+    """
     left, sizes, right = jnp.linalg.svd(mask - 1, full_matrices=False)
     return {"left": left[:, :rank] * sizes[None, :rank], "right": right[:rank]}
 
 
 def pack_bits(mask: jax.Array) -> jax.Array:
-    """A mask of zeros and ones as uint8 `[ceil(size / 8)]`, a bit each, in row-major order."""
+    """Pack a mask of zeros and ones into uint8 `[ceil(size / 8)]`, bit by bit, row-major."""
     return jnp.packbits(mask.reshape(-1).astype(bool))
 
 
 def unpack_bits(bits: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The mask, float32 `shape`, of what `pack_bits` gave."""
+    """Return the mask, float32 `shape`, from what `pack_bits` gave."""
     return jnp.unpackbits(bits, count=math.prod(shape)).reshape(shape).astype(jnp.float32)
 
 
@@ -92,8 +96,9 @@ STORED_AS = ("float32", *KINDS)
 
 
 def pack(masks: pytrees.Tree, kind: str, rank: int) -> pytrees.Tree:
-    """Masks, a tree of float32 `[in, out]`, as they are kept, by `kind` of STORED_AS: "float32"
-    as they are, "lowrank" of `rank`.
+    """Pack masks, a tree of float32 `[in, out]`, in the way that `kind` of STORED_AS names.
+
+    "float32" leaves them as they are; only "lowrank" uses `rank`.
     """
     if kind == "float32":
         return masks
@@ -101,7 +106,7 @@ def pack(masks: pytrees.Tree, kind: str, rank: int) -> pytrees.Tree:
 
 
 def unpack(packed: pytrees.Tree, kind: str, like: pytrees.Tree) -> pytrees.Tree:
-    """The masks, float32, of what `pack` gave; `like` is a tree of their shapes."""
+    """Return the masks, float32, from what `pack` gave; `like` is a tree of their shapes."""
     if kind == "float32":
         return packed
     return jax.tree.map(lambda mask, kept: KINDS[kind].unpack(kept, mask.shape[1]), like, packed)

@@ -43,7 +43,7 @@ class RunRecord:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the canonical JSON of the four fields; equal for equal records."""
+        """Return the hex SHA-256 of the four fields as canonical JSON; equal for equal records."""
         text = json.dumps(_canonical(self._content()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,8 +142,10 @@ class TaskManifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, JSON], where: Any) -> "TaskManifest":
-        """Return the manifest in the folder `where`. Raises UserError, naming `where`, for a key
-        that is missing or unknown, or a run that is not what it was when it was written.
+        """Return the manifest in the folder `where`, from the JSON in it.
+
+        Raises UserError, naming `where`, for a key that is missing or unknown, or a run that is not
+        what it was when it was written.
         """
         _check_keys(cls, data, where)
         run = RunRecord.from_json(data["run"], f"{where}: run")
@@ -174,8 +176,9 @@ class TrainingManifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, JSON], where: Any) -> "TrainingManifest":
-        """Return the manifest in the folder `where`. Raises UserError, naming `where`, for a key
-        that is missing or unknown.
+        """Return the manifest in the folder `where`, from the JSON in it.
+
+        Raises UserError, naming `where`, for a key that is missing or unknown.
         """
         _check_keys(cls, data, where)
         return cls(**data)
@@ -197,12 +200,12 @@ def differences(
     defaults: Mapping[str, JSON],
     ignore_unused: bool = False,
 ) -> list[str]:
-    """Say in which settings the run that is `there` differs from one with `settings`, a line each.
+    """List in which settings the run `there` differs from one with `settings`, a line each.
 
-    The rule: a setting that stands on one side only counts on the other as its default in
-    `defaults`, which is to be what runs did before there was such a setting; without a default it
-    is a difference. With `ignore_unused`, for a record of format 0, which holds settings that its
-    method does not use too, those that are not in `settings` are not looked at.
+    A setting that only one side has counts on the other as its default in `defaults`, which says
+    what runs did before there was such a setting; without a default it is a difference. With
+    `ignore_unused`, settings that are not in `settings` are skipped: a record of format 0 also
+    holds those that its method does not use.
     """
     now, defaults = as_json(dict(settings)), as_json(dict(defaults))
     lines = []
@@ -217,7 +220,7 @@ def differences(
 
 
 def origin_differences(there: RunRecord, now: RunRecord) -> list[str]:
-    """Say in which hashes, or tasks' classes, two runs differ, a line each."""
+    """List in which hashes, or tasks' classes, two runs differ, a line each."""
     lines = [
         f"{name}: {getattr(there, name)!r} there, {getattr(now, name)!r} now"
         for name in ("backbone_sha256", "dataset_sha256")

@@ -85,7 +85,7 @@ def train_task(
 
 
 def next_call(call: int, steps: int, seconds: float) -> int:
-    """Return how many steps the next call should run, by how long `steps` of them took.
+    """Return how many steps the next call should run, given how long `steps` of them took.
 
     It grows slowly, since the first calls also compile.
     """

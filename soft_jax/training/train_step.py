@@ -36,7 +36,7 @@ class StepConfig:
     cache_queries: bool = False
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam(0.9, 0.999, eps 1e-8) with a constant learning rate."""
+        """Return Adam(0.9, 0.999, eps 1e-8) with a constant learning rate."""
         return optax.adam(self.learning_rate)
 
 
@@ -56,13 +56,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(step_config: StepConfig, adapter: Adapter, shared: Shared) -> TrainState:
-    """The state before a task's first step; the optimizer starts anew with each task."""
+    """Return the state before a task's first step; the optimizer starts anew with each task."""
     trainable = {"adapter": adapter, "shared": shared}
     return TrainState(jnp.zeros((), jnp.int32), trainable, step_config.optimizer().init(trainable))
 
 
 def stream(seed: int, name: str, task: int) -> jax.Array:
-    """The key of one named stream of randomness of one task; steps fold their own number in."""
+    """Return the key of one named stream of randomness of one task.
+
+    Steps fold their own number in.
+    """
     return jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), task
     )
@@ -74,8 +77,9 @@ def loss_fn(
     batch: Batch,
     step_config: StepConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy over the task's classes minus λ·cos(q(x), k), means over the images of
-    weight 1 (Soft-TF, section 3).
+    """Compute the loss: cross entropy over the task's classes minus λ·cos(q(x), k).
+
+    Both are means over the images of weight 1 (Soft-TF, section 3).
 
     k is the task's key, and for L2P each of the pool's keys that the batch selects (Wang et al.,
     2022, eq. 5); a method without keys has no such term, one with a memory adds its own.
@@ -133,12 +137,14 @@ def gradients(
     batch: Batch,
     step_config: StepConfig,
 ) -> tuple[pytrees.Tree, dict[str, Any]]:
-    """Gradients of every trained array, clipped to a global norm, then projected where the
-    method does; with `loss_fn`'s terms and `grad_norm` (before clipping).
+    """Compute the gradients of every trained array, and the terms of the loss.
 
-    Where `batch["freeze_g_prompt"]`, a bool, the G-prompt's are 0: Adam, fresh in each task, then
-    leaves it as it is, to the bit. Clipping divides by norm + 1e-6, as PyTorch's `clip_grad_norm_`
-    does (Optax divides by the norm alone).
+    The gradients are clipped to a global norm, then projected where the method does that. The terms
+    are `loss_fn`'s and `grad_norm` (before clipping).
+
+    Where `batch["freeze_g_prompt"]`, a bool, the G-prompt's gradients are 0: Adam, fresh in each
+    task, then leaves it as it is, to the bit. Clipping divides by norm + 1e-6, as PyTorch's
+    `clip_grad_norm_` does (Optax divides by the norm alone).
     """
     grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, step_config)
     method = step_config.method
@@ -160,8 +166,9 @@ def train_step(
     *,
     step_config: StepConfig,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on uint8 images: augment, query, gradients, Adam. `key` is the task's
-    augmentation stream.
+    """Run one step on uint8 images: augment, query, gradients, Adam.
+
+    `key` is the task's augmentation stream.
 
     Returns the new state and the scalars `loss`, `cross_entropy`, `key_similarity`, `accuracy` and
     `grad_norm`.
@@ -192,7 +199,7 @@ def train_steps(
     step_config: StepConfig,
     sharding: NamedSharding,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`count` times `train_step`, on images that are on the devices already.
+    """Run `train_step` `count` times, on images that are on the devices already.
 
     Args:
         state: as for `train_step`.
@@ -236,8 +243,9 @@ def train_steps(
 
 @functools.cache
 def compile_step(step_config: StepConfig, mesh: Mesh) -> Any:
-    """`train_step` jitted over `mesh`, the state donated. One compilation serves every task of a
-    run.
+    """Jit `train_step` over `mesh`, the state donated.
+
+    One compilation serves every task of a run.
     """
     whole, rows = replicated(mesh), by_row(mesh)
     batch = {
@@ -259,8 +267,9 @@ def compile_step(step_config: StepConfig, mesh: Mesh) -> Any:
 
 @functools.cache
 def compile_steps(step_config: StepConfig, mesh: Mesh) -> Any:
-    """`train_steps` jitted over `mesh`, the state donated: every device holds the whole pool and
-    works on its rows of each batch.
+    """Jit `train_steps` over `mesh`, the state donated.
+
+    Every device holds the whole pool and works on its rows of each batch.
     """
     steps = functools.partial(train_steps, step_config=step_config, sharding=by_row(mesh))
     return jax.jit(
@@ -270,8 +279,9 @@ def compile_steps(step_config: StepConfig, mesh: Mesh) -> Any:
 
 @functools.cache
 def compile_init(step_config: StepConfig, mesh: Mesh) -> Any:
-    """`init_state` jitted over `mesh`, of copies: a step donates its state, and others hold the
-    adapter and the shared part.
+    """Jit `init_state` over `mesh`; it copies its arguments.
+
+    A step donates its state, and others hold the adapter and the shared part.
     """
 
     def init(adapter, shared):
