@@ -204,7 +204,7 @@ class Steps:
         self._finish(terms)
 
     def one_by_one(self) -> None:
-        """Run one step a call with its images sent along, as training does with images from files."""
+        """Run a call a step with its images sent along, as training does with those of files."""
         step = train_step.compile_step(self.step_config, self.mesh)
         for index in range(self.count):
             rows, weights_ = self.sampler.batch(self.done + index)
