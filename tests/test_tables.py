@@ -153,10 +153,14 @@ def test_every_published_row_can_be_made():
         assert str(row["table"]) == "3" or row["method"] == "DER+MCG" or rows_lib.row_settings(row)
 
 
-@pytest.mark.parametrize(
-    "example", re.findall(r"table\.py:(\S+)\s+(.*)", (ROOT / "configs/table.py").read_text())
+EXAMPLES = re.findall(
+    r"^  table\.py:(\S+)\n +(.*)", (ROOT / "configs/table.py").read_text(), re.MULTILINE
 )
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_of_the_config_are_what_they_say(example):
+    assert len(EXAMPLES) == 2
     argument, meant = example
     module = runpy.run_path(str(ROOT / "configs/table.py"))
     config = config_lib.from_config_dict(module["get_config"](argument))

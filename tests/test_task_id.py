@@ -15,10 +15,6 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 DATA = Path(__file__).parent / "data"
 
 
-def init_tiny():
-    return TINY.module().init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
-
-
 def test_vote_ties_go_where_pytorchs_do():
     """Tied batches, and what torch.unique and torch.topk (2.13, CPU) made of them: [pool, ids,
     voted].
@@ -57,13 +53,15 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         jax.numpy_dtype_promotion("standard"),
     ):  # flax's LayerNorm promotes float64 with float32
         rng = np.random.default_rng(0)
-        vit = dataclasses.replace(TINY, dtype="float64")
+        vit = dataclasses.replace(TINY, depth=3, dtype="float64")
         method = tiny_method(
             architecture=vit,
-            reparametrization=soft_masks(modules=("qkv", "proj", "mlp")),
-            host=dataclasses.replace(DUALPROMPT, prefix_layout=layout),
+            reparametrization=soft_masks(modules=("qkv", "proj", "mlp"), layers=(1, 2)),
+            host=dataclasses.replace(DUALPROMPT, e_layers=(1, 2), prefix_layout=layout),
         )
-        backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), jax.eval_shape(init_tiny))
+        images = np.zeros((1, 16, 16, 3), np.float32)
+        shapes = jax.eval_shape(vit.module().init, jax.random.key(0), images)["params"]
+        backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), shapes)
         adapters = [
             jax.tree.map(
                 lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)
@@ -79,22 +77,22 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         )
         shared["head"] = jax.tree.map(lambda x: 50 * x, shared["head"])
         groups = 3
-        tokens = method.trunk(backbone, shared, rng.random((groups * size, 16, 16, 3))).reshape(
-            groups, size, 17, 24
-        )
+        tokens = jax.jit(method.trunk)(backbone, shared, rng.random((groups * size, 16, 16, 3)))
+        tokens = tokens.reshape(groups, size, 17, 24)
         weights = (np.arange(size) < np.array([[size], [size], [(size + 1) // 2]])).astype(float)
 
-        def entropy(alpha, g):
+        def entropy(alpha, adapter, kept):
             mask = jax.tree.map(
                 lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)),
                 *[a["mask"] for a in adapters],
             )
-            kept = tokens[g, : int(weights[g].sum())]
             sources = method.host.sources(jnp.arange(len(kept)), jnp.asarray(len(kept)))
-            logits = method.logits(backbone, adapters[g] | {"mask": mask}, shared, kept, sources)
+            logits = method.logits(backbone, adapter | {"mask": mask}, shared, kept, sources)
             return identity.entropy_of_top(logits, 2).mean()
 
-        expected = np.stack([jax.grad(entropy)(jnp.full(3, 1 / 3), g) for g in range(groups)])
+        gradient, uniform = jax.jit(jax.grad(entropy)), jnp.full(3, 1 / 3)
+        kept = [tokens[g, : int(weights[g].sum())] for g in range(groups)]
+        expected = np.stack([gradient(uniform, adapters[g], kept[g]) for g in range(groups)])
         effective = [method.weights(backbone, adapter) for adapter in adapters]
         mean = identity.mean_weights(iter(effective), 3)
         prompt = jnp.stack([a["prompt"] for a in adapters])
