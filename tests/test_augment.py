@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from soft_jax.data import sources
+from soft_jax.data import augmentation, sources
 from soft_jax.data.augmentation import (
     DRAWS,
     Augment,
-    augment,
     augment_file,
-    crop_and_resize,
     draw_crop,
-    prepare_test,
 )
+
+# Compiled as the training step and evaluation compile them.
+augment = jax.jit(augmentation.augment, static_argnums=2)
+crop_and_resize = jax.jit(augmentation.crop_and_resize, static_argnums=2)
+prepare_test = jax.jit(augmentation.prepare_test, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,6 @@ def test_crop_and_resize_is_pillows(images, crop, size):
 
 
 def test_random_crops_are_pillows(images, rng):
-    resize = jax.jit(crop_and_resize, static_argnums=2)
     differ = []
     for _ in range(200):
         image = images[rng.integers(len(images))]
@@ -49,7 +50,9 @@ def test_random_crops_are_pillows(images, rng):
         theirs = np.asarray(
             Image.fromarray(image).crop(box).resize((32, 32), Image.BILINEAR), np.int32
         )
-        ours = np.asarray(resize(image, jnp.array([top, left, height, width]), 32), np.int32)
+        ours = np.asarray(
+            crop_and_resize(image, jnp.array([top, left, height, width]), 32), np.int32
+        )
         assert np.abs(ours - theirs).max() <= 1
         differ.append((ours != theirs).mean())
     assert np.mean(differ) < 0.01

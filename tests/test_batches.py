@@ -117,6 +117,15 @@ def test_processes_share_a_batch_out(files, processes):
             )
 
 
+def test_files_load_where_cores_can_not_be_asked_for(files, monkeypatch):
+    """macOS has no `sched_getaffinity`."""
+    monkeypatch.delattr(batches.os, "sched_getaffinity", raising=False)
+    plan = schedule(epochs=1)
+    assert len(everything(batches.from_files(plan, files, SPEC, 0))) == plan.steps
+    monkeypatch.setattr(batches.os, "cpu_count", lambda: None)  # as Python may answer
+    assert batches._cores() == 1
+
+
 def test_a_file_that_can_not_be_read_is_named(files):
     damaged = files.take(np.array([3, 4, 5]))
     broken = sources.EncodedImages(

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from soft_jax.data import images, sources
+from soft_jax.data import images, scenarios, sources
 from soft_jax.errors import UserError
 
 
@@ -158,6 +158,20 @@ def test_digits():
     # An image of the test is in no other place.
     train = {image.tobytes() for image in dataset.train.images}
     assert sum(image.tobytes() in train for image in dataset.test.images) == 0
+
+
+def test_validation_is_taken_from_training():
+    """Each training image is in one of the two, in its order; the test is as it was."""
+    digits = sources.load("digits")
+    split = digits.with_validation(0.1, seed=3)
+    held = scenarios.hold_out(digits.train.labels, 0.1, 3)
+    for part, chosen in ((split.train, ~held), (split.validation, held)):
+        np.testing.assert_array_equal(part.images, digits.train.images[chosen])
+        np.testing.assert_array_equal(part.labels, digits.train.labels[chosen])
+    assert split.test is digits.test
+    counts = np.bincount(digits.train.labels)
+    np.testing.assert_array_equal(np.bincount(split.validation.labels), np.round(0.1 * counts))
+    assert digits.validation is None
 
 
 def test_images_of_many_shapes_stay_files(tmp_path):

@@ -122,3 +122,24 @@ def test_interleaved_sources_are_a_reshape(batch):
     halves = np.repeat(np.arange(2)[:, None], batch, axis=1)
     sources = prompts.prefix_sources("interleaved", jnp.arange(batch + 2), jnp.asarray(batch))
     np.testing.assert_array_equal(sources[:batch], halves.reshape(batch, 2))
+
+
+def test_what_is_kept_but_never_trained_is_counted(backbone):
+    """SoftNet's small values; other kinds have none."""
+    kernels = TINY.kernel_paths(("proj",), (3,))
+    for kind, fixed in ((masks.SoftNet(kernels, (3,), 0.9, True), 24 * 24), (soft_masks(), 0)):
+        method = tiny_method(reparametrization=kind)
+        adapter = jax.eval_shape(method.init_adapter, jax.random.key(0), backbone)
+        assert method.count_fixed(adapter) == fixed
+    assert tiny_method(reparametrization=None).count_fixed({}) == 0
+
+
+@pytest.mark.parametrize("host", [DUALPROMPT, hosts.L2P(), hosts.PromptHost()])
+def test_rows_are_what_an_adapter_has_of_every_task(host, backbone):
+    """A host whose tasks have no prompt has an empty row for it."""
+    method = tiny_method(host=host)
+    adapter = jax.eval_shape(method.init_adapter, jax.random.key(0), backbone)
+    drawn = {name: adapter[name].shape for name in method.row_shapes if name in adapter}
+    assert {"key": (24,)} | drawn == drawn
+    assert ("prompt" in drawn) == host.per_task
+    assert method.row_shapes == {"prompt": (0,)} | drawn

@@ -62,6 +62,9 @@ def their_backbone():
     return vit, vit.convert(checkpoint)[0]
 
 
+loss_gradients = jax.jit(jax.grad(train_step.loss_fn, has_aux=True), static_argnums=3)
+
+
 def test_a_step_of_googles_l2p():
     with np.load(DATA / "l2p.npz") as file:
         theirs = {key: file[key] for key in file.files}
@@ -79,9 +82,7 @@ def test_a_step_of_googles_l2p():
         "class_mask": np.arange(6) < 2,
     }
     step_config = train_step.StepConfig(method, learning_rate=0.01)
-    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)(
-        {"adapter": {}, "shared": shared}, backbone, batch, step_config
-    )
+    grads, terms = loss_gradients({"adapter": {}, "shared": shared}, backbone, batch, step_config)
     np.testing.assert_allclose(terms["query"], theirs["query"], **FLAX)
     for name in ("loss", "cross_entropy", "key_similarity", "logits"):
         np.testing.assert_allclose(terms[name], theirs[name], err_msg=name, **FLAX)
@@ -118,7 +119,7 @@ def test_a_step_of_pilots_dualprompt():
         "class_mask": task_of_class == 1,
     }
     step_config = train_step.StepConfig(method, learning_rate=0.001, key_loss_weight=0.1)
-    grads, terms = jax.grad(train_step.loss_fn, has_aux=True)(
+    grads, terms = loss_gradients(
         {"adapter": adapters[1], "shared": shared}, backbone, batch, step_config
     )
     for name in ("query", "loss", "cross_entropy", "key_similarity", "logits"):
@@ -136,13 +137,8 @@ def test_a_step_of_pilots_dualprompt():
     (winner,) = set(identity.majority(voted, np.zeros(count, int), 3).tolist())
     assert {winner} == set(theirs["voted"].flatten().tolist()) != {1}
     sources = method.host.sources(jnp.arange(count), jnp.asarray(count))
-    logits = method.logits(
-        backbone,
-        adapters[winner],
-        shared,
-        method.trunk(backbone, shared, theirs["images"]),
-        sources,
-    )
+    tokens = jax.jit(method.trunk)(backbone, shared, theirs["images"])
+    logits = jax.jit(method.logits)(backbone, adapters[winner], shared, tokens, sources)
     np.testing.assert_allclose(logits, theirs["voted_logits"], **CLOSE)
 
 
@@ -196,8 +192,11 @@ def test_the_published_adapters(layers):
 def test_the_published_binary_mask(layers, percent):
     scores, c = jnp.asarray(layers["wsn/scores"]), layers["wsn/c"]
     keep = masks.num_kept(percent / 100, scores.size)
-    np.testing.assert_array_equal(
-        masks.top_k_mask(jnp.abs(scores), keep), layers[f"wsn/mask_{percent}"]
-    )
-    grads = jax.grad(lambda s: jnp.sum(masks.top_k_mask(jnp.abs(s), keep) * c))(scores)
+
+    @jax.jit
+    def mask(scores):
+        return masks.top_k_mask(jnp.abs(scores), keep)
+
+    np.testing.assert_array_equal(mask(scores), layers[f"wsn/mask_{percent}"])
+    grads = jax.grad(lambda s: jnp.sum(mask(s) * c))(scores)
     np.testing.assert_array_equal(grads, layers["wsn/grad"])

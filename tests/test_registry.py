@@ -7,7 +7,7 @@ import pytest
 
 from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, Config
 from soft_jax.errors import UserError
-from soft_jax.methods import registry
+from soft_jax.methods import hosts, registry
 from tests.conftest import LAYERS, TINY, names
 
 METHODS = (
@@ -114,7 +114,7 @@ def test_every_setting_is_used_by_some_run():
         for scenario in ("equal", "increments"):
             used |= registry.used_settings(Config(method=method, scenario=scenario)).keys()
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert used == fields - set(RUNTIME_FIELDS) - {"rank"} | {"rank"}
+    assert used == fields - set(RUNTIME_FIELDS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,6 +135,7 @@ def test_each_method_is_made(method):
     [
         ({"mask_layers": (5,)}, "mask_layers: layer 5 is not one of vit_b16's layers 1 to 4"),
         ({"e_prompt_layers": (9,)}, "e_prompt_layers: layer 9 is not one of"),
+        ({"g_prompt_layers": (5,)}, "g_prompt_layers: layer 5 is not one of"),
         ({"target_modules": "qkv+ffn"}, "'ffn' is unknown; join any of qkv, qv, proj, mlp"),
         ({"target_modules": "qkv+qkv"}, "names weights twice"),
         ({"target_modules": "qv"}, "target_modules: 'qv' is for lora"),
@@ -143,9 +144,49 @@ def test_each_method_is_made(method):
             "target_modules: 'qkv+qv' names weights twice",
         ),
         ({"method": "lora", "rank": 25}, "rank: 25 is above the backbone's width, 24"),
+        ({"method": "adapter", "rank": 25}, "rank: 25 is above the backbone's width, 24"),
+        ({"mask_storage": "lowrank", "rank": 25}, "rank: 25 is above the backbone's width, 24"),
     ],
 )
 def test_what_the_backbone_does_not_have_is_named(settings, message):
     config = Config(**registry.drop_unused({**LAYERS, **settings}))
     with pytest.raises(UserError, match=re.escape(message)):
         registry.make_method(config, TINY, names(6))
+
+
+def test_settings_reach_the_method():
+    """Layers, counted from 1 in settings, count from 0 in methods, in order and each once."""
+    settings = {"mask_layers": (4,), "target_modules": "qkv+mlp", "mask_init": "ones"}
+    prompts = {
+        "e_prompt_layers": (4, 3, 3),
+        "g_prompt_layers": (1,),
+        "prefix_layout": "interleaved",
+    }
+    made = registry.make_method(Config(**settings, **prompts), TINY, names(6))
+    assert made.kernels == (
+        "blocks_3/attn/qkv/kernel",
+        "blocks_3/mlp/fc1/kernel",
+        "blocks_3/mlp/fc2/kernel",
+    )
+    assert (made.reparametrization.init_as, made.first_task_layer) == ("ones", 2)
+    assert made.host == hosts.DualPrompt((2, 3), 5, (0,), 5, "interleaved")
+    plain = registry.make_method(Config(method="dualprompt", **prompts), TINY, names(6))
+    assert plain.kernels == ()
+    pool = Config(method="l2p", pool_size=7, e_prompt_length=2, top_k=3)
+    assert registry.make_method(pool, TINY, names(6)).host == hosts.L2P(7, 2, 3)
+
+
+def test_lora_of_q_and_v_alone():
+    """The kernels that hold q, k and v are told from the others, whose columns are one block."""
+    config = Config(method="lora", target_modules="qv+proj", mask_layers=(4,), rank=3)
+    lora = registry.make_method(config, TINY, names(6)).reparametrization
+    assert lora.kernels == ("blocks_3/attn/qkv/kernel", "blocks_3/attn/proj/kernel")
+    assert (lora.fused, lora.parts, lora.rank) == (lora.kernels[:1], (0, 2), 3)
+    whole = dataclasses.replace(config, target_modules="qkv+proj")
+    assert registry.make_method(whole, TINY, names(6)).reparametrization.parts == (0, 1, 2)
+
+
+def test_a_rank_that_is_not_used_is_not_checked():
+    """What the store does with masks in steps has no rank."""
+    config = Config(mask_storage="int8", rank=193, **LAYERS)
+    assert registry.make_method(config, TINY, names(6)).kernels

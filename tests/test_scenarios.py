@@ -61,8 +61,24 @@ def test_increments_leave_the_rest_to_the_last_task(settings, sizes):
     scenario = make(scenario="increments", **settings)
     assert tuple(map(len, scenario.classes_by_task)) == sizes
     assert sum(scenario.classes_by_task, ()) == tuple(range(10))
+
+
+def test_a_first_task_larger_than_the_set_is_refused():
+    """The message names the setting that is too large."""
     with pytest.raises(UserError, match="initial_classes: 11 is above the data set's 10 classes"):
         make(scenario="increments", initial_classes=11)
+    with pytest.raises(UserError, match="increment: 12 is above the data set's 10 classes"):
+        make(scenario="increments", increment=12)
+
+
+def test_increments_take_a_seeded_order_too():
+    scenario = make(scenario="increments", increment=4, class_order_seed=7)
+    order = np.random.RandomState(7).permutation(10).tolist()
+    assert [list(classes) for classes in scenario.classes_by_task] == [
+        order[:4],
+        order[4:8],
+        order[8:],
+    ]
 
 
 def test_a_file_lists_any_classes_in_any_order(tmp_path):
@@ -94,6 +110,9 @@ def test_a_bad_file_is_one_error(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UserError, match=re.escape(message)):
         make(scenario="file", scenario_file=str(file))
+
+
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="scenario_file: .*none.json can't be read"):
         make(scenario="file", scenario_file=str(tmp_path / "none.json"))
 
@@ -120,3 +139,10 @@ def test_what_is_held_out(labels, share, seed):
     for label in np.unique(labels):
         count, taken = (labels == label).sum(), held[labels == label].sum()
         assert taken == min(round(share * count), count - 1)
+
+
+def test_another_seed_holds_out_others():
+    labels = np.repeat(np.arange(3), 40)
+    first, second = (scenarios.hold_out(labels, 0.25, seed) for seed in (1, 2))
+    assert first.sum() == second.sum() == 30
+    assert (first != second).any()

@@ -59,43 +59,42 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
             reparametrization=soft_masks(modules=("qkv", "proj", "mlp"), layers=(1, 2)),
             host=dataclasses.replace(DUALPROMPT, e_layers=(1, 2), prefix_layout=layout),
         )
-        images = np.zeros((1, 16, 16, 3), np.float32)
-        shapes = jax.eval_shape(vit.module().init, jax.random.key(0), images)["params"]
-        backbone = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape), shapes)
-        adapters = [
-            jax.tree.map(
-                lambda x: np.asarray(x, float), method.init_adapter(jax.random.key(t), backbone)
-            )
-            for t in range(3)
-        ]
-        adapters = [
-            a | {"mask": jax.tree.map(lambda m: m + rng.normal(0, 0.3, m.shape), a["mask"])}
-            for a in adapters
-        ]
-        shared = jax.tree.map(
-            lambda x: np.asarray(x, float), method.init_shared(jax.random.key(9), backbone)
-        )
-        shared["head"] = jax.tree.map(lambda x: 50 * x, shared["head"])
+        key, images = jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32)
+
+        def drawn(function, *arguments, deviation=0.3):
+            like = jax.eval_shape(function, key, *arguments)
+            return jax.tree.map(lambda x: rng.normal(0, deviation, x.shape), like)
+
+        backbone = drawn(vit.module().init, images)["params"]
+        adapters = [drawn(method.init_adapter, backbone) for _ in range(3)]
+        adapters = [a | {"mask": jax.tree.map(lambda m: 1 + m, a["mask"])} for a in adapters]
+        shared = drawn(method.init_shared, backbone, deviation=1)
         groups = 3
         tokens = jax.jit(method.trunk)(backbone, shared, rng.random((groups * size, 16, 16, 3)))
         tokens = tokens.reshape(groups, size, 17, 24)
         weights = (np.arange(size) < np.array([[size], [size], [(size + 1) // 2]])).astype(float)
 
-        def entropy(alpha, adapter, kept):
+        def entropy(alpha, masks, prompt, kept, backbone, shared):
             mask = jax.tree.map(
-                lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)),
-                *[a["mask"] for a in adapters],
+                lambda *m: sum(a * x for a, x in zip(alpha, m, strict=True)), *masks
             )
             sources = method.host.sources(jnp.arange(len(kept)), jnp.asarray(len(kept)))
-            logits = method.logits(backbone, adapter | {"mask": mask}, shared, kept, sources)
+            adapter = {"mask": mask, "prompt": prompt}
+            logits = method.logits(backbone, adapter, shared, kept, sources)
             return identity.entropy_of_top(logits, 2).mean()
 
-        gradient, uniform = jax.jit(jax.grad(entropy)), jnp.full(3, 1 / 3)
+        over_alpha, uniform = jax.jit(jax.grad(entropy)), jnp.full(3, 1 / 3)
+        masks = [a["mask"] for a in adapters]
         kept = [tokens[g, : int(weights[g].sum())] for g in range(groups)]
-        expected = np.stack([gradient(uniform, adapters[g], kept[g]) for g in range(groups)])
+        expected = np.stack(
+            [
+                over_alpha(uniform, masks, a["prompt"], images, backbone, shared)
+                for a, images in zip(adapters, kept, strict=True)
+            ]
+        )
         effective = [method.weights(backbone, adapter) for adapter in adapters]
         mean = identity.mean_weights(iter(effective), 3)
-        prompt = jnp.stack([a["prompt"] for a in adapters])
+        prompt = np.stack([a["prompt"] for a in adapters])
         gradient = identity.entropy_gradients(
             method, backbone, mean, prompt, shared, tokens, weights, 3
         )

@@ -31,6 +31,12 @@ def step_config():
     return train_step.StepConfig(tiny_method(), learning_rate=0.01, augment=Augment(16))
 
 
+def clipped(layout="separate"):
+    """A step's settings for tests of gradients alone, so that they share a program."""
+    host = dataclasses.replace(DUALPROMPT, prefix_layout=layout)
+    return train_step.StepConfig(tiny_method(host=host), learning_rate=0.01, clip_norm=0.1)
+
+
 def batch(rng, task=0, real=8, padded=8, hold=False):
     labels = np.zeros(padded, np.int32)
     labels[:real] = rng.integers(2 * task, 2 * task + 2, real)
@@ -116,9 +122,7 @@ def test_state_is_donated(step_config, backbone, rng):
 
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_padding_changes_nothing(backbone, rng, layout):
-    step_config = train_step.StepConfig(
-        tiny_method(host=dataclasses.replace(DUALPROMPT, prefix_layout=layout)), learning_rate=0.01
-    )
+    step_config = clipped(layout)
     padded = batch(rng, task=1, real=5)  # the padding's label, 0, is of another task
     exact = {k: v if k in FIXED else v[:5] for k, v in padded.items()}
     state = start(step_config, backbone)
@@ -126,7 +130,7 @@ def test_padding_changes_nothing(backbone, rng, layout):
     for one in (exact, padded):
         grads, terms = gradients(state.trainable, backbone, one, step_config)
         results.append((grads, terms["loss"]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *results)
 
 
 def test_only_adapter_and_shared_part_are_trained(step_config, backbone):
@@ -136,19 +140,18 @@ def test_only_adapter_and_shared_part_are_trained(step_config, backbone):
     assert pytrees.count(state.opt_state) == 2 * trained + 1  # two moments and a count
 
 
-def test_other_tasks_classes_get_no_gradient(step_config, backbone, rng):
-    state = start(step_config, backbone)
+def test_other_tasks_classes_get_no_gradient(backbone, rng):
+    state = start(clipped(), backbone)
     one = batch(rng, task=1)
-    grads, _ = gradients(state.trainable, backbone, one, step_config)
+    grads, _ = gradients(state.trainable, backbone, one, clipped())
     kernel = np.abs(grads["shared"]["head"]["kernel"]).max(axis=0)
     assert (kernel[[0, 1, 4, 5]] == 0).all()
     assert (kernel[[2, 3]] > 0).all()
 
 
 def test_gradients_are_clipped_to_the_global_norm(backbone, rng):
-    step_config = train_step.StepConfig(tiny_method(), learning_rate=0.01, clip_norm=0.1)
     one = batch(rng)
-    grads, terms = gradients(start(step_config, backbone).trainable, backbone, one, step_config)
+    grads, terms = gradients(start(clipped(), backbone).trainable, backbone, one, clipped())
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     assert terms["grad_norm"] > 0.1
     assert norm == pytest.approx(0.1, rel=1e-3)
@@ -161,20 +164,21 @@ def test_streams_differ_by_seed_name_and_task():
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
 
 
-def test_a_held_g_prompt_keeps_its_bits(step_config, backbone, rng):
-    """All else is trained; and what is held does not count in the norm that gradients are
-    clipped to.
-    """
+def test_a_frozen_g_prompt_keeps_its_bits(step_config, backbone, rng):
+    """All else is trained."""
     before = start(step_config, backbone)
     after, _ = run(step_config, backbone, [batch(rng, hold=True) for _ in range(3)], 1)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.trainable, after.trainable)
     assert changed["shared"] == {"g_prompt": False, "head": {"kernel": True, "bias": True}}
     assert all(jax.tree.leaves(changed["adapter"]))
-    one = batch(rng)
-    free, terms = gradients(before.trainable, backbone, one, step_config)
-    held, held_terms = gradients(
-        before.trainable, backbone, one | {"freeze_g_prompt": True}, step_config
-    )
+
+
+def test_a_frozen_g_prompt_does_not_count_in_the_norm(backbone, rng):
+    """The norm that gradients are clipped to is that of those that are trained."""
+    trainable, one = start(clipped(), backbone).trainable, batch(rng)
+    frozen = one | {"freeze_g_prompt": True}
+    free, terms = gradients(trainable, backbone, one, clipped())
+    held, held_terms = gradients(trainable, backbone, frozen, clipped())
     assert not np.asarray(held["shared"]["g_prompt"]).any()
     assert np.asarray(free["shared"]["g_prompt"]).any()
     assert held_terms["grad_norm"] < terms["grad_norm"]

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from soft_jax import pytrees
+from soft_jax.models.protocol import Preprocessing
 from soft_jax.models.vit import ViT
 from tests.conftest import TINY
 
@@ -38,12 +40,12 @@ def test_prefix_acts_only_through_attention(backbone, rng):
 
 def test_bfloat16_computes_near_float32(backbone, rng):
     images = rng.random((2, 16, 16, 3), np.float32)
+    half = dataclasses.replace(TINY, dtype="bfloat16")
     with jax.numpy_dtype_promotion("standard"):  # Flax's LayerNorm mixes in float32 statistics
-        low = ViT(dataclasses.replace(TINY, dtype="bfloat16")).apply({"params": backbone}, images)
+        low = jax.jit(half.features)(backbone, images)
     assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        low.astype(jnp.float32), ViT(TINY).apply({"params": backbone}, images), atol=0.15
-    )
+    whole = jax.jit(TINY.features)(backbone, images)
+    np.testing.assert_allclose(low.astype(jnp.float32), whole, atol=0.15)
 
 
 def test_backbone_is_an_argument_not_a_constant(backbone):
@@ -58,3 +60,40 @@ def test_sizes_that_do_not_fit():
         ValueError, match="image_size 30 is not a multiple of the backbone's patch size 4"
     ):
         dataclasses.replace(TINY, image_size=30)
+
+
+def test_where_layers_are():
+    """Paths and back; biases, and what is in no block, are no layer's kernels."""
+    paths = TINY.kernel_paths(("proj", "mlp"), (1, 3))
+    assert paths == (
+        "blocks_1/attn/proj/kernel",
+        "blocks_1/mlp/fc1/kernel",
+        "blocks_1/mlp/fc2/kernel",
+        "blocks_3/attn/proj/kernel",
+        "blocks_3/mlp/fc1/kernel",
+        "blocks_3/mlp/fc2/kernel",
+    )
+    assert [TINY.layer_of(path) for path in paths] == [1, 1, 1, 3, 3, 3]
+    assert TINY.layer_of("blocks_11/norm1/scale") == 11
+    assert TINY.layer_of("patch_embed/kernel") is None
+    assert TINY.query_layer(("blocks_2", "attn", "qkv")) == 2
+    assert TINY.query_layer(("blocks_2", "attn", "proj")) is None
+
+
+def test_every_module_has_its_kernels(backbone):
+    """All names that `target_modules` may join stand for kernels that the parameters have."""
+    layers = range(TINY.depth)
+    kernels = pytrees.select(backbone, TINY.kernel_paths(("qkv", "proj", "mlp"), layers))
+    assert len(pytrees.flatten(kernels)) == 4 * TINY.depth
+    assert TINY.kernel_paths(("qv",), layers) == TINY.kernel_paths(("qkv",), layers)
+    fused = [path for path in pytrees.flatten(kernels) if TINY.fused(path) == 3]
+    assert fused == sorted(TINY.kernel_paths(("qkv",), layers))
+
+
+def test_preprocessing_takes_mean_and_deviation_off(rng):
+    images = jnp.asarray(rng.random((2, 4, 4, 3)), jnp.float32)
+    assert Preprocessing().normalize(images) is images  # every bit as it is
+    mean, std = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.5])
+    ours = Preprocessing(tuple(mean.tolist()), tuple(std.tolist())).normalize(images)
+    expected = np.stack([(images[..., c] - mean[c]) / std[c] for c in range(3)], axis=-1)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
