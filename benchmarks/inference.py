@@ -23,6 +23,7 @@ from absl import logging
 
 from soft_jax import distributed, pytrees
 from soft_jax.config import DEFAULTS, Config
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.inference import engine, identity, prototypes, rules
 from soft_jax.inference.predictor import Predictor
 from soft_jax.methods import registry
@@ -138,7 +139,7 @@ class Requests:
         query = engine.queries(method, params, self.images, self.batching, prepared=True)
         # Keys towards single images, so that tasks share the images out.
         keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
-        classes, settings = method.num_classes, rules.RuleSettings(prototype_features=FEATURES)
+        classes, settings = method.num_classes, Config(prototype_features=FEATURES)
         projection = prototypes.projection(settings.seed, method.architecture.dim, FEATURES)
         drawn = np.random.default_rng(1).normal(0, 1e-2, (FEATURES, classes)).astype(np.float32)
         classifier = prototypes.Classifier(projection, drawn, np.ones(classes, bool))
@@ -308,7 +309,7 @@ def _write_run(arguments: argparse.Namespace, workdir: Path, count: int) -> None
     method, params = _method(arguments, classes=10 * count)
     config = _config(arguments, count)
     record = RunRecord(
-        settings=registry.used_settings(config),
+        settings=settings_lib.used_settings(config),
         backbone_sha256=NO_HASH,
         dataset_sha256=NO_HASH,
         tasks=None,

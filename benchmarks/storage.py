@@ -19,10 +19,10 @@ from soft_jax import distributed, pytrees
 from soft_jax.config import Config, from_settings
 from soft_jax.evaluation.metrics import TEST
 from soft_jax.experiment import loop
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.bank import TaskBank
 from soft_jax.experiment.run import Run, prepare
 from soft_jax.inference import rules
-from soft_jax.methods import registry
 from soft_jax.store import packing
 from soft_jax.store.folder import Reader, Store
 
@@ -79,7 +79,7 @@ def config_of(workdir: str, data_dir: str | None) -> Config:
     reader.read_record()
     trained_with = from_settings(reader.load_task_manifest(0).config)
     # Older runs say settings, too, that their method does not use.
-    config = Config(**registry.drop_unused(dataclasses.asdict(trained_with)))
+    config = Config(**settings_lib.drop_unused(dataclasses.asdict(trained_with)))
     where = config.data_dir if data_dir is None else data_dir
     return dataclasses.replace(config, data_dir=where, weights_cache_mb=2**20)
 

@@ -91,9 +91,10 @@ def _train(argv: list[str]) -> None:
         # Imported here: a wrong flag is answered at once, not after jax has started.
         from soft_jax import distributed
         from soft_jax.experiment import loop
+        from soft_jax.experiment import settings as settings_lib
         from soft_jax.methods import registry
 
-        registry.check(config)
+        settings_lib.check(config)
         if given.distributed:
             distributed.join(given.distributed)
         method = registry.parse(config.method).name
@@ -273,7 +274,7 @@ def _command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> str
 
     `overrides` are what `--set` says.
     """
-    from soft_jax.paper.folders import told_apart
+    from soft_jax.experiment.settings import told_apart
 
     dropped = set(RUNTIME_FIELDS) - set(told_apart(overrides))
     options = {name: getattr(arguments, name) for name in ("benchmark", "seeds", "rows", "set")}

@@ -30,7 +30,8 @@ import pytest
 
 from soft_jax.config import Config
 from soft_jax.data import sources
-from soft_jax.methods import hosts, masks, registry
+from soft_jax.experiment import settings as settings_lib
+from soft_jax.methods import hosts, masks
 from soft_jax.methods.method import Method
 from soft_jax.models import backbones
 from soft_jax.models.vit import ViTConfig
@@ -51,7 +52,7 @@ def tiny_config(**settings) -> Config:
     """A config of digits on the tiny backbone: its layers, and those of `settings` that the method
     has a use for.
     """
-    return Config(**registry.drop_unused({"dataset": "digits", **LAYERS, **settings}))
+    return Config(**settings_lib.drop_unused({"dataset": "digits", **LAYERS, **settings}))
 
 
 def soft_masks(init_as="uniform", modules=("qkv", "proj"), layers=(2, 3)) -> masks.SoftMask:

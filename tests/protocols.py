@@ -1,5 +1,6 @@
 """The protocols' keys as they stand in reports and manifests, and the rules behind them."""
 
+from soft_jax.config import Config
 from soft_jax.inference import rules
 
 NO_TASK_ID = "per_sample/no_task_id"
@@ -12,8 +13,12 @@ ORACLE = "oracle/task_given"
 
 
 def rules_for(method, shots=(), features=0):
-    """The rules that apply to a method, with `features` of prototypes."""
-    return rules.rules_of(method, rules.RuleSettings(0, features, shots))
+    """The rules that apply to a method, with `features` of prototypes; without shots, no vote by
+    gradients.
+    """
+    config = Config(seed=0, prototype_features=features, shots=shots or (7,))
+    applying = rules.rules_of(method, config)
+    return tuple(rule for rule in applying if shots or not isinstance(rule, rules.GradientVote))
 
 
 def keys_of(method, shots=(), features=0):

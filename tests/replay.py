@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from soft_jax import distributed, pytrees
+from soft_jax.config import Config
 from soft_jax.evaluation import evaluate, metrics
 from soft_jax.inference import engine, rules
 from soft_jax.methods import hosts, masks
@@ -132,7 +133,7 @@ def replay(path: str | Path) -> dict[str, float]:
     settings = evaluate.Settings(
         mesh, c["eval_batch"], eval_batch_size=c["eval_batch"] * c["eval_batches"]
     )
-    applying = rules.rules_of(method, rules.RuleSettings(shots=(c["shots"],)))
+    applying = rules.rules_of(method, Config(shots=(c["shots"],), prototype_features=0))
     prompt_vote, gradient_vote = rules.PromptVote().key, rules.GradientVote(c["shots"]).key
     published = {
         prompt_vote: "prompt_id",

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from soft_jax import distributed, pytrees
+from soft_jax.config import Config
 from soft_jax.inference import engine, rules
 from soft_jax.inference.predictor import Predictor
 from tests.conftest import tiny_method
@@ -172,7 +173,7 @@ def test_threads_share_a_predictor(backbone, rng, option):
     method, images = tiny_method(), rng.integers(0, 256, (8, 9, 16, 16, 3)).astype(np.uint8)
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(3)]
     shared = method.init_shared(jax.random.key(9), backbone)
-    settings_ = rules.RuleSettings(prototype_features=8)
+    settings_ = Config(prototype_features=8)
     (rule,) = rules.options()[option].of(method, settings_)
     solved = {}
     if collector := rule.collector(6):

@@ -7,6 +7,7 @@ import pytest
 
 from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, Config
 from soft_jax.errors import UserError
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.methods import hosts, registry
 from tests.conftest import LAYERS, TINY, names
 
@@ -23,7 +24,7 @@ def test_a_method_has_one_spelling(method):
     backwards = "+".join(reversed(method.split("+")))
     assert registry.parse(backwards) == registry.parse(method)
     assert registry.parse(backwards).name == method
-    assert registry.used_settings(Config(method=backwards))["method"] == method
+    assert settings_lib.used_settings(Config(method=backwards))["method"] == method
 
 
 def test_the_parts_of_a_method():
@@ -64,7 +65,7 @@ def test_the_parts_of_a_method():
 )
 def test_what_does_not_go_together_is_refused(settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        registry.check(Config(**settings))
+        settings_lib.check(Config(**settings))
 
 
 @pytest.mark.parametrize(
@@ -89,37 +90,37 @@ def test_a_setting_without_effect_is_refused_by_name(method, setting, value):
     """And is no part of what the run is."""
     default = DEFAULTS[setting]
     with pytest.raises(UserError, match=rf"^{setting}: .* has no effect with .*; leave it at"):
-        registry.check(Config(method=method, **{setting: value}))
-    registry.check(Config(method=method, **{setting: default}))
-    assert setting not in registry.used_settings(Config(method=method))
-    assert registry.drop_unused({"method": method, setting: value}) == {"method": method}
+        settings_lib.check(Config(method=method, **{setting: value}))
+    settings_lib.check(Config(method=method, **{setting: default}))
+    assert setting not in settings_lib.used_settings(Config(method=method))
+    assert settings_lib.drop_unused({"method": method, setting: value}) == {"method": method}
 
 
 def test_rank_is_used_where_masks_are_products():
-    registry.check(Config(rank=8, mask_storage="lowrank"))
-    assert "rank" in registry.used_settings(Config(mask_storage="lowrank"))
+    settings_lib.check(Config(rank=8, mask_storage="lowrank"))
+    assert "rank" in settings_lib.used_settings(Config(mask_storage="lowrank"))
 
 
 def test_layers_at_once_may_be_one_layer_too_many():
     """`layers` in a config's argument sets both; the one without effect is as the other."""
     both = {"mask_layers": (3, 4), "e_prompt_layers": (3, 4)}
-    registry.check(Config(method="softtf", **both))
+    settings_lib.check(Config(method="softtf", **both))
     with pytest.raises(UserError, match="e_prompt_layers"):
-        registry.check(Config(method="softtf", **both | {"e_prompt_layers": (5,)}))
+        settings_lib.check(Config(method="softtf", **both | {"e_prompt_layers": (5,)}))
 
 
 def test_every_setting_is_used_by_some_run():
     used = set()
     for method in METHODS:
         for scenario in ("equal", "increments"):
-            used |= registry.used_settings(Config(method=method, scenario=scenario)).keys()
+            used |= settings_lib.used_settings(Config(method=method, scenario=scenario)).keys()
     fields = {field.name for field in dataclasses.fields(Config)}
     assert used == fields - set(RUNTIME_FIELDS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_made(method):
-    settings = registry.drop_unused({"method": method, **LAYERS})
+    settings = settings_lib.drop_unused({"method": method, **LAYERS})
     made = registry.make_method(Config(**settings), TINY, names(6))
     parts = registry.parse(method)
     assert isinstance(made.host, parts.host)
@@ -149,7 +150,7 @@ def test_each_method_is_made(method):
     ],
 )
 def test_what_the_backbone_does_not_have_is_named(settings, message):
-    config = Config(**registry.drop_unused({**LAYERS, **settings}))
+    config = Config(**settings_lib.drop_unused({**LAYERS, **settings}))
     with pytest.raises(UserError, match=re.escape(message)):
         registry.make_method(config, TINY, names(6))
 

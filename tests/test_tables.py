@@ -24,7 +24,7 @@ from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures, report
 from soft_jax.evaluation.published import published_rows
 from soft_jax.experiment import loop
-from soft_jax.experiment.run import rule_settings
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.hooks import Hooks
 from soft_jax.inference import rules
 from soft_jax.methods import registry
@@ -145,7 +145,7 @@ def test_every_published_row_can_be_made():
                 config = rows_lib.config_of(row, benchmark, {}, seed=1)
                 assert config.seed == rows_lib.BENCHMARKS[benchmark]["seed"] + 1
                 method = method_of(config)
-                keys = {rule.key for rule in rules.rules_of(method, rule_settings(config))}
+                keys = {rule.key for rule in rules.rules_of(method, config)}
                 assert set(row.published) <= {*keys, "per_sample"}
                 seen += 1
     assert seen > 60
@@ -453,8 +453,8 @@ def test_a_run_is_finished_with_its_last_task(old_tables):
 def test_a_setting_that_comes_later_moves_nothing(monkeypatch):
     """A folder's name says what differs from the defaults."""
     config = rows_lib.config_of(row_of("methods", "head"), "c100_10", {"epochs": 2}, 0)
-    before, used = folders.folder_of(config), registry.used_settings
-    monkeypatch.setattr(registry, "used_settings", lambda config: used(config) | {"new": 1})
+    before, used = folders.folder_of(config), settings_lib.used_settings
+    monkeypatch.setattr(settings_lib, "used_settings", lambda config: used(config) | {"new": 1})
     monkeypatch.setattr(folders, "DEFAULTS", {**DEFAULTS, "new": 1})
     assert folders.folder_of(config) == before
     monkeypatch.setattr(folders, "DEFAULTS", {**DEFAULTS, "new": 2})
@@ -757,7 +757,7 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method
         "checkpoint_every": 2,
         **LAYERS,
     }
-    config = Config(**registry.drop_unused(settings))
+    config = Config(**settings_lib.drop_unused(settings))
     once = loop.run(config, tmp_path, Console(quiet=True))
     arrays = Reader(tmp_path).load_task_manifest(1).sha256
     shutil.rmtree(tmp_path / "tasks/001")

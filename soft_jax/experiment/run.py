@@ -20,6 +20,7 @@ from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
 from soft_jax.evaluation import evaluate
 from soft_jax.evaluation.metrics import TEST, VALIDATION
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
 from soft_jax.inference import engine, rules
@@ -275,11 +276,6 @@ class Run:
 _init_prompts = jax.jit(Method.init_prompts, static_argnums=0)
 
 
-def rule_settings(config: Config) -> rules.RuleSettings:
-    """Return what task-identity rules need of the settings."""
-    return rules.RuleSettings(config.seed, config.prototype_features, config.shots)
-
-
 def step_config_of(config: Config, method: Method, on_device: bool) -> StepConfig:
     """Return what a training step needs of the settings.
 
@@ -315,8 +311,8 @@ def prepare(
     `mesh` defaults to all devices, `dataset` to what `config` names. Raises UserError for anything
     that does not fit, before training, and Preempted after a signal.
     """
-    registry.check(config)
-    used = registry.used_settings(config)
+    settings_lib.check(config)
+    used = settings_lib.used_settings(config)
     store.compare_settings(used, DEFAULTS)  # before anything is downloaded
     by_host = ("data_dir", "backbone_path", "scenario_file")  # those may differ by host
     distributed.check_equal(dataclasses.asdict(config) | dict.fromkeys(by_host))
@@ -375,7 +371,7 @@ def prepare(
         backbone=backbone,
         params=distributed.to_global(backbone.params, distributed.replicated(mesh)),
         method=method,
-        rules=rules.rules_of(method, rule_settings(config)),
+        rules=rules.rules_of(method, config),
         step_config=step_config_of(config, method, on_device=in_memory),
         mesh=mesh,
         store=store,

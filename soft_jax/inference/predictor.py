@@ -306,12 +306,11 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
 def _rule(config: Config, method: Method, task_id: str) -> TaskIdentityRule:
     """Return the rule of option `task_id`. Raises UserError where this run has no use for it."""
     wanted = rules.options()[task_id]
-    settings = rules.RuleSettings(config.seed, config.prototype_features, config.shots)
-    if found := wanted.of(method, settings):
+    if found := wanted.of(method, config):
         return found[0]
     if not method.by_task and wanted is rules.PromptId:
         return NoTaskId()
-    applying = (rule.of(method, settings) for rule in rules.options().values())
+    applying = (rule.of(method, config) for rule in rules.options().values())
     known = ", ".join(repr(rule.option) for found in applying for rule in found)
     raise UserError(
         f"task_id: {task_id!r} means nothing for this run of {config.method}; take one of "

@@ -21,25 +21,19 @@ are all outputs of the head, also those that are not trained yet.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
 
 from soft_jax import pytrees
+from soft_jax.config import Config
 from soft_jax.inference import engine, identity, prototypes
 from soft_jax.inference.engine import Batching, Model
 from soft_jax.methods.method import Method
+from soft_jax.methods.registry import Parts
 
 PER_SAMPLE, BATCH_VOTE, ORACLE = "per_sample", "batch_vote", "oracle"
-
-
-class RuleSettings(NamedTuple):
-    """What rules need of a run's settings; see `Config` for each."""
-
-    seed: int = 0
-    prototype_features: int = 0
-    shots: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,15 +140,22 @@ class TaskIdentityRule:
     voted_by: "ClassVar[type[TaskIdentityRule] | None]" = None
     # Whether the task is named by statistics that a task leaves behind, beside its adapter.
     keeps_statistics: ClassVar[bool] = False
+    # The fields of `Config` that no part of a method uses but this rule.
+    settings: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def of(cls, method: Method, settings: RuleSettings) -> tuple[Self, ...]:
+    def of(cls, method: Method, config: Config) -> tuple[Self, ...]:
         """Return the rules of this class that apply to a method: one, none or several."""
-        return (cls(),) if cls.applies(method) else ()
+        return cls.from_config(config, method) if cls.applies(method) else ()
 
     @classmethod
-    def applies(cls, method: Method) -> bool:
-        """Whether the rule means anything for a method."""
+    def from_config(cls, config: Config, method: Method) -> tuple[Self, ...]:
+        """Make the rules of this class, for a method that it applies to."""
+        return (cls(),)
+
+    @classmethod
+    def applies(cls, method: Method | Parts) -> bool:
+        """Whether the rule means anything for a method, made or only named."""
         return method.by_task
 
     @classmethod
@@ -210,7 +211,7 @@ class NoTaskId(TaskIdentityRule):
     needs_query: ClassVar[bool] = False
 
     @classmethod
-    def applies(cls, method: Method) -> bool:
+    def applies(cls, method: Method | Parts) -> bool:
         """Whether tasks have nothing of their own."""
         return not method.by_task
 
@@ -243,9 +244,9 @@ class GradientId(TaskIdentityRule):
     option: ClassVar[str] = "gradient"
 
     @classmethod
-    def applies(cls, method: Method) -> bool:
+    def applies(cls, method: Method | Parts) -> bool:
         """Whether tasks replace kernels, which can be superposed."""
-        return bool(method.kernels)
+        return method.replaces_kernels
 
     def identify(self, images: ImageBatch) -> np.ndarray:
         """Return each image's task by its own gradient."""
@@ -260,16 +261,16 @@ class Prototype(TaskIdentityRule):
     title: ClassVar[str] = "CIL per_sample, prototype"
     option: ClassVar[str] = "prototype"
     keeps_statistics: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("prototype_features",)
     seed: int
     dim: int
     features: int
 
     @classmethod
-    def of(cls, method: Method, settings: RuleSettings) -> tuple[Self, ...]:
-        """Return one rule where tasks matter and statistics are kept."""
-        if not method.by_task or not settings.prototype_features:
-            return ()
-        return (cls(settings.seed, method.architecture.dim, settings.prototype_features),)
+    def from_config(cls, config: Config, method: Method) -> tuple[Self, ...]:
+        """Make one rule where statistics are kept."""
+        features = config.prototype_features
+        return (cls(config.seed, method.architecture.dim, features),) if features else ()
 
     @functools.cached_property
     def projection(self) -> np.ndarray:
@@ -328,7 +329,7 @@ class PoolVote(_Vote):
     title: ClassVar[str] = "CIL batch_vote, pool *"
 
     @classmethod
-    def applies(cls, method: Method) -> bool:
+    def applies(cls, method: Method | Parts) -> bool:
         """Whether images select prompts and tasks have nothing of their own."""
         return method.host.pools and not method.by_task
 
@@ -352,12 +353,18 @@ class PromptVote(_Vote):
 class GradientVote(_Vote):
     """∂H/∂α on the first `shots` images of a batch (0: all), for all of it."""
 
+    settings: ClassVar[tuple[str, ...]] = ("shots",)
     shots: int
 
     @classmethod
-    def of(cls, method: Method, settings: RuleSettings) -> tuple[Self, ...]:
-        """Return a rule for each number of shots."""
-        return tuple(cls(shots) for shots in settings.shots) if method.kernels else ()
+    def from_config(cls, config: Config, method: Method) -> tuple[Self, ...]:
+        """Make a rule for each number of shots."""
+        return tuple(cls(shots) for shots in config.shots)
+
+    @classmethod
+    def applies(cls, method: Method | Parts) -> bool:
+        """Whether tasks replace kernels, which can be superposed."""
+        return method.replaces_kernels
 
     @property
     def name(self) -> str:
@@ -388,7 +395,7 @@ class TaskGiven(TaskIdentityRule):
     needs_query: ClassVar[bool] = False
 
     @classmethod
-    def applies(cls, method: Method) -> bool:
+    def applies(cls, method: Method | Parts) -> bool:
         """Whether a task can be given: always."""
         return True
 
@@ -416,9 +423,9 @@ RULES: dict[str, type[TaskIdentityRule]] = {
 }
 
 
-def rules_of(method: Method, settings: RuleSettings) -> tuple[TaskIdentityRule, ...]:
+def rules_of(method: Method, config: Config) -> tuple[TaskIdentityRule, ...]:
     """Return the rules that apply to a method, each a row of its report."""
-    return tuple(rule for each in RULES.values() for rule in each.of(method, settings))
+    return tuple(rule for each in RULES.values() for rule in each.of(method, config))
 
 
 def class_of(key: str) -> type[TaskIdentityRule]:

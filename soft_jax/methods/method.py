@@ -73,6 +73,11 @@ class Method:
         return self.reparametrization.kernels if self.reparametrization else ()
 
     @property
+    def replaces_kernels(self) -> bool:
+        """Whether tasks have kernels of their own, which can be superposed."""
+        return bool(self.kernels)
+
+    @property
     def by_task(self) -> bool:
         """Whether a task has anything of its own, so that an image's task has to be identified."""
         return self.reparametrization is not None or self.host.per_task

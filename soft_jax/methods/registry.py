@@ -1,4 +1,4 @@
-"""The grammar of a config's `method`, and what each part of it is made of and makes use of.
+"""The grammar of a config's `method`, and what each part of it is made of.
 
 A method is a prompt host, a strategy and a reparametrization, each of which may be absent, joined
 by "+" in any order: "dualprompt+pgp+softtf". Or it is one part that stands alone. To add a part,
@@ -6,11 +6,9 @@ write its class in a module of its kind, and its line here.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, Config
-from soft_jax.data import scenarios
+from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.methods.hosts import L2P, DualPrompt, PromptHost
 from soft_jax.methods.low_rank import Bottleneck, LoRA
@@ -39,11 +37,6 @@ REPARAMETRIZATIONS: dict[str, type[Reparametrization]] = {
     "adapter": Bottleneck,
 }
 HEAD, FINE_TUNING = "head", "ft"  # train the classifier alone, and the whole network
-
-# What methods without the part in question have no use for.
-_QUERY_SETTINGS = ("key_loss_weight", "cache_queries")
-_TASK_SETTINGS = ("prototype_features",)
-_KERNEL_SETTINGS = ("shots",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +76,28 @@ class Parts:
         """Return the classes of the parts that are there."""
         return tuple(x for x in (self.host, self.strategy, self.reparametrization) if x)
 
+    @property
+    def by_task(self) -> bool:
+        """Whether tasks have something of their own, as `Method.by_task`."""
+        return self.host.per_task or self.reparametrization is not None
+
+    @property
+    def queries(self) -> bool:
+        """Whether q(x) chooses something, as `Method.queries`."""
+        return self.by_task or self.host.pools
+
+    @property
+    def replaces_kernels(self) -> bool:
+        """Whether tasks have kernels of their own, as `Method.replaces_kernels`."""
+        return bool(self.reparametrization and self.reparametrization.replaces_kernels)
+
+    def settings_used(self, config: Config) -> set[str]:
+        """Return the fields of `config` that the parts use."""
+        used = {*self.host.settings, *(self.strategy.settings if self.strategy else ())}
+        if self.reparametrization:
+            used.update(self.reparametrization.settings_used(config))
+        return used
+
 
 def stand_alone() -> tuple[str, ...]:
     """Return the names that no other joins."""
@@ -118,79 +133,10 @@ def parse(method: str) -> Parts:
     return dataclasses.replace(parts, whole_network=fine_tunes or method == FINE_TUNING)
 
 
-def _all_parts() -> tuple[type, ...]:
-    return (*HOSTS.values(), *STRATEGIES.values(), *REPARAMETRIZATIONS.values())
-
-
-def _unused(config: Config) -> dict[str, str]:
-    """Return the settings that have no effect beside the others, and what they would need."""
-    parts = parse(config.method)
-    used = set(parts.host.settings)
-    if parts.strategy:
-        used.update(parts.strategy.settings)
-    if parts.reparametrization:
-        used.update(parts.reparametrization.settings_used(config))
-    by_task = parts.host.per_task or parts.reparametrization is not None
-    kernels = bool(parts.reparametrization and parts.reparametrization.replaces_kernels)
-    of_parts = {name for part in _all_parts() for name in part.settings}
-    unused = dict.fromkeys(of_parts - used, f"method {parts.name!r}")
-    for names, needed in (
-        (_QUERY_SETTINGS, by_task or parts.host.pools),
-        (_TASK_SETTINGS, by_task),
-        (_KERNEL_SETTINGS, kernels),
-    ):
-        unused |= {} if needed else dict.fromkeys(names, f"method {parts.name!r}")
-    scenario = scenarios.SCENARIOS.get(config.scenario)
-    if scenario:
-        of_scenarios = {name for each in scenarios.SCENARIOS.values() for name in each.settings}
-        unused |= dict.fromkeys(
-            of_scenarios - set(scenario.settings), f"scenario {config.scenario!r}"
-        )
-    return unused
-
-
-def check(config: Config) -> None:
-    """Raise UserError for a setting that is no good beside the others, or that has no effect.
-
-    `layers` in a config's argument sets the E-prompt's and the masked layers at once: where one of
-    them is not used, it may be as the other.
-    """
-    parts = parse(config.method)
-    scenarios.check(config)
-    for part in parts.classes:
-        part.check(config)
-    layers = {"e_prompt_layers": "mask_layers", "mask_layers": "e_prompt_layers"}
-    unused = _unused(config)
-    for name, where in unused.items():
-        value = getattr(config, name)
-        twin = layers.get(name)
-        if value == DEFAULTS[name] or (
-            twin and twin not in unused and value == getattr(config, twin)
-        ):
-            continue
-        raise UserError(
-            f"{name}: {value!r} has no effect with {where}; leave it at {DEFAULTS[name]!r}"
-        )
-
-
-def drop_unused(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings`, some of a `Config`'s fields, without those that have no effect."""
-    unused = _unused(Config(**settings))
-    return {name: value for name, value in settings.items() if name not in unused}
-
-
-def used_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that make a run what it is, with the method in its one spelling.
-
-    Settings without effect here, and runtime settings, are left out.
-    """
-    unused = _unused(config)
-    settings = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in unused and name not in RUNTIME_FIELDS
-    }
-    return settings | {"method": parse(config.method).name}
+def settings_of_parts() -> set[str]:
+    """Return the fields of `Config` that some part of a method uses."""
+    parts = (*HOSTS.values(), *STRATEGIES.values(), *REPARAMETRIZATIONS.values())
+    return {name for part in parts for name in part.settings}
 
 
 def make_method(config: Config, architecture: Architecture, class_names: Sequence[str]) -> Method:

@@ -11,21 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from soft_jax.config import DEFAULTS, Config
-from soft_jax.methods import registry
-
-
-def told_apart(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return which of the settings that say where things are also say what a run is.
-
-    That is a backbone's file, and a folder of images or a file of tasks where `settings`, some of a
-    `Config`'s fields, name these.
-    """
-    names = ["backbone_path"]
-    if settings.get("dataset") == "folder":
-        names.append("data_dir")
-    if settings.get("scenario") == "file":
-        names.append("scenario_file")
-    return tuple(names)
+from soft_jax.experiment import settings as settings_lib
 
 
 def folder_of(config: Config) -> str:
@@ -34,8 +20,8 @@ def folder_of(config: Config) -> str:
     Its name is made of the run's method and benchmark, a digest of the settings that differ from
     the defaults, and its seed.
     """
-    used = registry.used_settings(config)
-    paths = {name: getattr(config, name) for name in told_apart(used)}
+    used = settings_lib.used_settings(config)
+    paths = {name: getattr(config, name) for name in settings_lib.told_apart(used)}
     changed = {
         # 100 and 100.0 are one setting, and so one folder.
         name: float(value) if type(DEFAULTS[name]) is float else value

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import report
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.inference import rules
-from soft_jax.methods import registry
 from soft_jax.paper.lines import EACH_IMAGE, Line, bound, grouping_of, rule_of, statistics
 from soft_jax.paper.rows import Row, fixed
 
@@ -299,7 +299,7 @@ def conditions(
             if overrides.get(key, value) != value:
                 own.setdefault(key, []).append(row.number)
     for number, (config, *_) in configs.items():
-        used = registry.used_settings(config)
+        used = settings_lib.used_settings(config)
         for key, value in overrides.items():
             if key not in used and getattr(config, key) != value:
                 without_effect.setdefault(key, []).append(number)

@@ -316,10 +316,10 @@ def config_of(row: Row, benchmark: str, overrides: Settings, seed: int) -> Confi
 
     Raises UserError as `settings_of` does, and for a setting that is no good.
     """
-    from soft_jax.methods import registry
+    from soft_jax.experiment import settings as settings_lib
 
-    config = Config(**registry.drop_unused(settings_of(row, benchmark, overrides, seed)))
-    registry.check(config)
+    config = Config(**settings_lib.drop_unused(settings_of(row, benchmark, overrides, seed)))
+    settings_lib.check(config)
     return config
 
 

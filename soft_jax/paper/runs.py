@@ -10,7 +10,7 @@ from rich.console import Console
 
 from soft_jax.config import DEFAULTS, Config
 from soft_jax.errors import UserError
-from soft_jax.methods import registry
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.paper import folders
 from soft_jax.paper.rows import Row, config_of, settings_of
 from soft_jax.store.folder import Reader
@@ -48,7 +48,7 @@ def finished(planned: PlannedRun) -> list[TaskManifest] | None:
     if not tasks or not (planned.folder / "config.json").exists():
         return None
     # A folder is named for a digest: what is in it has the last word.
-    reader.compare_settings(registry.used_settings(planned.config), DEFAULTS)
+    reader.compare_settings(settings_lib.used_settings(planned.config), DEFAULTS)
     last = reader.load_task_manifest(tasks[-1])
     if planned.config.scenario == "file":
         return None  # its tasks are compared where the run is prepared, which trains nothing anew
