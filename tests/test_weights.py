@@ -1,5 +1,9 @@
+import _thread
 import dataclasses
 import hashlib
+import http.server
+import socket
+import threading
 from pathlib import Path
 
 import jax
@@ -68,13 +72,14 @@ def test_google_released_numbering(google):
     )
 
 
-def test_every_array_is_used_or_named(google):
+def test_every_array_is_used_or_refused(google):
     arrays = google_arrays(google)
     vit = google_config(arrays)
-    params, left_out = vit.convert(arrays | {"surprise": np.zeros(3)})
-    assert "surprise" in left_out
+    params, left_out = vit.convert(arrays)
     used = sum(v.size for k, v in arrays.items() if k not in left_out)
     assert pytrees.count(params) == used
+    with pytest.raises(ValueError, match="array 'surprise' has no place in this ViT"):
+        vit.convert(arrays | {"surprise": np.zeros(3)})
 
 
 def test_bundled_backbone():
@@ -117,7 +122,7 @@ def test_file_that_does_not_fit(tmp_path, google):
     with pytest.raises(UserError, match=r"array 'blocks.3.mlp.fc1.bias' is missing"):
         backbones.load("vit_ti8_32", str(file))
     np.savez(file, **timm | {"norm.weight": np.zeros(7, np.float16)})
-    with pytest.raises(UserError, match=r"norm/scale is \(7,\), expected \(192,\)"):
+    with pytest.raises(UserError, match=r"array 'norm.weight' is \(7,\), expected \(192,\)"):
         backbones.load("vit_ti8_32", str(file))
     np.savez(file, **timm | {"blocks.12.norm1.weight": np.zeros(192, np.float16)})
     with pytest.raises(UserError, match="13 layers, expected 12"):
@@ -163,20 +168,32 @@ def test_files_that_can_not_be_read(tmp_path):
         backbones.load("vit_ti8_32", image_size=30)
 
 
-def test_download(tmp_path, monkeypatch):
-    """From a URL into the cache; a failed download leaves nothing behind and says where to put a
-    copy.
-    """
+@pytest.fixture
+def far(tmp_path, monkeypatch):
+    """A backbone "vit_far" with a URL, its file there, and an empty cache."""
     origin = tmp_path / "origin" / "ViT-B_16.npz"
     origin.parent.mkdir()
     origin.write_bytes(backbones.locate("vit_ti8_32").read_bytes())
     source = dataclasses.replace(
-        backbones.BACKBONES["vit_ti8_32"], file=origin.name, url=origin.as_uri()
+        backbones.BACKBONES["vit_ti8_32"], file=origin.name, url=origin.as_uri(), sha256=""
     )
     monkeypatch.setitem(backbones.BACKBONES, "vit_far", source)
     monkeypatch.setattr(backbones, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("no_proxy", "*")
+    return origin
+
+
+def change_far(monkeypatch, **fields):
+    source = dataclasses.replace(backbones.BACKBONES["vit_far"], **fields)
+    monkeypatch.setitem(backbones.BACKBONES, "vit_far", source)
+
+
+def test_download(far, tmp_path, monkeypatch):
+    """From a URL into the cache; a failed download leaves nothing behind and says where to put a
+    copy.
+    """
     assert pytrees.count(backbones.load("vit_far").params) == 5_379_264
-    origin.unlink()
+    far.unlink()
     assert backbones.load("vit_far").name == "vit_far"  # from the cache
     monkeypatch.setattr(backbones, "CACHE", tmp_path / "empty")
     with pytest.raises(
@@ -184,6 +201,161 @@ def test_download(tmp_path, monkeypatch):
     ):
         backbones.load("vit_far")
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def resaved(file):
+    """Write other bytes of the same arrays to `file`; return their SHA-256."""
+    arrays = dict(np.load(backbones.locate("vit_ti8_32")))
+    np.savez(file, **{name: arrays[name] for name in reversed(arrays)})
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_the_first_download_is_remembered(far, tmp_path):
+    first = backbones.load("vit_far").fingerprint
+    cached = tmp_path / "cache/ViT-B_16.npz"
+    record = tmp_path / "cache/ViT-B_16.npz.sha256"
+    assert record.read_text() == f"{first}  ViT-B_16.npz\n"
+    # The copy changes.
+    other = resaved(cached)
+    with pytest.raises(UserError, match=rf"ViT-B_16.npz has SHA-256 {other}, but .* had {first}"):
+        backbones.load("vit_far")
+    # It is fetched again, and the publisher's has changed.
+    cached.unlink()
+    assert resaved(far) == other
+    with pytest.raises(UserError, match=rf"has SHA-256 {other}, but .* had {first}; delete it"):
+        backbones.load("vit_far")
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [record.name]
+    # What the message says helps.
+    record.unlink()
+    assert backbones.load("vit_far").fingerprint == other
+
+
+def test_a_cached_copy_of_before_is_remembered_too(far, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/ViT-B_16.npz").write_bytes(far.read_bytes())
+    sha256 = backbones.load("vit_far").fingerprint
+    assert (tmp_path / "cache/ViT-B_16.npz.sha256").read_text().startswith(sha256)
+
+
+def test_the_publishers_sha256_is_held_against_a_download(far, tmp_path, monkeypatch):
+    right = hashlib.sha256(far.read_bytes()).hexdigest()
+    change_far(monkeypatch, sha256=right)
+    other = resaved(far)
+    with pytest.raises(UserError, match=f"SHA-256 {other}, but its publisher gives {right}"):
+        backbones.load("vit_far")
+    assert list((tmp_path / "cache").iterdir()) == []
+    # A bundled file is compared as well.
+    change_far(monkeypatch, url="", file="vit_ti8_32.npz", sha256="0" * 64)
+    with pytest.raises(UserError, match=f"SHA-256 {right}, but its publisher gives 0000"):
+        backbones.load("vit_far")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Redirects to its storage with the SHA-256 of what is there, as the Hugging Face Hub does.
+
+    /hub: the right one; /wrong: another; /short: half of what it promises; /stalled: half of it,
+    then silence; /missing: 404.
+    """
+
+    content = b""
+    sha256 = ""
+    go_on = threading.Event()
+
+    def do_GET(self):
+        if self.path in ("/hub", "/wrong"):
+            self.send_response(302)
+            self.send_header("Location", "/storage")
+            linked = self.sha256 if self.path == "/hub" else "f" * 64
+            self.send_header("X-Linked-Etag", f'"{linked}"')
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        else:
+            whole = self.path == "/storage"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.content)))
+            self.end_headers()
+            self.wfile.write(self.content if whole else self.content[: len(self.content) // 2])
+            if self.path == "/stalled":
+                self.wfile.flush()
+                self.go_on.wait(30)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(far):
+    Hub.content = far.read_bytes()
+    Hub.sha256 = hashlib.sha256(Hub.content).hexdigest()
+    Hub.go_on.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    Hub.go_on.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_hubs_sha256_is_held_against_a_download(hub, tmp_path, monkeypatch):
+    change_far(monkeypatch, url=f"{hub}/wrong")
+    with pytest.raises(UserError, match=f"SHA-256 {Hub.sha256}, but its publisher gives ffff"):
+        backbones.load("vit_far")
+    assert list((tmp_path / "cache").iterdir()) == []
+    change_far(monkeypatch, url=f"{hub}/hub")
+    assert backbones.load("vit_far").fingerprint == Hub.sha256
+
+
+@pytest.mark.parametrize(
+    ("page", "because"),
+    [
+        ("missing", "HTTP Error 404"),
+        ("short", "5399925 of 10799850 bytes arrived"),
+        ("stalled", "no answer for 0.3 seconds|timed out"),
+    ],
+)
+def test_a_download_that_breaks_off_leaves_nothing(hub, tmp_path, monkeypatch, page, because):
+    monkeypatch.setattr(backbones, "PATIENCE", 0.3)
+    change_far(monkeypatch, url=f"{hub}/{page}")
+    with pytest.raises(UserError, match=rf"from {hub}/{page} \(.*({because})") as raised:
+        backbones.load("vit_far")
+    assert "backbone_path=FILE" in str(raised.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_look_up_without_end_is_given_up(far, tmp_path, monkeypatch):
+    """The look-up of a host's name takes no time limit, and hears no signal."""
+    go_on = threading.Event()
+
+    def hang(*_, **__):
+        go_on.wait(30)
+        raise OSError("the look-up ended")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(backbones, "PATIENCE", 0.3)
+    change_far(monkeypatch, url="http://weights.example/ViT-B_16.npz")
+    with pytest.raises(UserError, match="no answer for 0.3 seconds"):
+        backbones.load("vit_far")
+    go_on.set()
+
+
+def test_ctrl_c_ends_a_download(hub, tmp_path, monkeypatch):
+    """It is heard while the network is silent, and no partial file stays."""
+    change_far(monkeypatch, url=f"{hub}/stalled")
+    started = backbones._Transfer.finish
+
+    def finish(transfer):
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        started(transfer)
+
+    monkeypatch.setattr(backbones._Transfer, "finish", finish)
+    with pytest.raises(KeyboardInterrupt):
+        backbones.load("vit_far")
+    assert not Hub.go_on.is_set()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_tiny_config_is_what_the_tests_say():

@@ -1,39 +1,55 @@
 """Pre-trained backbones: where they are found, and their arrays under our names.
 
-Two namings are read, from `.npz` and `.safetensors` files: Google's ViT releases
-(`Transformer/encoderblock_0/...`) and timm's (`blocks.0.attn.qkv.weight`), which is also that of
-its models on the Hugging Face Hub. Every array of a file is used, or reported by name as left out.
+A backbone is one of `BACKBONES`, or any plain Vision Transformer of timm by its name, with the path
+of its file (or of a folder as the Hugging Face Hub has it). Files are `.npz` or `.safetensors`, and
+their arrays are named as Google's ViT releases do it (`Transformer/encoderblock_0/...`) or timm's
+models (`blocks.0.attn.qkv.weight`).
+
+Those of `BACKBONES` get pixels in [0, 1], as the published code feeds them; those by a timm name
+get them normalized by the mean and standard deviation that they were trained with.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import http.client
 import io
 import os
-import shutil
+import re
+import threading
+import time
 import urllib.error
 import urllib.request
 from importlib import resources
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 
-from soft_jax import pytrees
+from soft_jax import paths, pytrees
 from soft_jax.cache import CACHE
 from soft_jax.errors import UserError
+from soft_jax.models import timm_config, vit_checkpoints
 from soft_jax.models.protocol import Architecture
 from soft_jax.models.vit import ViTConfig
+
+# Seconds without a byte from the network after which a download has failed.
+PATIENCE = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A named backbone: its sizes, its file, and where the file can be had (bundled when `url`
     is empty).
+
+    `sha256` (hex) is that of the file, where its publisher gives it.
     """
 
     architecture: Architecture
     file: str
     url: str = ""
+    sha256: str = ""
 
 
 def _vit(image_size: int, patch_size: int, dim: int, depth: int, heads: int) -> ViTConfig:
@@ -69,7 +85,11 @@ BACKBONES = {
     ),
     # Supervised on Tiny-ImageNet at 32 pixels, 17.6% top-1: weak, but pre-trained; it ships with
     # the package.
-    "vit_ti8_32": Source(_vit(32, 8, 192, 12, 3), "vit_ti8_32.npz"),
+    "vit_ti8_32": Source(
+        _vit(32, 8, 192, 12, 3),
+        "vit_ti8_32.npz",
+        sha256="222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de",
+    ),
 }
 
 
@@ -77,8 +97,11 @@ BACKBONES = {
 class Backbone:
     """Frozen parameters with what identifies them.
 
-    `params` is the float32 tree of `ViT`; `fingerprint` the hex SHA-256 of the file (what
-    `sha256sum` prints); `left_out` the arrays of the file that the ViT has no use for.
+    `params` is the float32 tree of `ViT`. `fingerprint` is the hex SHA-256 of the file (what
+    `sha256sum` prints) for those of `BACKBONES`; for those by a timm name it is one of that and of
+    what the arrays don't show (heads, mean, standard deviation). `left_out` are the arrays of the
+    file that the features don't need, `notes` sentences for the user on what of its `config.json`
+    is not followed.
     """
 
     name: str
@@ -86,89 +109,311 @@ class Backbone:
     params: pytrees.Tree
     fingerprint: str
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32") -> Backbone:
+    """Load backbone `name` for images of `image_size` pixels (0: its own size).
+
+    `path` is its file or the folder of it. Raises UserError when the file cannot be had, is
+    damaged, is not what it was at its first download, or does not fit the backbone.
+    """
+    file = locate(name, path)
+    try:
+        raw = paths.read_bytes(file)
+    except OSError as error:
+        raise UserError(f"backbone: {file} can't be read: {error}") from error
+    fingerprint = hashlib.sha256(raw).hexdigest()
+    source = BACKBONES.get(name)
+    if source and not path:
+        _check_sha256(source, file, fingerprint)
+    arrays = _arrays(file, raw)
+    try:
+        if source:
+            native, notes = source.architecture, _notes(source, file)
+        else:
+            native, notes = _timm_architecture(name, file, arrays, image_size)
+            unseen = f"{native.heads} {native.preprocessing}"
+            fingerprint = hashlib.sha256(f"{fingerprint} {unseen}".encode()).hexdigest()
+        native = dataclasses.replace(native, dtype=dtype)
+        params, left_out = native.convert(arrays)
+    except ValueError as error:
+        raise UserError(f"backbone: {file} does not fit {name!r}: {error}") from error
+    try:
+        architecture = native.at_size(image_size or native.image_size)
+    except ValueError as error:
+        raise UserError(f"image_size: {error}") from error
+    params = architecture.fit_size(params)
+    return Backbone(name, architecture, params, fingerprint, left_out, notes)
 
 
 def locate(name: str, path: str = "") -> Path:
     """Find the file of backbone `name`: `path`, a bundled or cached copy, or a download.
 
-    `path` is taken if it is given; else the copy, and a download where there is no copy.
-
-    Raises UserError when `name` is unknown, `path` does not exist, or the download fails.
+    `path`, a file or a folder, is taken if it is given; else the copy, and a download where there
+    is no copy. Raises UserError when `name` is unknown, there is no file at `path`, or the download
+    fails.
     """
-    if name not in BACKBONES:
-        raise UserError(f"backbone: {name!r} is unknown; known are {', '.join(BACKBONES)}")
-    source = BACKBONES[name]
+    source = BACKBONES.get(name)
     if path:
-        given = Path(path).expanduser()
-        found = given / source.file if given.is_dir() else given
-        if not found.is_file():
-            raise UserError(
-                f"backbone_path: no file at {found}; give the path of {source.file} or of the "
-                "folder it is in"
-            )
-        return found
+        return _at_path(paths.local(path, "backbone_path"), name, source)
+    if not source:
+        if not timm_config.is_known(name):
+            raise UserError(_unknown(name))
+        raise UserError(
+            f"backbone_path: missing; give the file of {name!r}, such as the model.safetensors "
+            f"from https://huggingface.co/timm/{name}, with its config.json beside it"
+        )
     if not source.url:
         return Path(str(resources.files("soft_jax") / "assets" / source.file))
     cached = CACHE / source.file
     return cached if cached.is_file() else _download(source, cached)
 
 
+def _unknown(name: str) -> str:
+    return (
+        f"backbone: {name!r} is unknown; known are {', '.join(BACKBONES)} and, with backbone_path, "
+        "timm's names of plain Vision Transformers, such as vit_small_patch16_224"
+    )
+
+
+def _at_path(path: Path, name: str, source: Source | None) -> Path:
+    if path.is_file():
+        return path
+    wanted = (
+        [source.file] if source else ["model.safetensors", f"{name}.safetensors", f"{name}.npz"]
+    )
+    if source and source.file.endswith(".safetensors"):
+        wanted.append("model.safetensors")  # as the Hugging Face Hub calls it
+    for file in wanted if path.is_dir() else ():
+        if (path / file).is_file():
+            return path / file
+    for pickled in sorted(path.glob("*")) if path.is_dir() else ():
+        if pickled.suffix in _PICKLES:
+            raise UserError(_is_pickle(pickled))
+    where = path / wanted[0] if path.is_dir() else path
+    raise UserError(
+        f"backbone_path: no file at {where}; give the path of {wanted[0]} or of the folder it is in"
+    )
+
+
+def _timm_architecture(
+    name: str, file: Path, arrays: dict[str, np.ndarray], image_size: int
+) -> tuple[ViTConfig, tuple[str, ...]]:
+    beside = file.parent / "config.json"
+    config = _parse_config(beside) if beside.is_file() else None
+    if not config and not timm_config.is_known(name):
+        raise UserError(
+            f"{_unknown(name)}. The num_heads of others has to stand in model_args of a "
+            f"config.json, and there is none at {beside}"
+        )
+    sizes = vit_checkpoints.read_sizes(arrays)
+    fields, notes = timm_config.vit_fields(name, sizes, config, image_size)
+    return ViTConfig(**fields), notes
+
+
+def _parse_config(file: Path) -> timm_config.TimmConfig:
+    try:
+        return timm_config.parse(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
+        raise UserError(
+            f"backbone: {file} is not timm's config.json of the backbone beside it: {error}"
+        ) from error
+
+
+def _notes(source: Source, file: Path) -> tuple[str, ...]:
+    """Return what a `config.json` beside the file of one of `BACKBONES` says in vain."""
+    try:
+        config = timm_config.parse((file.parent / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # none, or not one of timm's
+        return ()
+    ours, theirs = source.architecture.preprocessing, config.preprocessing
+    if ours == theirs:
+        return ()
+    return (
+        f"its config.json has mean {theirs.mean} and std {theirs.std}; by this name it gets mean "
+        f"{ours.mean} and std {ours.std}, as published; name it {config.architecture} to follow "
+        "its config.json",
+    )
+
+
+# Files and their arrays.
+
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".tar", ".pkl")
+# The types of safetensors that numpy and ml_dtypes (of JAX) have.
+_SAFETENSORS_TYPES = {
+    "BF16": jnp.bfloat16,
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(bool),
+    "C64": np.dtype("complex64"),
+}
+
+
+def _is_pickle(file: Path) -> str:
+    return (
+        f"backbone: {file} is a PyTorch pickle, which can't be read without PyTorch; take "
+        "model.safetensors of the same model, or save its state_dict with safetensors"
+    )
+
+
+def _arrays(file: Path, raw: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of a file by name. Raises UserError where it can't be read."""
+    # A new .pth is a zip archive as .npz is, an old one a bare pickle.
+    if file.suffix in _PICKLES or raw[:1] == b"\x80" or b"/data.pkl" in raw[:256]:
+        raise UserError(_is_pickle(file))
+    safe = file.suffix == ".safetensors"
+    try:
+        return _from_safetensors(raw) if safe else _from_npz(raw)
+    except _BadArray as error:
+        raise UserError(f"backbone: {file} can't be used: {error}") from error
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, numpy and safetensors each have their own for damaged bytes
+        kind = ".safetensors" if safe else ".npz"
+        raise UserError(
+            f"backbone: {file} is not a readable {kind} file ({type(error).__name__}: {error}); "
+            "fetch it again"
+        ) from error
+
+
+class _BadArray(Exception):
+    """An array of a file that is none of numbers."""
+
+
+def _from_safetensors(raw: bytes) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, entry in safetensors.deserialize(raw):
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            raise _BadArray(f"array {name!r} is of the type {entry['dtype']}, expected floats")
+        kind = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
+        arrays[name] = np.frombuffer(entry["data"], kind).reshape(entry["shape"])
+    return arrays
+
+
+def _from_npz(raw: bytes) -> dict[str, np.ndarray]:
+    arrays = {}
+    with np.load(io.BytesIO(raw)) as archive:
+        for name in archive.files:
+            try:
+                arrays[name] = archive[name]
+            except ValueError as error:
+                if "allow_pickle" not in str(error):
+                    raise
+                raise _BadArray(f"array {name!r} holds Python objects, expected floats") from error
+            if not isinstance(arrays[name], np.ndarray):
+                raise _BadArray(f"{name!r} is no array")
+    return arrays
+
+
+# Downloads.
+
+
 def _download(source: Source, target: Path) -> Path:
-    partial = target.with_suffix(f".partial{os.getpid()}")
+    partial = target.with_name(f"{target.name}.partial{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"Downloading {source.url} to {target}")
-        with (
-            urllib.request.urlopen(source.url, timeout=60) as response,
-            open(partial, "wb") as file,
-        ):
-            shutil.copyfileobj(response, file)
-        expected = response.headers.get("Content-Length")
-        if expected and partial.stat().st_size != int(expected):
-            raise OSError(f"{partial.stat().st_size} of {expected} bytes arrived")
+        transfer = _Transfer(source.url, partial)
+        transfer.finish()
+        _check_sha256(source, target, transfer.sha256, transfer.published_sha256)
         partial.replace(target)
-    except (OSError, urllib.error.URLError) as error:
-        partial.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"backbone: {source.file} is not at {target} and could not be downloaded from "
             f"{source.url} ({error}). "
             f"Put a copy there, or name one with --config.backbone_path=FILE"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
     return target
 
 
-def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32") -> Backbone:
-    """Load backbone `name` for images of `image_size` pixels (0: its own size).
+def _check_sha256(source: Source, file: Path, sha256: str, published: str = "") -> None:
+    """Compare a bundled or downloaded file with what its publisher says, and with the first one.
 
-    Raises UserError when the file cannot be had, is damaged, or does not fit the backbone's sizes.
+    `published` is what the publisher said with this download. Where nobody says anything, the first
+    download's is kept beside the file, as `sha256sum -c` reads it. Raises UserError.
     """
-    file = locate(name, path)
-    native = dataclasses.replace(BACKBONES[name].architecture, dtype=dtype)
-    try:
-        architecture = native.at_size(image_size or native.image_size)
-    except ValueError as error:
-        raise UserError(f"image_size: {error}") from error
-    try:
-        raw = file.read_bytes()
-        arrays = _arrays(file, raw)
-    except (
-        Exception
-    ) as error:  # zipfile, zlib, numpy and safetensors each have their own for damaged bytes
-        kind = ".safetensors" if file.suffix == ".safetensors" else ".npz"
+    if (expected := source.sha256 or published) and sha256 != expected:
         raise UserError(
-            f"backbone: {file} is not a readable {kind} file ({type(error).__name__}: {error}); "
-            "fetch it again"
-        ) from error
+            f"backbone: {file} has SHA-256 {sha256}, but its publisher gives {expected}: it is "
+            "damaged or another file; delete it and fetch it again"
+        )
+    if not source.url:
+        return
+    record = file.with_name(f"{file.name}.sha256")
     try:
-        params, left_out = native.convert(arrays)
-    except ValueError as error:
-        raise UserError(f"backbone: {file} does not fit {name!r}: {error}") from error
-    params = architecture.fit_size(params)
-    return Backbone(name, architecture, params, hashlib.sha256(raw).hexdigest(), left_out)
+        first = record.read_text("utf-8").split()[0]
+    except (OSError, ValueError, IndexError):
+        first = ""
+    if first and first != sha256:
+        raise UserError(
+            f"backbone: {file} has SHA-256 {sha256}, but at its first download it had {first}; "
+            f"delete it to download it again and, if the publisher has changed it, {record} too"
+        )
+    if not first:
+        with contextlib.suppress(OSError):  # a folder that can only be read
+            unfinished = record.with_name(f"{record.name}.partial{os.getpid()}")
+            unfinished.write_text(f"{sha256}  {file.name}\n", "utf-8")
+            unfinished.replace(record)
 
 
-def _arrays(file: Path, raw: bytes) -> dict[str, np.ndarray]:
-    if file.suffix == ".safetensors":
-        return safetensors.numpy.load(raw)
-    with np.load(io.BytesIO(raw)) as archive:
-        return {key: archive[key] for key in archive.files}
+class _Transfer(urllib.request.HTTPRedirectHandler):
+    """A download from a URL to a new file.
+
+    A thread waits for the network: the main one goes on hearing signals, and what knows no time
+    limit, such as the look-up of a name, is given up too. As a handler of redirections it notes the
+    SHA-256 that the Hugging Face Hub gives with the one to its storage.
+    """
+
+    def __init__(self, url: str, target: Path):
+        self.url, self.target = url, target
+        self.sha256, self.published_sha256 = "", ""
+        self._error: Exception | None = None
+        self._heard, self._given_up = time.monotonic(), False
+
+    def finish(self) -> None:
+        """Wait for the file. Raises OSError or HTTPException when it can't be had."""
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(0.05)
+                if thread.is_alive() and time.monotonic() - self._heard > PATIENCE:
+                    raise TimeoutError(f"no answer for {PATIENCE:g} seconds")
+        finally:
+            self._given_up = True
+        if self._error:
+            raise self._error
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """Follow a redirection, and note the SHA-256 of what it leads to."""
+        linked = (headers.get("X-Linked-Etag") or "").strip('"')
+        if re.fullmatch("[0-9a-f]{64}", linked):
+            self.published_sha256 = linked
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def _run(self) -> None:
+        try:
+            self._copy()
+        except Exception as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it is the open answer as well
+            self._error = error
+
+    def _copy(self) -> None:
+        digest, size = hashlib.sha256(), 0
+        with urllib.request.build_opener(self).open(self.url, timeout=PATIENCE) as response:
+            if self._given_up:
+                return
+            with open(self.target, "wb") as file:
+                while not self._given_up and (chunk := response.read(2**20)):
+                    self._heard = time.monotonic()
+                    digest.update(chunk)
+                    size += file.write(chunk)
+            expected = response.headers.get("Content-Length")
+        if expected and size != int(expected):
+            raise OSError(f"{size} of {expected} bytes arrived")
+        self.sha256 = digest.hexdigest()

@@ -17,7 +17,7 @@ import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.models import vit_checkpoints
-from soft_jax.models.protocol import Architecture, Prefix
+from soft_jax.models.protocol import Architecture, Prefix, Preprocessing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ViTConfig(Architecture):
     heads: int
     mlp_dim: int
     dtype: str = "float32"
+    preprocessing: Preprocessing = Architecture.preprocessing
 
     # "qv" is "qkv" for those that tell q, k and v apart (LoRA).
     modules: ClassVar[Mapping[str, tuple[str, ...]]] = {

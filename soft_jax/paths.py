@@ -1,0 +1,63 @@
+"""Paths as users write them: "~" is the home directory, and a URL is no path."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from soft_jax.errors import UserError
+
+# "gs:/bucket" too: that is what `Path` makes of "gs://bucket". One letter would be a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a named pipe (FIFO)",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Return whether `path` is written as a URL, such as gs://bucket/folder."""
+    return _URL.match(os.fspath(path)) is not None
+
+
+def local(path: str | os.PathLike, field: str) -> Path:
+    """Return a path that a user wrote, with "~" and "~user" expanded.
+
+    Raises UserError naming `field`, the setting or argument that it is the value of, for a URL, an
+    unknown user, or a zero character.
+    """
+    if is_url(path):
+        raise UserError(
+            f"{field}: {shown(path)!r} is a URL; only local paths are read and written here. Copy "
+            "or mount it, and give that path"
+        )
+    if "\0" in os.fspath(path):
+        raise UserError(f"{field}: {os.fspath(path)!r} has a zero character, which no path has")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user, or "~" stands for nothing
+        raise UserError(f"{field}: {shown(path)!r} can't be expanded ({error})") from error
+
+
+def shown(path: str | os.PathLike) -> str:
+    r"""Return a path as it can be printed and written to any UTF-8 file.
+
+    Bytes of a file name that are no UTF-8 become `\xNN`.
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Return the content of a file.
+
+    Raises OSError, also for what is no regular file: a pipe would wait for a writer without end, a
+    device may never end. Those are not opened.
+    """
+    mode = os.stat(path).st_mode
+    for is_kind, kind in _KINDS.items():
+        if is_kind(mode):
+            raise OSError(f"it is {kind}, not a file")
+    return Path(path).read_bytes()
