@@ -5,10 +5,9 @@ setting is checked where that part is registered (`methods.registry`, `data.scen
 this module imports nothing that takes time.
 """
 
-import ast
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ RUNTIME_FIELDS = (
     "weights_cache_mb",
     "checkpoint_every",
     "tensorboard",
+    "wandb",
 )
 
 
@@ -106,6 +106,7 @@ class Config:
     # Running
     checkpoint_every: int = 500  # steps between saves inside a task
     tensorboard: bool = False  # needs tensorboardX
+    wandb: bool = False  # Weights & Biases; needs wandb
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -201,7 +202,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-    return f"{what} {name!r} is unknown; {hint}"
+    return f"{what} {_short(name)} is unknown; {hint}"
 
 
 def config_dict(**settings: Any) -> "ml_collections.ConfigDict":
@@ -233,7 +234,7 @@ def parse_argument(argument: str | None) -> dict[str, Any]:
     for item in filter(None, (argument or "").split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
-            raise UserError(f"config argument {item!r}: write key=value")
+            raise UserError(f"config argument {_short(item)}: write key=value")
         if key != "layers" and key not in fields:
             raise UserError(f"config argument: {unknown('key', key, ['layers', *fields])}")
         names = ("e_prompt_layers", "mask_layers") if key == "layers" else (key,)
@@ -244,13 +245,36 @@ def parse_argument(argument: str | None) -> dict[str, Any]:
     return settings
 
 
+def check_flag(name: str, text: str) -> None:
+    """Raise UserError where `text` is not how a flag `--config.NAME=TEXT` gives the field `name`.
+
+    The message says how it is written. ml_collections reads flags by Python's rules, and says what
+    Python says: `epochs=1e1` is "invalid literal for int()". Lists are those of Python here; the
+    commands translate "10-12" before. Ranges are checked by `Config`.
+    """
+    kind = next(field.type for field in dataclasses.fields(Config) if field.name == name)
+    try:
+        if kind is int:
+            int(text, 16 if text[:2].lower() == "0x" else 10)
+        elif kind is float:
+            float(text)
+        elif kind is bool and text.lower() not in ("true", "t", "1", "false", "f", "0"):
+            raise ValueError
+        elif kind in _LISTS:
+            for part in text.strip(" ()[]").removesuffix(",").split(","):
+                _LISTS[kind](part)
+    except ValueError:
+        raise UserError(f"{name}: {_short(text)} is not {_type_name(kind)}") from None
+
+
 def _check_type(name: str, value: Any, kind: Any) -> None:
     """Raise UserError where a field's value is not of its type, or a number is not finite."""
     if not _has_type(value, kind):
-        raise UserError(f"{name}: {value!r} is not {_type_name(kind)}")
+        raise UserError(f"{name}: {_short(value)} is not {_type_name(kind)}")
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"{name}: {value!r} is not finite")
+        # Of integers, those are not finite either that no float holds.
+        if isinstance(number, int | float) and not -_LARGEST <= number <= _LARGEST:
+            raise UserError(f"{name}: {_short(value)} is not finite")
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -264,10 +288,22 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 def _type_name(kind: Any) -> str:
     names = {
-        tuple[int, ...]: "one or more whole numbers, such as 10-12 or 3+5 (in a flag 3,5)",
-        tuple[float, float]: "a range, such as 0.05-1",
+        tuple[int, ...]: "one or more whole numbers, such as 10-12 or 3+5 (in a flag also 3,5)",
+        tuple[float, float]: "a range, such as 0.05-1 (in a flag also 0.05,1)",
+        int: "of the type int, a whole number such as 10",
+        float: "of the type float, a number such as 0.03 or 3e-2",
+        bool: "of the type bool, true or false",
     }
     return names.get(kind) or f"of the type {kind.__name__}"
+
+
+def _short(value: Any) -> str:
+    """Return `value` as Python writes it, cut to what fits on a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:
@@ -279,16 +315,19 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         elif kind == tuple[float, float]:
             value = tuple(float(part) for part in text.split("-"))
         elif kind is bool:
-            value = ast.literal_eval(text.capitalize())
+            value = {"true": True, "false": False}.get(text.lower())
         else:
             value = float(text) if kind is float else int(text)
-    except (ValueError, SyntaxError):
+    except ValueError:
         value = None
     if not _has_type(value, kind):
-        raise UserError(f"config argument: {key}={text!r} is not {_type_name(kind)}")
+        raise UserError(f"config argument: {key}={_short(text)} is not {_type_name(kind)}")
     return value
 
 
+_SHOWN = 80  # signs of a value that a message shows
+_LARGEST = sys.float_info.max
+_LISTS = {tuple[int, ...]: int, tuple[float, float]: float}  # types of several numbers: of one
 _MOST_NUMBERS = 10_000  # in one list: more is a slip, and would fill memory before it is found
 
 

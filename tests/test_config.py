@@ -2,9 +2,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from soft_jax.config import (
     Config,
+    check_flag,
     config_dict,
     from_config_dict,
     from_settings,
@@ -95,6 +98,13 @@ def test_variants():
         ("flip=2", "flip='2' is not of the type bool"),
         ("layers=a-b", "layers='a-b' is not one or more whole numbers, such as 10-12"),
         ("tasks", "'tasks': write key=value"),
+        ("epochs=1e1", "epochs='1e1' is not of the type int, a whole number such as 10"),
+        ("shots=0-100000000", "shots='0-100000000' is not one or more whole numbers"),
+        ("learning_rate=fast", "learning_rate='fast' is not of the type float, a number such as"),
+        *(
+            (f"{field}={'-' * 5000}1", rf"^config argument: {field}='-{{70,80}}\.\.\. is not .*$")
+            for field in ("tasks", "layers", "shots", "flip", "learning_rate", "crop_scale")
+        ),
     ],
 )
 def test_bad_arguments(argument, message):
@@ -120,12 +130,88 @@ def test_bad_arguments(argument, message):
         ({"learning_rate": float("inf")}, "learning_rate: inf is not finite"),
         ({"crop_scale": (0.5, 2.0)}, r"crop_scale: \(0.5, 2.0\) reaches above 1"),
         ({"validation": 1.0}, "validation: 1.0 is not a share from 0 to below 1"),
+        ({"crop_scale": (2, 5)}, r"crop_scale: \(2, 5\) reaches above 1"),
+        ({"clip_norm": float("inf")}, "clip_norm: inf is not finite"),
+        ({"learning_rate": float("1e400")}, "learning_rate: inf is not finite"),
+        ({"learning_rate": 10**400}, r"learning_rate: 1000.*\.\.\. is not finite"),
+        ({"crop_ratio": (1, float("nan"))}, r"crop_ratio: \(1, nan\) is not finite"),
+        ({"seed": 10**5000}, "seed: a number of thousands of digits is not finite"),
+        ({"shots": (0.5,)}, r"shots: \(0.5,\) is not one or more whole numbers"),
         ({"crop_scale": (1.0, 0.5)}, r"crop_scale: \(1.0, 0.5\) is not a range"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(UserError, match=message):
         Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("learning_rate=1e400", "learning_rate: inf is not finite"),
+        ("clip_norm=inf", "clip_norm: inf is not finite"),
+        ("crop_scale=2-5", r"crop_scale: \(2.0, 5.0\) reaches above 1"),
+    ],
+)
+def test_values_out_of_range_by_argument(argument, message):
+    settings = parse_argument(argument)
+    with pytest.raises(UserError, match=message):
+        from_settings(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("mask_layers", text) for text in ("10", "10,11", "(10, 11)", "[10,11]", "(10,)")),
+        ("crop_scale", "0.05,1"),
+        ("crop_scale", "(2,5)"),  # its range is for `Config`
+        ("epochs", "10"),
+        ("seed", "0x10"),
+        ("learning_rate", "1e-3"),
+        ("learning_rate", "1e400"),
+        ("flip", "true"),
+        ("flip", "F"),
+        ("dataset", "1e1"),
+    ],
+)
+def test_flags_that_can_be_read(name, text):
+    """What is let through here, ml_collections reads."""
+    check_flag(name, text)
+    config, left = flags_of(name, text)
+    assert not left
+    assert type(config[name]) is type(Config.__dataclass_fields__[name].default)
+
+
+def flags_of(name, text):
+    """Return what ml_collections makes of a flag, as the command reads it."""
+    argv = ["train", f"--config.{name}={text}"]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config_dict(), sys_argv=argv, flag_values=values)
+    left = values(argv)[1:]
+    return values.config, left
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("epochs", "1e1", "^epochs: '1e1' is not of the type int, a whole number such as 10$"),
+        (
+            "mask_layers",
+            "10-12",
+            r"^mask_layers: '10-12' is not one or more whole numbers, such as .* 3,5\)$",
+        ),
+        ("mask_layers", "()", "one or more whole numbers"),
+        ("shots", "0-100000000", "shots: '0-100000000' is not one or more whole numbers"),
+        ("crop_scale", "0.05-1", r"'0.05-1' is not a range, such as .*0.05,1\)"),
+        ("flip", "maybe", "flip: 'maybe' is not of the type bool, true or false"),
+        ("learning_rate", "fast", "a number such as 0.03 or 3e-2"),
+        *((name, "-" * 5000 + "1", r"'-{70,80}\.\.\. is not") for name in ("epochs", "shots")),
+        *((name, "-" * 5000 + "1", r"'-{70,80}\.\.\. is not") for name in ("flip", "clip_norm")),
+    ],
+)
+def test_flags_that_can_not_be_read_say_how_they_are_written(name, text, message):
+    with pytest.raises(UserError, match=message):
+        check_flag(name, text)
 
 
 def test_an_unknown_setting_names_the_nearest():

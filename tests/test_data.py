@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from soft_jax.data import images, scenarios, sources
+from soft_jax.data import images, preparation, scenarios, sources
 from soft_jax.errors import UserError
 
 
@@ -134,6 +134,11 @@ def test_cifar100_from_its_archive(tmp_path, monkeypatch):
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: archive)
+    monkeypatch.setattr(  # which would not know of that patch
+        preparation,
+        "in_another_process",
+        lambda name, data_dir, stop: preparation.in_this_process(name, data_dir),
+    )
     dataset = sources.load("cifar100", str(tmp_path / "data"))
     assert dataset.class_names[7] == "fine7"
     for name, split in (("train", dataset.train), ("test", dataset.test)):

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "soft_jax"
 # From the ground up: a module imports its own package and what stands before it.
 STOREYS = (
-    *("errors", "cache", "hooks", "pytrees", "config", "distributed", "store", "data", "models"),
-    *("methods", "training", "inference", "evaluation", "experiment", "paper"),
+    *("errors", "paths", "cache", "hooks", "pytrees", "config", "distributed", "store", "data"),
+    *("models", "methods", "training", "inference", "evaluation", "experiment", "paper"),
 )
 TOP = ("__init__", "__main__", "commands")  # public names and commands: they may import anything
 

@@ -133,7 +133,10 @@ def from_files(
             rng = np.random.default_rng(
                 [sampler.seed, zlib.crc32(b"augment"), sampler.task, step, first_row + index]
             )
-            images[index] = augment_file(rng, Image.fromarray(files.image(rows[index])), spec)
+            images[index] = files.image(
+                rows[index],
+                lambda levels, rng=rng: augment_file(rng, Image.fromarray(levels), spec),
+            )
             labels[index] = files.labels[rows[index]]
         return {"images": images, "labels": labels, "weights": weights, "rows": rows}
 

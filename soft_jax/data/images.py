@@ -2,14 +2,19 @@
 differ from image to image.
 """
 
+import functools
+import io
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from soft_jax import paths as paths_lib
 from soft_jax.data.augmentation import tested_geometry
 from soft_jax.errors import UserError
 
@@ -24,80 +29,205 @@ _NOT_PICTURES = (
     "PDF",
 )  # that Pillow opens, by name only or through another program
 _LONGEST = 64  # times the short side: resized, a thinner image would fill memory
-_DEEP = (
-    "I",
-    "F",
-)  # Pillow's modes of more than 8 bits a channel, which it would clip without a word
+# Pillow's modes of more than 8 bits a channel, which it would clip without a word
+_DEEP = ("I", "F")
+# Pixels that all threads together hold decoded at once; Pillow takes up to 8 bytes for one.
+DECODED_AT_ONCE = 2**28
+NAMED = 3  # files of one kind that are named where some are left out
+
+Then = Callable[[np.ndarray], np.ndarray]
 
 
-def read(path: str | os.PathLike) -> np.ndarray:
-    """Read an image file, upright and in colour, as uint8 `[H, W, 3]`.
+def unchanged(levels: np.ndarray) -> np.ndarray:
+    """Return an image as it is."""
+    return levels
 
-    Raises UserError naming the file when it can't be read.
+
+class _PixelBudget:
+    """A bound on the pixels that all threads hold decoded at once, `DECODED_AT_ONCE`.
+
+    An image above it waits until it is alone. First come, first served: small images can't keep a
+    large one waiting for ever.
     """
+
+    def __init__(self):
+        self._held, self._changed, self._turn = 0, threading.Condition(), threading.Lock()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until `pixels` more fit, and count them until the end of the block."""
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + pixels <= DECODED_AT_ONCE)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
+
+
+_budget = _PixelBudget()
+
+
+def read(path: str | os.PathLike, then: Then = unchanged) -> np.ndarray:
+    """Read an image file, upright and in colour, as uint8 `[H, W, 3]`, and return `then` of it.
+
+    `then` is called as in `decode`. Raises UserError naming the file when it can't be read.
+    """
+    file = paths_lib.local(path, "images")
     try:
-        return decode(path)
+        # Not by its name: Pillow would map some TIFF files into memory, and mixes the sides up of
+        # those that are stored on their side.
+        return decode(io.BytesIO(paths_lib.read_bytes(file)), then)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged
     # files
     except Exception as error:
         raise UserError(
-            f"{os.fspath(path)} can't be read as an image ({type(error).__name__}: {error})"
+            f"{paths_lib.shown(file)} can't be read as an image ({type(error).__name__}: {error})"
         ) from error
 
 
-def decode(file: str | os.PathLike | BinaryIO) -> np.ndarray:
-    """Decode an image file's content to what `read` returns.
+def decode(file: BinaryIO, then: Then = unchanged) -> np.ndarray:
+    """Decode an image file's content, upright and in colour, to uint8 `[H, W, 3]`.
 
-    Raises whatever Pillow's decoders do: OSError, SyntaxError, ValueError, struct.error and more.
+    Levels of 16 bits become their high byte, in grey as in colour: what Pillow makes of 16-bit
+    colour.
+
+    Args:
+        file: the content.
+        then: what is made of the image while its pixels are counted in the bound on what all
+            threads hold at once; its result is returned. It must not decode another image.
+
+    Raises:
+        Exception: whatever Pillow's decoders do: OSError, SyntaxError, ValueError, struct.error
+            and more.
     """
     with Image.open(file) as image:
-        levels = _colours(ImageOps.exif_transpose(image))
-    _check_shape(levels)
-    return levels
+        _check_shape(*image.size)
+        with _budget.hold(image.width * image.height):
+            grey16 = _has_16_bits(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would take as much memory again
+            return then(_colours(image, grey16))
 
 
-def _check_shape(levels: np.ndarray) -> None:
-    height, width = levels.shape[:2]
+def _check_shape(width: int, height: int) -> None:
     if max(height, width) > _LONGEST * min(height, width):
         raise ValueError(
             f"{width} × {height} pixels, expected sides of at most {_LONGEST} to 1; cut it first"
         )
 
 
-def _colours(image: Image.Image) -> np.ndarray:
+def _has_16_bits(image: Image.Image) -> bool:
+    """Return whether an image is grey in 16 bits.
+
+    Pillow opens 16-bit PPM files, and before version 11 also PNG files, in its 32-bit mode.
+    """
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _colours(image: Image.Image, grey16: bool) -> np.ndarray:
+    if grey16:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode.startswith(_DEEP):
         raise ValueError(
-            f"more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8 bits"
+            f"more than 16 bits a channel (Pillow's mode {image.mode}), whose range is not known; "
+            "convert it to 8 bits"
         )
     if image.has_transparency_data:  # what lies under it is arbitrary: shown as on a white page
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def find(paths: Iterable[str | os.PathLike]) -> list[Path]:
+def find(
+    paths: Iterable[str | os.PathLike], tell: Callable[[str], None] = lambda note: None
+) -> list[Path]:
     """Return the files of `paths`, in which a folder stands for the image files inside it.
 
-    Files in its subfolders count too, hidden ones do not; they are in the order of their names.
+    A folder's files are those of `walk`. `tell` is called with a line for each folder in which
+    anything was left out. Raises UserError for a URL, or a folder without images.
     """
-    known = {
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in _NOT_PICTURES
-    }
     files = []
-    for path in map(Path, paths):
-        within = [path]
-        if path.is_dir():
-            within = sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix.lower() in known and p.name[0] != "." and p.is_file()
-            )
+    for path in (paths_lib.local(path, "images") for path in paths):
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        within, left_out = walk(path)
+        note = describe(left_out, path)
         if not within:
-            raise UserError(f"{path}: no image files in this folder")
-        files += within
+            raise UserError(
+                f"{paths_lib.shown(path)}: no image files in this folder{note and '; ' + note}"
+            )
+        if note:
+            tell(f"{paths_lib.shown(path)}: {note}")
+        # "~" at the start of a file's own name is no home directory.
+        files += [file.absolute() if str(file)[0] == "~" else file for file in within]
     return files
+
+
+LeftOut = list[tuple[Path, str]]  # paths, and what kind of thing each is
+
+
+def walk(folder: Path) -> tuple[list[Path], LeftOut]:
+    """Return the image files inside `folder` by name, and what was left out of it.
+
+    Files in its subfolders count too. Links to files and to folders are followed, but no folder is
+    read twice, so that links in a circle end. What begins with "." is hidden, and is not told of.
+    """
+    files: list[Path] = []
+    left_out: LeftOut = []
+    waiting, linked, seen = [folder], [], set()
+    while waiting or linked:  # links last: a file has the name of the folder that it really is in
+        here = waiting.pop() if waiting else linked.pop(0)
+        try:
+            status = here.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                left_out.append((here, "links to folders that are read already"))
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            names = sorted(os.listdir(here))
+        except OSError:
+            left_out.append((here, "folders that can't be read"))
+            continue
+        for path in (here / name for name in names if name[0] != "."):
+            if os.path.isdir(path):  # unlike Path.is_dir, it never raises
+                (linked if path.is_symlink() else waiting).append(path)
+            elif kind := _no_image(path):
+                left_out.append((path, kind))
+            else:
+                files.append(path)
+    return sorted(files), sorted(left_out)
+
+
+def _no_image(path: Path) -> str:
+    """Say what `path`, which is no folder, is if it is no image file by its name; else ""."""
+    if not os.path.exists(path):
+        return "links to nothing" if path.is_symlink() else "files that can't be looked at"
+    if not os.path.isfile(path):
+        return "pipes, sockets or devices"
+    if not path.suffix:
+        return "files without an extension"
+    return "" if path.suffix.lower() in _extensions() else "files of other types"
+
+
+@functools.cache
+def _extensions() -> frozenset[str]:
+    """Return the extensions of the image files that Pillow reads, in lower case: ".png", ..."""
+    kinds = Image.registered_extensions()
+    return frozenset(e for e in kinds if kinds[e] in Image.OPEN and kinds[e] not in _NOT_PICTURES)
+
+
+def describe(left_out: LeftOut, folder: Path) -> str:
+    """Say how many of each kind were left out of `folder`, with a few names; "" for none."""
+    by_kind: dict[str, list[str]] = {}
+    for path, kind in left_out:
+        by_kind.setdefault(kind, []).append(paths_lib.shown(path.relative_to(folder)))
+    kinds = []
+    for kind, names in by_kind.items():
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        kinds.append(f"{len(names):,} {kind} ({', '.join(names[:NAMED])}{more})")
+    return f"left out: {'; '.join(kinds)}" if kinds else ""
 
 
 def as_list(images: Any) -> Sequence[Any]:
@@ -143,14 +273,18 @@ def prepare(image: Any, index: int, size: int) -> np.ndarray:
     Raises:
         UserError: naming the image and what is wrong with it.
     """
-    name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"images[{index}]"
-    levels = (
-        read(image) if isinstance(image, str | os.PathLike) else _levels(_array(image, name), name)
-    )
+    if isinstance(image, str | os.PathLike):
+        return read(image, lambda levels: _resized(levels, size))
+    name = f"images[{index}]"
+    levels = _levels(_array(image, name), name)
     try:
-        _check_shape(levels)
+        _check_shape(levels.shape[1], levels.shape[0])
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
+    return _resized(levels, size)
+
+
+def _resized(levels: np.ndarray, size: int) -> np.ndarray:
     (height, width), (top, left) = tested_geometry(*levels.shape[:2], size)
     if levels.shape[:2] != (height, width):
         levels = np.asarray(
@@ -161,7 +295,9 @@ def prepare(image: Any, index: int, size: int) -> np.ndarray:
 
 def _array(image: Any, name: str) -> np.ndarray:
     try:
-        return _colours(image) if isinstance(image, Image.Image) else np.asarray(image)
+        if isinstance(image, Image.Image):
+            return _colours(image, _has_16_bits(image))
+        return np.asarray(image)
     # Rows of different lengths, whatever is no array, and all that Pillow's decoders raise
     except Exception as error:
         raise UserError(

@@ -8,11 +8,11 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
+from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 
@@ -175,9 +175,10 @@ class FromFile(ScenarioRule):
     @staticmethod
     def make(config: Config, class_names: Sequence[str]) -> Scenario:
         """Read the file. Raises UserError naming it and what is wrong in it."""
-        file = Path(config.scenario_file).expanduser()
+        path = paths.local(config.scenario_file, "scenario_file")
+        file = paths.shown(path)
         try:
-            tasks = json.loads(file.read_text(encoding="utf-8"))
+            tasks = json.loads(paths.read_bytes(path).decode("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"scenario_file: {file} can't be read ({error})") from error
         if not isinstance(tasks, list) or not all(isinstance(task, list) for task in tasks):

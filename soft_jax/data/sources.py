@@ -5,24 +5,35 @@ Small sets of one shape are held in memory as uint8 (`InMemoryImages`); sets of 
 large ones, stay files that are decoded when they are needed (`EncodedImages`).
 """
 
+import contextlib
 import dataclasses
+import difflib
 import hashlib
 import io
+import os
+import re
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import pytrees
+from soft_jax import paths, pytrees
 from soft_jax.data import images as images_lib
-from soft_jax.data import scenarios
+from soft_jax.data import preparation, scenarios
 from soft_jax.data.augmentation import prepare_test
 from soft_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
 HELD_BYTES = 4 * 2**30  # of decoded images: larger splits are not held in memory
 BLOCK = 1000  # records read at once
+TEST_SHARE = 0.2  # of the images of a folder data set without test images of its own
+CLASSES_NAMED = 20  # classes that are counted one by one on screen; of more, the range is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,32 +83,38 @@ class EncodedImages:
             "".join(self.digests[i] for i in self.order).encode()
         ).hexdigest(), pytrees.sha256(self.labels)
 
-    def image(self, index: int) -> np.ndarray:
-        """Read image `index` of the split, upright and in colour, as uint8 `[H, W, 3]`.
+    def image(self, index: int, then: images_lib.Then = images_lib.unchanged) -> np.ndarray:
+        """Read image `index`, upright and in colour, as uint8 `[H, W, 3]`; return `then` of it.
 
-        Raises UserError naming the file when it can't be read.
+        `then` is called while the image's pixels are still counted in the bound on what all threads
+        hold decoded (`images.decode`). Raises UserError naming the file when it can't be read.
         """
-        return _decoded(self.read, self.names, int(self.order[index]))[1]
+        return _decoded(self.read, self.names, int(self.order[index]), then)[1]
 
     def prepared(self, indices: np.ndarray, size: int) -> np.ndarray:
         """Prepare the images at `indices` as test images, uint8 `[M, size, size, 3]`."""
         with ThreadPoolExecutor() as threads:
-            images = threads.map(lambda i: images_lib.prepare(self.image(i), int(i), size), indices)
+            images = threads.map(
+                lambda i: self.image(i, lambda levels: images_lib.prepare(levels, int(i), size)),
+                indices,
+            )
             return (
                 np.stack(list(images)) if len(indices) else np.zeros((0, size, size, 3), np.uint8)
             )
 
 
 def _decoded(
-    read: Callable[[int], bytes], names: Callable[[int], str], index: int
+    read: Callable[[int], bytes],
+    names: Callable[[int], str],
+    index: int,
+    then: images_lib.Then = images_lib.unchanged,
 ) -> tuple[bytes, np.ndarray]:
-    """Return the content of file `index`, and its image as `Predictor` sees an image file."""
+    """Return the content of file `index`, and `then` of its image as `Predictor` sees it."""
     try:
         content = read(index)
-        return content, images_lib.decode(io.BytesIO(content))
-    except (
-        Exception
-    ) as error:  # what reading and Pillow's decoders raise for missing and damaged files
+        return content, images_lib.decode(io.BytesIO(content), then)
+    # What reading and Pillow's decoders raise for missing and damaged files
+    except Exception as error:
         raise UserError(
             f"dataset: {names(index)} can't be read ({type(error).__name__}: {error}); restore it"
         ) from error
@@ -105,12 +122,16 @@ def _decoded(
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A set's two splits and its class names in label order."""
+    """A set's two splits and its class names in label order.
+
+    `notes` are lines for the user: what was counted, left out or chosen while it was loaded.
+    """
 
     train: InMemoryImages | EncodedImages
     test: InMemoryImages | EncodedImages
     class_names: tuple[str, ...]
     validation: InMemoryImages | EncodedImages | None = None
+    notes: tuple[str, ...] = ()
 
     def with_validation(self, share: float, seed: int) -> "Dataset":
         """Return the set with `share` of each class's training images held out as `validation`."""
@@ -134,7 +155,7 @@ class Dataset:
             ]
             return split.take(np.sort(np.concatenate(kept)))
 
-        return Dataset(cut(self.train, train), cut(self.test, test), self.class_names)
+        return dataclasses.replace(self, train=cut(self.train, train), test=cut(self.test, test))
 
     @property
     def fingerprint(self) -> str:
@@ -144,17 +165,24 @@ class Dataset:
         ).hexdigest()
 
 
-def load(name: str, data_dir: str = "") -> Dataset:
+def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> Dataset:
     """Load the data set `name`.
 
     "digits" is bundled. "tiny_imagenet" is `data_dir/tiny-imagenet-200` as it is published.
-    "folder" is `data_dir` with an image a file, `train/CLASS/*` and `test/CLASS/*`. Other names are
-    TFDS's, of sets with `image` and `label`.
+    "folder" is `data_dir` with an image a file, as `_folder` describes. Other names are TFDS's, of
+    sets with `image` and `label`; one that is not prepared yet is downloaded.
 
-    Raises UserError when there is no such set, it is neither prepared nor can be, or it does not
-    fit.
+    Args:
+        name: the data set.
+        data_dir: where it is, a local folder; for TFDS's sets also a URL that TFDS reads, such as
+            gs://bucket/folder.
+        stop: ends a download when it is set.
+
+    Raises:
+        UserError: there is no such set, it is neither prepared nor can be, or it does not fit.
+        preparation.Stopped: `stop` was set during a download.
     """
-    return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir)
+    return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir, stop)
 
 
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
@@ -192,7 +220,7 @@ def _tiny_imagenet(data_dir: str) -> Dataset:
 
     Its validation images, 50 a class, are the test. Classes are in the order of their WordNet ids.
     """
-    root = Path(data_dir or ".").expanduser() / "tiny-imagenet-200"
+    root = paths.local(data_dir or ".", "data_dir") / "tiny-imagenet-200"
     try:
         names = tuple(sorted((root / "wnids.txt").read_text().split()))
         rows = [
@@ -201,50 +229,186 @@ def _tiny_imagenet(data_dir: str) -> Dataset:
         ]
     except OSError as error:
         raise UserError(
-            f"dataset: no Tiny-ImageNet at {root} ({error.filename}: {error.strerror}). Unpack "
-            "tiny-imagenet-200.zip "
-            "(Stanford CS231n) and give the folder that tiny-imagenet-200 is in: "
-            "--config.data_dir=DIR"
+            f"dataset: no Tiny-ImageNet at {paths.shown(root)} ({error.filename}: "
+            f"{error.strerror}). Unpack tiny-imagenet-200.zip (Stanford CS231n) and give the "
+            "folder that tiny-imagenet-200 is in: --config.data_dir=DIR"
         ) from error
     train = [
         (path, names.index(name))
         for name in names
-        for path in sorted((root / "train" / name / "images").glob("*.JPEG"))
+        for path in sorted((root / "train" / name / "images").glob("[!.]*.JPEG"))
     ]
     test = [(root / "val/images" / file, names.index(name)) for file, name in rows]
-    return Dataset(_from_paths(train, str(root)), _from_paths(test, str(root)), names)
+    splits = []
+    for pairs in (train, test):
+        labels = np.array([label for _, label in pairs], np.int32)
+        splits.append(_from_paths([file for file, _ in pairs], labels, paths.shown(root)))
+    return Dataset(*splits, names)
 
 
 def _folder(data_dir: str) -> Dataset:
-    root = Path(data_dir).expanduser()
-    names = (
-        tuple(sorted(p.name for p in root.glob("train/*") if p.is_dir() and p.name[0] != "."))
-        if data_dir
-        else ()
-    )
-    if not names:
+    """Load a folder of one's own: `data_dir/train/CLASS/*` and `data_dir/test/CLASS/*`.
+
+    Classes are in the order of their names as text, in which "10" comes before "2"; a file
+    `data_dir/classes.txt` that lists the folders' names, one a line, gives another order. Images of
+    a class may lie in subfolders (`images.walk`).
+
+    Where there is no `test/`, the images of `val/` are the test. Where there is neither, a share
+    `TEST_SHARE` of `train/` is held out for the test (`_held_out`).
+
+    Raises UserError where there are no classes, `train/` and `test/` or `classes.txt` differ in
+    them, a class has no image, or an image can't be read.
+    """
+    root = paths.local(data_dir, "data_dir")
+    folders, stray = _class_folders(root / "train") if data_dir else ({}, [])
+    if not folders:
         raise UserError(
             "dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of "
-            f"--config.data_dir=DIR; no classes in {root}/train"
+            f"--config.data_dir=DIR; no classes in {paths.shown(root)}/train"
         )
-    if odd := sorted(
-        {p.name for p in root.glob("test/*") if p.is_dir() and p.name[0] != "."} ^ set(names)
-    ):
+    names = _ordered(root, tuple(folders))
+    train, labels, notes = _class_files(root / "train", [folders[name] for name in names], stray)
+    part = next((part for part in ("test", "val") if os.path.lexists(root / part)), None)
+    if part:
+        theirs, stray = _class_folders(root / part)
+        if odd := sorted(theirs.keys() ^ folders.keys()):
+            raise UserError(
+                f"dataset: {paths.shown(root)}/train and {paths.shown(root)}/{part} differ in "
+                f"their classes: {odd[0]!r} is in one of them only"
+            )
+        test, test_labels, more = _class_files(root / part, [theirs[n] for n in names], stray)
+        notes += more
+        if part == "val":
+            notes.append(f"no test/ in {paths.shown(root)}: the images of val/ are the test")
+    else:
+        held = _held_out(root / "train", train, labels, names)
+        test, test_labels = [train[i] for i in np.flatnonzero(held)], labels[held]
+        train, labels = [train[i] for i in np.flatnonzero(~held)], labels[~held]
+        notes.append(
+            f"no test/ in {paths.shown(root)}: {TEST_SHARE:.0%} of train/ are held out for the "
+            "test, chosen by a hash of each file's path in train/"
+        )
+    notes += [_counts("train", labels, names), _counts("test", test_labels, names)]
+    where = f"{paths.shown(root)}/train", f"{paths.shown(root)}/{part or 'train'}"
+    splits = _from_paths(train, labels, where[0]), _from_paths(test, test_labels, where[1])
+    return Dataset(*splits, names, notes=tuple(notes))
+
+
+def _class_folders(folder: Path) -> tuple[dict[str, Path], images_lib.LeftOut]:
+    """Return the class folders in `folder` by printable name, in order; and what lies beside them.
+
+    Hidden ones are neither. Raises UserError where two folders have the same printable name.
+    """
+    folders: dict[str, Path] = {}
+    stray: images_lib.LeftOut = []
+    for path in sorted(folder.glob("*")):
+        name = paths.shown(path.name)
+        if path.name.startswith("."):
+            continue
+        if not os.path.isdir(path):
+            stray.append((path, "files or links outside the class folders"))
+        elif name in folders:
+            raise UserError(
+                f"dataset: two folders in {paths.shown(folder)} are printed as {name!r}, since the "
+                "name of one is no UTF-8; rename it"
+            )
+        else:
+            folders[name] = path
+    return folders, stray
+
+
+def _ordered(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the classes `names` in the order of `root/classes.txt`, if there is that file.
+
+    Raises UserError where it can't be read, or does not list each of `names` once and no other.
+    """
+    file, where = root / "classes.txt", f"dataset: {paths.shown(root)}/classes.txt"
+    if not os.path.lexists(file):
+        return names
+    try:
+        lines = paths.read_bytes(file).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} can't be read ({error})") from error
+    listed = tuple(line.strip() for line in lines if line.strip())
+    problems = [
+        *(f"{name!r} is no folder of train/" for name in listed if name not in names),
+        *(f"the folder {name!r} of train/ is not listed" for name in names if name not in listed),
+        *(f"{name!r} is listed twice" for i, name in enumerate(listed) if name in listed[:i]),
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more such" if len(problems) > 1 else ""
         raise UserError(
-            f"dataset: {root}/train and {root}/test differ in their classes: {odd[0]!r} is in one "
-            "of them only"
+            f"{where} has to list the folders of train/, one a line: {problems[0]}{more}"
         )
-    pairs = {
-        s: [
-            (path, i) for i, name in enumerate(names) for path in images_lib.find([root / s / name])
-        ]
-        for s in ("train", "test")
-    }
-    return Dataset(
-        _from_paths(pairs["train"], f"{root}/train"),
-        _from_paths(pairs["test"], f"{root}/test"),
-        names,
-    )
+    return listed
+
+
+def _class_files(
+    part: Path, folders: Sequence[Path], stray: images_lib.LeftOut
+) -> tuple[list[Path], np.ndarray, list[str]]:
+    """Return the image files of classes 0, 1, ..., which are `folders`: files, labels, and notes.
+
+    Labels are int32 `[N]`. `stray` is left out beside the folders. Raises UserError where a class
+    has no image.
+    """
+    files: list[Path] = []
+    labels, left_out = [], list(stray)
+    for label, folder in enumerate(folders):
+        within, others = images_lib.walk(folder)
+        if not within:
+            note = images_lib.describe(others, folder)
+            raise UserError(
+                f"dataset: {paths.shown(folder)}: no image files in this folder"
+                f"{note and '; ' + note}"
+            )
+        files += within
+        labels += [label] * len(within)
+        left_out += others
+    note = images_lib.describe(left_out, part)
+    return files, np.array(labels, np.int32), [f"{part.name}: {note}"] if note else []
+
+
+def _held_out(
+    folder: Path, files: Sequence[Path], labels: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """Choose the test images of a folder that has none; return bool `[N]`.
+
+    A file's path below `folder` gives it a number in [0, 1) by SHA-256, and those below
+    `TEST_SHARE` are held out. So another file that comes or goes moves none. The exception are
+    classes of a few images, of which all or none would be held out: there the one with the least
+    number is held out, or the one with the greatest stays.
+
+    Raises UserError for a class of one image.
+    """
+    relative = [os.fsencode(file.relative_to(folder).as_posix()) for file in files]
+    draws = np.array([int(hashlib.sha256(path).hexdigest()[:13], 16) / 16**13 for path in relative])
+    held = draws < TEST_SHARE
+    for label, name in enumerate(names):
+        members = np.flatnonzero(labels == label)
+        if len(members) == 1:
+            raise UserError(
+                f"dataset: class {name!r} has one image in {paths.shown(folder)}. Without a folder "
+                "test/ beside it, one of each class is held out for the test: add images, or test/"
+            )
+        if not held[members].any():
+            held[members[draws[members].argmin()]] = True
+        elif held[members].all():
+            held[members[draws[members].argmax()]] = False
+    return held
+
+
+def _counts(part: str, labels: np.ndarray, names: Sequence[str]) -> str:
+    """Say how many images a part has, and how many of each class, or from how many to how many."""
+    counts = np.bincount(labels, minlength=len(names))
+    if len(names) <= CLASSES_NAMED:
+        each = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+    else:
+        least, most = counts.argmin(), counts.argmax()
+        each = (
+            f"{len(names):,} classes, from {counts[least]:,} ({names[least]}) to "
+            f"{counts[most]:,} ({names[most]})"
+        )
+    return f"{part}: {len(labels):,} images: {each}"
 
 
 # Sets of our own by name; to add one, write a function of `data_dir` that returns a `Dataset`.
@@ -255,11 +419,14 @@ DATASETS: dict[str, Callable[[str], Dataset]] = {
 }
 
 
-def _from_paths(pairs: Sequence[tuple[Path, int]], where: str) -> InMemoryImages | EncodedImages:
-    paths, labels = [path for path, _ in pairs], np.array([label for _, label in pairs], np.int32)
-    if not paths:
+def _from_paths(
+    files: Sequence[Path], labels: np.ndarray, where: str
+) -> InMemoryImages | EncodedImages:
+    if not files:
         raise UserError(f"dataset: no images in {where}")
-    return _split(lambda i: paths[i].read_bytes(), lambda i: str(paths[i]), labels)
+    return _split(
+        lambda i: paths.read_bytes(files[i]), lambda i: paths.shown(files[i]), np.asarray(labels)
+    )
 
 
 def _split(
@@ -271,16 +438,18 @@ def _split(
     names it, and not in some later task.
     """
 
-    def look(index: int) -> tuple[str, np.ndarray]:
-        content, image = _decoded(read, names, index)
-        return hashlib.sha256(content).hexdigest(), image
-
     digests: list[str] = []
     held: list[np.ndarray] | None = []
+
+    def look(index: int) -> tuple[str, np.ndarray | None]:
+        content, image = _decoded(read, names, index)
+        # What is not going to be held must not wait for its turn below.
+        return hashlib.sha256(content).hexdigest(), None if held is None else image
+
     with ThreadPoolExecutor() as threads:
         for digest, image in threads.map(look, range(len(labels))):
             digests.append(digest)
-            if held is not None:
+            if held is not None and image is not None:
                 held.append(image)
                 if image.shape != held[0].shape or len(labels) * image.size > HELD_BYTES:
                     held = None
@@ -291,21 +460,12 @@ def _split(
     )
 
 
-def _tfds(name: str, data_dir: str) -> Dataset:
+def _tfds(name: str, data_dir: str, stop: threading.Event | None) -> Dataset:
     # Imported here: it takes most of a second, and the bundled digits do without.
     import tensorflow_datasets as tfds
 
-    try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
-    except (
-        tfds.core.DatasetNotFoundError,
-        ValueError,
-        AssertionError,
-    ) as error:  # the last two: not a name, no such version
-        raise UserError(
-            f"dataset: TFDS does not know {name!r}; 'digits' is bundled, 'cifar100' is the "
-            "paper's, 'folder' reads your own images"
-        ) from error
+    data_dir = _tfds_dir(data_dir)
+    builder = _builder(name, data_dir)
     features = (
         dict(builder.info.features.items())
         if isinstance(builder.info.features, tfds.features.FeaturesDict)
@@ -317,7 +477,7 @@ def _tfds(name: str, data_dir: str) -> Dataset:
             "'label'"
         )
     if not builder.info.splits:
-        builder = _prepare(name, data_dir, str(builder.data_dir))
+        builder = _prepare(builder, name, data_dir, stop)
     splits = ("test",) if name == "imagenet_r" else ("train", "test")
     if missing := set(splits) - set(builder.info.splits):
         raise UserError(
@@ -332,13 +492,12 @@ def _tfds(name: str, data_dir: str) -> Dataset:
             f"Prepare it with tfds.builder({name!r}, data_dir=..., "
             "file_format='array_record').download_and_prepare()"
         ) from error
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # array_record and Pillow on missing or damaged files
+    except UserError:
+        raise
+    except Exception as error:  # what TFDS, array_record and Pillow raise on damaged files
         raise UserError(
-            f"dataset: {name} at {builder.data_dir} can't be read ({error}); prepare it again"
+            f"dataset: {name} at {builder.data_dir} can't be read "
+            f"({preparation.describe(error)}); prepare it again"
         ) from error
     class_names = tuple(builder.info.features["label"].names)
     return (
@@ -363,46 +522,100 @@ def _imagenet_r(images: InMemoryImages | EncodedImages, class_names: tuple[str, 
     )
 
 
-def _prepare(name: str, data_dir: str, looked: str):
+def _tfds_dir(data_dir: str) -> str:
+    """Return `data_dir` for TFDS: empty, a local folder, or a bucket's URL, which TFDS reads."""
+    if not data_dir or (paths.is_url(data_dir) and not re.match("(https?|ftp|file):", data_dir)):
+        return data_dir
+    return str(paths.local(data_dir, "data_dir"))
+
+
+def _builder(name: str, data_dir: str) -> "tfds.core.DatasetBuilder":
+    """Return TFDS's builder of the set `name`, whose `info` can be read.
+
+    Raises UserError where TFDS does not know the name, or can't make a builder of it.
+    """
     import tensorflow_datasets as tfds
 
     try:
-        if name == "cifar100":
-            from soft_jax.data import cifar100
-
-            builder = cifar100.builder(data_dir or None)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-        builder.download_and_prepare()
-    except Exception as error:  # whatever TFDS, its download manager or a missing TensorFlow raises
+        # TFDS prints of packages that it misses, beside what it raises.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = tfds.builder(name, data_dir=data_dir or None)
+        builder.info.features  # noqa: B018  made when it is first asked for
+        return builder
+    except Exception as error:  # no such name, config, version or package
+        known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
+        base = re.split("[/:]", name)[0]
+        if base in known:
+            raise UserError(
+                f"dataset: TFDS can't make {name!r} of its set {base!r} "
+                f"({preparation.describe(error)})"
+            ) from error
+        near = difflib.get_close_matches(name.lower(), known, 3)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        # That TFDS has not found it is said already; a missing package is news.
+        why = "" if isinstance(error, ValueError) else f" ({preparation.describe(error)})"
         raise UserError(
-            f"dataset: no prepared {name} at {looked}, and TFDS could not download and prepare it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}). "
-            "Point to a prepared copy with "
-            f"--config.data_dir=DIR, where DIR/{name} is; or prepare one where TensorFlow and a "
-            "network are at hand: "
+            f"dataset: TFDS does not know {name!r}{why}; {hint}'digits' is bundled, 'cifar100' is "
+            "the paper's, 'folder' reads your own images"
+        ) from error
+
+
+def _prepare(
+    builder: "tfds.core.DatasetBuilder", name: str, data_dir: str, stop: threading.Event | None
+) -> "tfds.core.DatasetBuilder":
+    """Download and prepare a set: by another process if it comes with TFDS, else in this one.
+
+    A set that is defined elsewhere is known here only, and `stop` is not looked at meanwhile.
+    Raises UserError where it can't be done, and preparation.Stopped.
+    """
+    try:
+        if type(builder).__module__.startswith("tensorflow_datasets."):
+            preparation.in_another_process(name, data_dir, stop)
+        else:
+            preparation.in_this_process(name, data_dir)
+        return _builder(name, data_dir)
+    except (preparation.Stopped, UserError):
+        raise
+    except Exception as error:  # whatever TFDS, its download manager or a missing TensorFlow raises
+        told = isinstance(error, preparation.PreparationError)
+        why = str(error) if told else preparation.describe(error)
+        raise UserError(
+            f"dataset: no prepared {name} at {builder.data_dir}, and TFDS could not download and "
+            f"prepare it ({why}). Point to a prepared copy with --config.data_dir=DIR, where "
+            f"DIR/{name} is; or prepare one where TensorFlow and a network are at hand: "
             f"tfds.builder({name!r}, data_dir=DIR, "
             "file_format='array_record').download_and_prepare()"
         ) from error
-    return builder
 
 
-def _read(builder, name: str, split: str) -> InMemoryImages | EncodedImages:
+def _read(builder: Any, name: str, split: str) -> InMemoryImages | EncodedImages:
+    """Read a split of a prepared TFDS set.
+
+    Images of one channel are grey: all three get it. Levels of 16 bits become their high byte, as
+    those of files do.
+    """
     import tensorflow_datasets as tfds
 
     def records(source):
         for start in range(0, len(source), BLOCK):
             yield from source.__getitems__(list(range(start, min(start + BLOCK, len(source)))))
 
-    shape = builder.info.features["image"].shape
-    if shape[-1] not in (3, None):
-        raise UserError(f"dataset: {name} has images of shape {shape}, expected 3 channels")
-    if None not in shape and builder.info.splits[split].num_examples * np.prod(shape) <= HELD_BYTES:
+    feature, count = builder.info.features["image"], builder.info.splits[split].num_examples
+    shape, levels = feature.shape, np.dtype(feature.np_dtype)
+    if shape[-1] not in (1, 3, None):
+        raise UserError(f"dataset: {name} has images of shape {shape}, expected 1 or 3 channels")
+    if levels not in (np.uint8, np.uint16):
+        raise UserError(f"dataset: {name} has images of {levels}, expected uint8 or uint16")
+    # TFDS decodes images of 16 bits by OpenCV only: they are taken as files.
+    in_memory = None not in shape and levels == np.uint8
+    if in_memory and count * np.prod([*shape[:2], 3]) <= HELD_BYTES:
         # TFDS's own way, in blocks: several times faster than a record at a time.
         images, labels = zip(
             *((r["image"], r["label"]) for r in records(builder.as_data_source(split))), strict=True
         )
-        return InMemoryImages(np.stack(images), np.array(labels, np.int32))
+        stacked = np.stack(images)
+        colours = np.repeat(stacked, 3, axis=-1) if shape[-1] == 1 else stacked
+        return InMemoryImages(colours, np.array(labels, np.int32))
     skipped = {
         name: tfds.decode.SkipDecoding() for name in builder.info.features if name != "label"
     }  # CUB-200 has a second image
