@@ -1,0 +1,265 @@
+"""How λ of the prototypes' ridge regression is chosen, by the number of training images:
+python -m benchmarks.prototypes --data_dir=DIR
+
+CIFAR-100 in 10 tasks of 10 classes, in an order, with training images and random features that are
+drawn by the seed; q(x) of the bundled backbone, no masks. After each task the statistics of all so
+far classify the test images of all classes so far. Prints three Markdown tables; percentages are
+the mean over the seeds, with ± their standard deviation.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from soft_jax.data import sources
+from soft_jax.inference import prototypes
+from soft_jax.models import backbones
+
+TASKS = 10
+BATCH = 256  # images
+HELD_OUT = 5  # one image of so many is held out, as by RanPAC
+SHARPNESSES = np.geomspace(1, 300, 25)
+BINS = 15  # of the expected calibration error
+
+Split = tuple[np.ndarray, np.ndarray]  # q(x) [N, dim] and labels [N]
+Row = dict[str, float]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", default="", help="where TFDS has CIFAR-100")
+    parser.add_argument("--images", type=int, nargs="+", default=[5, 10, 24, 60, 200, 500])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--features", type=int, default=2000)
+    parser.add_argument("--queries", help="a file that keeps q(x) for the next time, .npz")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(arguments.queries or Path(folder) / "queries.npz")
+        train, test = queries(file, arguments.data_dir)
+        rows = {
+            count: [
+                measure(seed, count, arguments.features, train, test) for seed in arguments.seeds
+            ]
+            for count in arguments.images
+        }
+    print(tables(rows))
+
+
+def queries(file: Path, data_dir: str) -> tuple[Split, Split]:
+    """Return q(x) and labels of the training and of the test images; `file` keeps them."""
+    if not file.exists():
+        dataset, backbone = sources.load("cifar100", data_dir), backbones.load("vit_ti8_32")
+
+        @jax.jit
+        def query(images: jax.Array) -> jax.Array:
+            return backbone.architecture.features(backbone.params, images.astype(jnp.float32) / 255)
+
+        arrays = {}
+        for name in ("train", "test"):
+            split = getattr(dataset, name)
+            blocks = range(0, len(split.labels), BATCH)
+            found = [np.asarray(query(split.images[start : start + BATCH])) for start in blocks]
+            arrays |= {name: np.concatenate(found), f"{name}_labels": split.labels}
+        np.savez(file, **arrays)
+    with np.load(file) as kept:
+        return tuple((kept[name], kept[f"{name}_labels"]) for name in ("train", "test"))
+
+
+def measure(seed: int, count: int, features: int, train: Split, test: Split) -> Row:
+    """Return the figures of one seed and `count` images a class, by name."""
+    rng = np.random.default_rng(seed)
+    num_classes = int(train[1].max()) + 1
+    order = rng.permutation(num_classes).reshape(TASKS, -1)
+    # A smaller `count` takes the first of the same images.
+    images = [rng.permutation(np.flatnonzero(train[1] == c)) for c in range(num_classes)]
+    projection = prototypes.projection(seed, train[0].shape[1], features)
+    whole, rest = (prototypes.Sums(num_classes, projection) for _ in range(2))
+    held, stages, means = [], [], np.zeros((num_classes, train[0].shape[1]), np.float32)
+    test_features = random_features(test[0], projection)
+    for task, classes in enumerate(order):
+        members = np.concatenate([images[c][:count] for c in classes])
+        query, labels = (array[members] for array in train)
+        whole.add(classes, prototypes.statistics(query, labels, classes, projection))
+        last = np.tile(np.arange(count) >= count - max(count // HELD_OUT, 1), len(classes))
+        kept = (query[~last], labels[~last])
+        rest.add(classes, prototypes.statistics(*kept, classes, projection))
+        held.append((query[last], labels[last]))
+        means[classes] = [query[labels == c].mean(axis=0) for c in classes]
+        seen = order[: task + 1].ravel()
+        of_seen = np.isin(test[1], seen)
+        found = whole.decompose()
+        stages.append(
+            stage(
+                found,
+                test_features[of_seen],
+                (test[0][of_seen], test[1][of_seen]),
+                order,
+                seen,
+                means,
+            )
+        )
+    row = dict(stages[-1])
+    row |= {f"mean {key}": float(np.mean([one[key] for one in stages])) for key in row}
+    row["worst"] = max(one["hindsight"] - one["chosen"] for one in stages)
+    # RanPAC's choice, after the last task: the least squared error of the images held out.
+    truth = np.concatenate([labels for _, labels in held])
+    held_features = random_features(np.concatenate([query for query, _ in held]), projection)
+    errors = [
+        np.square(scores - np.eye(num_classes)[truth]).sum()
+        for scores in by_ridge(rest.decompose(), held_features)
+    ]
+    best = prototypes.RIDGES[int(np.argmin(errors))]
+    scores = test_features @ found.weights(best).astype(np.float32)
+    row["held out"] = percent(scores.argmax(axis=1) == test[1])
+    return row
+
+
+def random_features(query: np.ndarray, projection: np.ndarray) -> np.ndarray:
+    """Return φ(x) `[N, features]` for q(x) `[N, dim]`."""
+    return np.asarray(jax.jit(prototypes.random_features)(query, projection))
+
+
+def by_ridge(found: prototypes.Decomposition, features: np.ndarray) -> Iterator[np.ndarray]:
+    """Return the scores `[N, classes]` by each λ of `RIDGES` in turn."""
+    for ridge in prototypes.RIDGES:
+        yield features @ found.weights(ridge).astype(np.float32)
+
+
+def stage(
+    found: prototypes.Decomposition,
+    features: np.ndarray,
+    test: Split,
+    order: np.ndarray,
+    seen: np.ndarray,
+    means: np.ndarray,
+) -> Row:
+    """Return accuracies, λ and calibration errors after one task.
+
+    `features` `[N, features]` and `test` are of the test images of the classes `seen`, of which
+    `means` `[classes, dim]` are the mean q(x); `order` `[tasks, classes]` are all tasks' classes.
+    """
+    query, truth = test
+    scores = np.stack([s[:, seen] for s in by_ridge(found, features)])
+    right = seen[scores.argmax(axis=2)] == truth
+    accuracy = [percent(r) for r in right]
+    ridge = found.best_ridge()
+    chosen = prototypes.RIDGES.index(ridge)
+    task_of_class = np.argsort(order.ravel()) // order.shape[1]
+    nearest = seen[(unit(query) @ unit(means[seen]).T).argmax(axis=1)]
+    tasks = np.stack([means[classes].mean(axis=0) for classes in order if classes[0] in seen])
+    nearest_task = (unit(query) @ unit(tasks).T).argmax(axis=1)
+    log_p = np.full((len(query), order.size), -np.inf)
+    log_p[:, seen] = log_softmax(prototypes.SHARPNESS * scores[chosen])
+    task = prototypes.task_posterior(log_p, task_of_class).argmax(axis=1)
+    calibration = {s: calibration_error(scores[chosen] * s, right[chosen]) for s in SHARPNESSES}
+    best = min(calibration, key=calibration.get)
+    fixed = prototypes.RIDGES.index(prototypes.RIDGE)
+    return {
+        "fixed": accuracy[fixed],
+        "chosen": accuracy[chosen],
+        "hindsight": max(accuracy),
+        "log ridge": float(np.log10(ridge)),
+        "log hindsight": float(np.log10(prototypes.RIDGES[int(np.argmax(accuracy))])),
+        "nearest mean": percent(nearest == truth),
+        "task": percent(task == task_of_class[truth]),
+        "nearest mean, task": percent(task_of_class[nearest] == task_of_class[truth]),
+        "nearest task": percent(nearest_task == task_of_class[truth]),
+        "ECE fixed": calibration_error(prototypes.SHARPNESS * scores[fixed], right[fixed]),
+        "ECE": calibration_error(prototypes.SHARPNESS * scores[chosen], right[chosen]),
+        "ECE hindsight": calibration[best],
+        "sharpness hindsight": float(best),
+    }
+
+
+def percent(right: np.ndarray) -> float:
+    """Return the share of True, in percent."""
+    return 100 * float(np.mean(right))
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Return rows of length 1."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log p `[N, classes]`."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def calibration_error(logits: np.ndarray, right: np.ndarray) -> float:
+    """Return the expected calibration error in percent, over `BINS` equal bins (Guo et al., 2017).
+
+    `right` bool `[N]` says whether each image's highest logit is its class's.
+    """
+    p = 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    index = np.minimum((p * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(index, p, BINS) - np.bincount(index, right, BINS)
+    return 100 * float(np.abs(gaps).sum() / len(p))
+
+
+def tables(rows: dict[int, list[Row]]) -> str:
+    """Return the tables as Markdown; `rows` holds the figures of each seed by images a class."""
+    accuracy = {
+        "images a class": None,
+        "λ fixed": "fixed",
+        "λ by GCV": "chosen",
+        "λ by held-out fifth": "held out",
+        "best λ in hindsight": "hindsight",
+        "nearest class mean": "nearest mean",
+        "λ chosen, log₁₀": "log ridge",
+        "best, log₁₀": "log hindsight",
+    }
+    stages = {
+        "images a class": None,
+        "λ fixed": "mean fixed",
+        "λ by GCV": "mean chosen",
+        "best λ in hindsight": "mean hindsight",
+        "nearest class mean": "mean nearest mean",
+        "most below the best, any stage": "worst",
+        "task, prototypes": "mean task",
+        "task, nearest class mean": "mean nearest mean, task",
+        "task, nearest task mean": "mean nearest task",
+    }
+    calibration = {
+        "images a class": None,
+        "ECE, λ fixed": "ECE fixed",
+        "ECE, λ by GCV": "ECE",
+        "ECE by the best sharpness in hindsight": "ECE hindsight",
+        "that sharpness": "sharpness hindsight",
+        "mean over stages: ECE, λ fixed": "mean ECE fixed",
+        "mean over stages: ECE, λ by GCV": "mean ECE",
+        "mean over stages: the best sharpness of each": "mean ECE hindsight",
+    }
+    return "\n\n".join(
+        f"{title}\n\n{table(rows, columns)}"
+        for title, columns in (
+            ("After the last task:", accuracy),
+            ("Mean over the stages:", stages),
+            (f"Calibration with a sharpness of {prototypes.SHARPNESS}:", calibration),
+        )
+    )
+
+
+def table(rows: dict[int, list[Row]], columns: dict[str, str | None]) -> str:
+    """Return one table; `columns` give the figure under each heading, None the images a class."""
+    lines = [list(columns), ["---"] * len(columns)]
+    for count, found in rows.items():
+        values = [[row[key] for row in found] for key in columns.values() if key]
+        cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=min(len(v) - 1, 1)):.1f}" for v in values]
+        lines.append([str(count), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
