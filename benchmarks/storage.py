@@ -110,10 +110,10 @@ def evaluate(run: Run, name: str) -> dict[str, float]:
         )
         error.append(np.sqrt(np.mean((a - b) ** 2)))
         bank.add(task, items["adapter"] | {"mask": unpacked}, items["statistics"])
-    table = loop.evaluate_stage(run, bank.model(items["shared"]), TEST)
+    stage = loop.evaluate_stage(run, bank.model(items["shared"]), TEST)
     accuracy = {
         protocol: float(np.mean([100 * row.correct / row.total for row in rows]))
-        for protocol, rows in table.items()
+        for protocol, rows in stage.rows.items()
     }
     return accuracy | {
         "KiB a task": pytrees.nbytes(packed) / 1024,

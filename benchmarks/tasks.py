@@ -136,7 +136,7 @@ def _learn_task(run: Run, bank: TaskBank, task: int, shared: Any) -> tuple[TaskM
     seconds["statistics"] = time.monotonic() - start
     bank.add(task, adapter, statistics)
     start = time.monotonic()
-    table = _evaluate_newest(run, bank.model(shared))
+    stage = _evaluate_newest(run, bank.model(shared))
     seconds["evaluate"] = time.monotonic() - start
     items = {
         "adapter": run.method.pack(adapter),
@@ -144,20 +144,19 @@ def _learn_task(run: Run, bank: TaskBank, task: int, shared: Any) -> tuple[TaskM
         "statistics": statistics,
         "memory": {},
     }
-    made = manifest.make(run, task, adapter, items, {TEST: table}, seconds)
+    made = manifest.make(run, task, adapter, items, {TEST: stage}, seconds)
     run.store.save_task(task, items, made)
     bank.stored(task)
     return made, shared
 
 
-def _evaluate_newest(run: Run, model: Any) -> dict[str, list[evaluate.Row]]:
+def _evaluate_newest(run: Run, model: Any) -> evaluate.Stage:
     """Evaluate the newest task as `loop.evaluate_stage` does each."""
-    task = model.tasks[-1]
-    split, query = run.part(TEST, task), run.query(TEST, task)
-    rows = evaluate.evaluate_task(
-        model, run.rules, split.images, split.labels, query, task, run.settings
-    )
-    return {protocol: [row] for protocol, row in rows.items()}
+    task, stage = model.tasks[-1], evaluate.Stage(model, run.rules, run.settings)
+    split, index = run.part(TEST, task), run.index(TEST, task)
+    files = run.files(TEST, index)
+    stage.add(task, split.images, split.labels, run.query(TEST, task), index, files)
+    return stage
 
 
 def _config(tasks: int) -> Config:

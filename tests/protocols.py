@@ -10,6 +10,8 @@ PROTOTYPE = "per_sample/prototype"
 VOTE_POOL = "batch_vote/pool"
 VOTE_PROMPT = "batch_vote/prompt_id"
 ORACLE = "oracle/task_given"
+FROZEN = "per_sample/frozen_features"
+FROZEN_GIVEN = "oracle/frozen_features"
 
 
 def rules_for(method, shots=(), features=0):

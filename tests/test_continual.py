@@ -103,7 +103,7 @@ def run_two_tasks(run):
         shared = state.trainable["shared"]
         learned.add(task, adapters[-1], loop.task_statistics(run, task))
         models.append(learned.model(shared))
-    return adapters, models, loop.evaluate_stage(run, models[-1], "test")
+    return adapters, models, loop.evaluate_stage(run, models[-1], "test").rows
 
 
 def test_the_same_run_on_one_and_on_four_devices(small):
@@ -438,8 +438,6 @@ def test_what_the_first_process_says_is_finished_holds(small, monkeypatch):
     continued, seconds = loop._continued(run, 0, state)
     assert (continued is state, seconds) == (True, 0.0)
     assert not list(run.store.training.glob("0*"))
-    with pytest.raises(UserError, match="the processes see different tasks"):
-        loop._restore(run, TaskBank(run), shared, {})
 
 
 def test_another_dataset_is_another_run(small, monkeypatch):

@@ -51,8 +51,8 @@ def answer(model, images, query, task, settings, features=FEATURES):
 
 
 def evaluate_task(model, images, labels, query, task, settings, features=FEATURES):
-    rules = protocols.rules_for(model.method, SHOTS, features)
-    return evaluate.evaluate_task(model, rules, images, labels, query, task, settings)
+    answers = answer(model, images, query, task, settings, features)
+    return evaluate.count(answers, labels, task, len(model.rows["key"]))
 
 
 def keys_that_split(query):
@@ -132,7 +132,8 @@ def test_every_protocol_against_a_plain_loop(world):
     for shots, protocol in ((5, "batch_vote/gradient_id_5"), (0, "batch_vote/gradient_id_all")):
         voted = answers.alpha_gradients[shots].argmin(axis=1)
         np.testing.assert_array_equal(answers.task_ids[protocol], voted[np.arange(COUNT) // 8])
-    assert set(answers.logits) == set(protocols.keys_of(model.method, SHOTS, FEATURES))
+    asking = (r for r in protocols.rules_for(model.method, SHOTS, FEATURES) if r.needs_network)
+    assert set(answers.logits) == {rule.key for rule in asking}
     for i in (0, 36):
         for protocol, logits in answers.logits.items():
             assert logits.shape == (COUNT, 6)
@@ -161,6 +162,42 @@ def test_prototypes_name_the_task_and_weigh_the_logits(world):
         scores.reshape(COUNT, 3, 2)[np.arange(COUNT), tasks], expected, rtol=1e-5, atol=1e-5
     )
     assert np.isinf(scores).sum() == 4 * COUNT
+
+
+def test_frozen_features_answer_alone(world):
+    """By the statistics, whatever the networks say; with the task given, among its classes."""
+    model, _, images, query = world
+    answers = answer(model, images, query, 1, run_settings())
+    posterior = np.asarray(prototypes.log_posterior(query, model.solved["prototype"]))
+    best = posterior.argmax(axis=1)
+    np.testing.assert_array_equal(answers.scores[protocols.FROZEN].argmax(axis=1), best)
+    np.testing.assert_array_equal(answers.task_ids[protocols.FROZEN], best // 2)
+    given = answers.scores[protocols.FROZEN_GIVEN]
+    np.testing.assert_array_equal(given.argmax(axis=1), 2 + posterior[:, 2:4].argmax(axis=1))
+    assert np.isinf(given).sum() == 4 * COUNT
+    assert not {protocols.FROZEN, protocols.FROZEN_GIVEN} & answers.logits.keys()
+
+
+def test_probabilities_count_the_doubt_about_the_task(world):
+    """Under every rule they sum to 1 over the classes that can win; prototypes multiply by
+    p(task | x), and give the other tasks what is left.
+    """
+    model, _, images, query = world
+    answers = answer(model, images, query, 1, run_settings())
+    posterior = np.exp(prototypes.log_posterior(query, model.solved["prototype"]))
+    by_task, rows = posterior.reshape(COUNT, 3, 2).sum(axis=2), np.arange(COUNT)
+    for protocol, logs in answers.log_probabilities.items():
+        np.testing.assert_allclose(np.exp(logs).sum(axis=1), 1, atol=1e-5, err_msg=protocol)
+    tasks = answers.task_ids[protocols.PROTOTYPE]
+    found = np.exp(answers.log_probabilities[protocols.PROTOTYPE])
+    own = found.reshape(COUNT, 3, 2)[rows, tasks]
+    np.testing.assert_allclose(own.sum(axis=1), by_task[rows, tasks], rtol=1e-4)
+    other = found.reshape(COUNT, 3, 2)[rows, (tasks + 1) % 3]
+    expected = posterior.reshape(COUNT, 3, 2)[rows, (tasks + 1) % 3]
+    np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-7)
+    assert own.max() < 1
+    given = np.exp(answers.log_probabilities[protocols.ORACLE])
+    np.testing.assert_allclose(given[:, 2:4].sum(axis=1), 1, atol=1e-5)
 
 
 def test_images_are_counted_exactly(world):

@@ -270,6 +270,8 @@ def test_a_run_of_toys_alone(toys, tmp_path):
         "batch_vote/prompt_id",
         "batch_vote/gradient_id_7",
         "oracle/task_given",
+        "per_sample/frozen_features",
+        "oracle/frozen_features",
         "per_sample/nearest_mean",
     }
     assert manifests[-1].validation.keys() == manifests[-1].metrics.keys()
@@ -283,10 +285,10 @@ def test_a_run_of_toys_alone(toys, tmp_path):
         tmp_path / "run", task_id="nearest_mean", backbone_path=toys["backbone_path"]
     )
     test = stripes("").test
-    classes, tasks, _ = predictor.predict(test.images)
+    classes, _, networks, _ = predictor.predict(test.images)
     rows = manifests[-1].metrics["per_sample/nearest_mean"]
     assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
-    assert (tasks == np.where(test.labels < 2, 1, 0)).sum() == sum(
+    assert (networks == np.where(test.labels < 2, 1, 0)).sum() == sum(
         row["task_correct"] for row in rows
     )
 

@@ -177,11 +177,13 @@ def test_a_missing_or_unknown_part_of_a_manifest_is_named():
 
 @pytest.mark.parametrize("kind", formats.MIGRATIONS)
 def test_a_newer_format_names_who_wrote_it(kind):
+    newer = len(formats.MIGRATIONS[kind]) + 1
     with pytest.raises(UserError) as caught:
-        formats.upgrade(kind, {"format": 2, "written_by": "9.1", "what": "ever"}, "/runs/x")
+        formats.upgrade(kind, {"format": newer, "written_by": "9.1", "what": "ever"}, "/runs/x")
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("/runs/x", "format 2", "soft_jax 9.1", soft_jax.__version__, "upgrade this"):
+    ours = soft_jax.__version__
+    for part in ("/runs/x", f"format {newer}", "soft_jax 9.1", ours, "upgrade this"):
         assert part in message
 
 
@@ -196,6 +198,17 @@ def test_a_run_without_its_format_number_is_no_run_of_format_0():
     del data["format"]
     with pytest.raises(UserError, match="config.json: backbone, .* is missing"):
         read_run(data)
+
+
+# Format 1
+
+
+def test_a_task_of_format_1_has_no_temperature():
+    """What came with format 2 says that nothing was fitted or counted."""
+    data = written("task", MANIFEST) | {"sha256": {}, "format": 1}
+    del data["temperature"], data["calibration"]
+    read = read_task(data)
+    assert (read.temperature, read.calibration) == ({}, {})
 
 
 # Format 0

@@ -198,7 +198,7 @@ def test_threads_share_a_predictor(backbone, rng, option):
         for answers, alone in zip(pool.map(ask, range(8)), expected, strict=True):
             for answer in answers:
                 np.testing.assert_array_equal(answer.classes, alone.classes)
-                np.testing.assert_array_equal(answer.tasks, alone.tasks)
+                np.testing.assert_array_equal(answer.networks, alone.networks)
                 np.testing.assert_array_equal(answer.probabilities, alone.probabilities)
 
 

@@ -2,7 +2,9 @@
 the same arrays, and stand in a table without being trained again.
 
 `data/format_0.tar.gz` holds a finished run in a table's folder, one killed inside its second task,
-the tiny backbone of both, and what the finished one predicted then.
+the tiny backbone of both, and what the finished one predicted then; `data/format_1.tar.gz` a run
+of l2p with one of two tasks finished, of a version that kept no statistics where tasks have nothing
+of their own.
 """
 
 import shutil
@@ -21,6 +23,7 @@ from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
 from soft_jax.paper import rows, tables
 from soft_jax.store.folder import Reader
+from tests import protocols
 from tests.conftest import TINY
 
 # The table command's --set that the finished run was made by, under today's names.
@@ -72,8 +75,14 @@ def test_a_finished_run_predicts_as_it_did(written, finished, task_id):
     predictor = Predictor.load(finished, task_id=task_id, devices=jax.devices()[:1])
     now = predictor.predict(then["images"])
     np.testing.assert_array_equal(now.classes, then[f"{task_id}/classes"])
-    np.testing.assert_array_equal(now.tasks, then[f"{task_id}/tasks"])
-    np.testing.assert_allclose(now.probabilities, then[f"{task_id}/probabilities"], atol=1e-5)
+    np.testing.assert_array_equal(now.networks, then[f"{task_id}/tasks"])
+    probabilities = now.probabilities
+    if task_id == "prototype":  # then, they were taken within the task identified
+        own = predictor.model.task_of_class[None] == now.networks[:, None]
+        probabilities = np.where(own, probabilities, 0)
+        assert (probabilities.sum(axis=1) < 1).all()
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(probabilities, then[f"{task_id}/probabilities"], atol=1e-5)
 
 
 def test_a_killed_run_goes_on_to_the_same_arrays(written, finished, tmp_path, monkeypatch):
@@ -107,6 +116,19 @@ def test_a_killed_run_goes_on_to_the_same_arrays(written, finished, tmp_path, mo
         ours.model.shared,
         theirs.model.shared,
     )
+
+
+def test_a_run_of_format_1_goes_on_with_the_rules_that_it_began_with(written, tmp_path):
+    with tarfile.open(Path(__file__).parent / "data/format_1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    settings = Reader(tmp_path / "l2p").read_record().settings
+    manifests = loop.run(from_settings(settings), tmp_path / "l2p", Console(quiet=True))
+    assert [set(manifest.metrics) for manifest in manifests] == [
+        {protocols.NO_TASK_ID, protocols.VOTE_POOL, protocols.ORACLE}
+    ] * 2
+    assert manifests[0].calibration == {} != manifests[1].calibration
+    assert not any(name.startswith("statistics/") for name in manifests[1].sha256)
+    assert Predictor.load(tmp_path / "l2p").rule.option == "none"
 
 
 def test_a_finished_run_stands_in_a_table_without_training(written, finished, monkeypatch):

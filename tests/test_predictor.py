@@ -15,10 +15,11 @@ from soft_jax import __main__
 from soft_jax.data import augmentation, images
 from soft_jax.errors import UserError
 from soft_jax.experiment import loop
+from soft_jax.inference import rules
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
 from tests import protocols
-from tests.conftest import TINY, tiny_config, tiny_world
+from tests.conftest import TINY, tiny_config, tiny_method, tiny_world
 
 PROTOCOLS = {
     "prompt": protocols.PER_SAMPLE,
@@ -80,7 +81,9 @@ def test_predictions_are_what_evaluation_counted(workdir, test_set, predictors, 
         )
     order = np.random.default_rng(1).permutation(len(test_set.labels))
     shuffled, labels = test_set.images[order], test_set.labels[order]
-    classes, tasks, probabilities = predictor.predict(shuffled, **asked(predictor, labels))
+    classes, tasks, networks, probabilities = predictor.predict(
+        shuffled, **asked(predictor, labels)
+    )
     rows = json.loads((workdir / "tasks/004/manifest/metadata").read_text())["metrics"][
         PROTOCOLS[task_id]
     ]
@@ -88,9 +91,13 @@ def test_predictions_are_what_evaluation_counted(workdir, test_set, predictors, 
         own = labels // 2 == task
         assert abs((classes == labels)[own].sum() - row["correct"]) <= (devices == 1)
         identified = [row["identified"].get(str(given), 0) for given in range(5)]
-        assert np.abs(np.bincount(tasks[own], minlength=5) - identified).max() <= (devices == 1)
+        assert np.abs(np.bincount(networks[own], minlength=5) - identified).max() <= (devices == 1)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(probabilities.argmax(axis=1), classes)
+    np.testing.assert_array_equal(tasks, classes // 2)
+    # Classes of another task than the one identified may be likelier each, not together.
+    able = np.where(np.arange(10) // 2 == networks[:, None], probabilities, 0)
+    best = (able if task_id == "prototype" else probabilities).argmax(axis=1)
+    np.testing.assert_array_equal(best, classes)
 
 
 @given(data=strategies.data())
@@ -104,7 +111,7 @@ def test_order_and_company_never_change_a_prediction(test_set, predictors, task_
     )
     part = predictor.predict(test_set.images[chosen], **asked(predictor, test_set.labels[chosen]))
     np.testing.assert_array_equal(part.classes, whole.classes[chosen])
-    np.testing.assert_array_equal(part.tasks, whole.tasks[chosen])
+    np.testing.assert_array_equal(part.networks, whole.networks[chosen])
     np.testing.assert_allclose(part.probabilities, whole.probabilities[chosen], atol=1e-4)
 
 
@@ -138,14 +145,14 @@ def test_nothing_is_compiled_after_warm_up(workdir, test_set, predictors, task_i
         for p in (predictor, predictors[task_id])
     )
     np.testing.assert_array_equal(ours.classes, others.classes)
-    np.testing.assert_array_equal(ours.tasks, others.tasks)
+    np.testing.assert_array_equal(ours.networks, others.networks)
 
 
 def test_some_tasks_only(workdir, test_set):
     """Only their classes can win; asked among one task, every image is its."""
     predictor = Predictor.load(workdir, tasks=[3, 1], task_id="prototype", batch_size=16)
     assert predictor.class_names == ("", "", "2", "3", "", "", "6", "7", "", "")
-    classes, tasks, probabilities = predictor.predict(test_set.images)
+    classes, tasks, _, probabilities = predictor.predict(test_set.images)
     assert set(tasks.tolist()) == {1, 3}
     assert set(classes.tolist()) <= {2, 3, 6, 7}
     assert not probabilities[:, [0, 1, 4, 5, 8, 9]].any()
@@ -157,7 +164,7 @@ def test_some_tasks_only(workdir, test_set):
 def test_a_given_task(predictors, test_set):
     """It wins over the predictor's own way, and its classes alone can win."""
     for predictor in predictors.values():
-        classes, tasks, _ = predictor.predict(test_set.images[:9], task=3)
+        classes, tasks, _, _ = predictor.predict(test_set.images[:9], task=3)
         assert (tasks == 3).all()
         assert set(classes.tolist()) <= {6, 7}
     each = np.arange(9) % 5
@@ -170,7 +177,7 @@ def test_a_budget_of_nothing_changes_nothing(workdir, test_set, predictors):
         poor = Predictor.load(workdir, task_id=task_id, batch_size=16, cache_bytes=0)
         ours, theirs = poor.predict(test_set.images), predictors[task_id].predict(test_set.images)
         np.testing.assert_array_equal(ours.classes, theirs.classes)
-        np.testing.assert_array_equal(ours.tasks, theirs.tasks)
+        np.testing.assert_array_equal(ours.networks, theirs.networks)
 
 
 @pytest.fixture
@@ -273,12 +280,6 @@ def test_a_users_image_is_prepared_as_a_test_image(rng, shape, size):
 def test_bad_images_are_named(predictors, given, message):
     with pytest.raises(UserError, match=message):
         predictors["prompt"].predict(given)
-
-
-def test_deep_files_are_not_clipped(predictors, tmp_path):
-    Image.fromarray(np.full((16, 16), 40000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(UserError, match=r"deep.png can't be read .*more than 8 bits a channel"):
-        predictors["prompt"].predict(tmp_path / "deep.png")
 
 
 @pytest.mark.parametrize(
@@ -409,10 +410,32 @@ def test_dualprompt(tmp_path, test_set):
         match="'gradient' means nothing for this run of dualprompt; take one of 'prompt', 'pro",
     ):
         Predictor.load(tmp_path, task_id="gradient")
-    predictor = Predictor.load(tmp_path, batch_size=16)
+    predictor = Predictor.load(tmp_path, task_id="prompt", batch_size=16)
     rows = json.loads((tmp_path / "tasks/001/manifest/metadata").read_text())["metrics"][
         protocols.PER_SAMPLE
     ]
-    classes, tasks, _ = predictor.predict(test_set.images)
+    classes, _, networks, _ = predictor.predict(test_set.images)
     assert (classes == test_set.labels).sum() == sum(row["correct"] for row in rows)
-    assert (tasks == test_set.labels // 5).sum() == sum(row["task_correct"] for row in rows)
+    assert (networks == test_set.labels // 5).sum() == sum(row["task_correct"] for row in rows)
+
+
+def test_the_rule_that_was_best_on_validation_images_answers():
+    """Else prototypes where they are kept; never one that looks at batches or is told the task."""
+    method = tiny_method()
+    applying = protocols.rules_for(method, (7,), 20)
+
+    def counts(**correct):
+        return {key.replace("__", "/"): [{"correct": n, "total": 10}] for key, n in correct.items()}
+
+    held_out = counts(
+        per_sample__prompt_id=4,
+        per_sample__gradient_id=6,
+        per_sample__prototype=5,
+        per_sample__frozen_features=8,
+        batch_vote__prompt_id=9,
+        oracle__task_given=10,
+    )
+    rule, because = rules.choose(applying, held_out)
+    assert (rule.option, because) == ("gradient", "the best on validation images, 60.00%")
+    assert rules.choose(applying, {})[0].option == "prototype"
+    assert rules.choose(protocols.rules_for(method), {})[0].option == "prompt"

@@ -1,5 +1,6 @@
 """What a run writes about itself, and the pictures as they are drawn."""
 
+import dataclasses
 import io
 import json
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from soft_jax.evaluation import metrics, pictures, report
+from soft_jax.evaluation import calibration, metrics, pictures, predictions, report
 from soft_jax.evaluation.report import Report
+from soft_jax.inference import rules
 from soft_jax.store.records import TaskManifest
 
 CONFIG = {"method": "dualprompt+softtf", "seed": 59}
@@ -29,7 +31,7 @@ def manifest_of(task, tasks, rng, seconds=1.0, validation=False):
     return TaskManifest(
         task=task,
         classes=(2 * task, 2 * task + 1),
-        class_names=("a", "b"),
+        class_names=(f"class {2 * task}", f"class {2 * task + 1}"),
         num_classes=2 * tasks,
         num_tasks=tasks,
         config={},
@@ -128,7 +130,7 @@ def test_a_tasks_rows_are_made_without_looking_at_the_tasks_before(manifests, mo
         rows.add(manifest)
     monkeypatch.setattr(metrics, "accuracies", look)
     rows.add(manifests[-1])
-    report.line(manifests[-1])
+    report.StageTable(PROTOCOLS, 80).line(manifests[-1])
     assert set(looked_at) == {8}
 
 
@@ -273,3 +275,209 @@ def test_densities_are_those_of_the_mask_entries(rng):
                 entries[f"blocks_{layer}/{axes.get_title()}/kernel"], bins=60, density=True
             )
             np.testing.assert_allclose(density, expected)
+
+
+ALL = (
+    "per_sample/prompt_id",
+    "per_sample/gradient_id",
+    "per_sample/prototype",
+    "per_sample/frozen_features",
+    "batch_vote/prompt_id",
+    "batch_vote/gradient_id_7",
+    "oracle/task_given",
+    "oracle/frozen_features",
+)
+
+
+def with_accuracies(manifest, found, validation=None):
+    """The manifest with `found` percent of a task's 1000 test images right, by protocol."""
+
+    def rows(percents):
+        return {
+            key: [
+                {"correct": 10 * right, "task_correct": 0, "total": 1000, "identified": {}}
+                for _ in range(manifest.task + 1)
+            ]
+            for key, right in percents.items()
+        }
+
+    return dataclasses.replace(manifest, metrics=rows(found), validation=rows(validation or {}))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_on_screen_has_a_line_a_task_within_the_screen(width, rng):
+    table = report.StageTable(ALL, width)
+    manifest = with_accuracies(
+        manifest_of(11, 12, rng, seconds=12.3), dict(zip(ALL, range(90, 98), strict=True))
+    )
+    headings = table.heading.splitlines()[-1]
+    assert max(map(len, table.heading.splitlines())) <= width
+    line = table.line(manifest)
+    assert len(line) <= width
+    assert line.split()[0] == "12"  # from 1, for people
+    assert "class" in line
+    shown = [f"{90 + place}.0" for place in range(8)]
+    if width == 80:  # without the published protocols by batch
+        shown = shown[:4] + shown[6:]
+    assert line.split()[-len(shown) - 1 :] == [*shown, "13.1"]  # seconds: all of the task's
+    assert headings.split()[:2] == ["task", "classes"]
+    # Headings stand above their columns: right ends are the same.
+    assert headings.index("seconds") + len("seconds") == len(line)
+    assert ("batch_vote" in table.heading) == (width == 120)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (("cat", "dog"), "cat, dog"),
+        (("cat", "elephant"), "cat +1"),
+        (("hippopotamus", *"abcdefghi"), "hipp… +9"),
+        (("hippopotamus",), "hippopo…"),
+    ],
+)
+def test_names_of_classes_are_cut_to_the_room_there_is(names, shown, rng):
+    """A number of classes alone could be taken for a class's name."""
+    manifest = dataclasses.replace(manifest_of(0, 1, rng), class_names=names)
+    line = report.StageTable(ALL, 60).line(manifest)  # the least room
+    assert line.startswith(f"   1  {shown:<8}  ")
+
+
+@pytest.mark.parametrize(
+    ("given", "without", "validation", "says"),
+    [
+        (
+            (93.7, 82.1),
+            (87.6, 87.9),
+            None,
+            "Given the task, what was trained adds 11.6 points to the frozen features (93.7 "
+            "against 82.1); without it, takes 0.3 points off them (87.6 by Gradient ID, the best "
+            "of its rules, against 87.9).",
+        ),
+        (
+            (90, 90),
+            (50, 40),
+            {"per_sample/prompt_id": 60, "per_sample/gradient_id": 50},
+            "Given the task, what was trained adds nothing to the frozen features (90.0 against "
+            "90.0); without it, takes 20.0 points off them (20.0 by Prompt ID, the best of its "
+            "rules, against 40.0).",
+        ),
+    ],
+)
+def test_a_sentence_says_what_training_added_also_where_it_is_nothing(
+    given, without, validation, says, root, rng
+):
+    """Where images are held out, they choose the rule, not the test images."""
+    found = {
+        "per_sample/prompt_id": 20,
+        "per_sample/gradient_id": without[0],
+        "per_sample/frozen_features": without[1],
+        "oracle/task_given": given[0],
+        "oracle/frozen_features": given[1],
+    }
+    if validation:
+        validation |= {"per_sample/frozen_features": 99}
+    manifest = with_accuracies(manifest_of(0, 1, rng), found, validation)
+    assert report.gain([manifest]) == says
+    assert says in report.markdown(root, CONFIG, "digits_1", [manifest], [])
+    shown = Console(file=io.StringIO(), width=300)
+    report.show(shown, "digits_1", [manifest])
+    assert says in shown.file.getvalue()
+
+
+def test_a_run_without_frozen_features_says_nothing_of_them(manifests):
+    assert report.gain(manifests) == ""
+
+
+def test_the_final_table_fits_a_narrow_screen(rng):
+    manifest = with_accuracies(manifest_of(0, 1, rng), dict.fromkeys(ALL, 99))
+    shown = Console(file=io.StringIO(), width=80)
+    report.show(shown, "digits_1", [manifest])
+    lines = shown.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for key in ALL:  # a line each
+        assert sum(line.startswith(f"{rules.title(key)} ") for line in lines) == 1
+
+
+def test_a_protocol_has_one_name_wherever_people_read(root, manifests):
+    text = report.markdown(root, CONFIG, "digits_9", manifests, [])
+    for key in PROTOCOLS:
+        assert key not in text
+        assert report.escaped(rules.title(key)) in text
+    figures = (
+        pictures.accuracy_matrices(manifests, PROTOCOLS),
+        pictures.task_confusions(manifests, PROTOCOLS),
+    )
+    for figure in figures:
+        titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+        assert titles == [rules.title(key) for key in PROTOCOLS]
+    (legend,) = pictures.curves(manifests, PROTOCOLS).legends
+    assert {text.get_text() for text in legend.get_texts()} == set(map(rules.title, PROTOCOLS))
+
+
+def calibrated(manifest):
+    """With ten answers of probability 0.95, of which 6 are right, and ten of 0.5, 5 right."""
+    counts = calibration.count(
+        np.array([0.95] * 10 + [0.5] * 10), np.array([True] * 6 + [False] * 4 + [True, False] * 5)
+    )
+    return dataclasses.replace(manifest, calibration={"per_sample/prompt_id": counts})
+
+
+def test_probabilities_are_held_against_what_was_right(root, rng):
+    manifest = calibrated(manifest_of(0, 1, rng))
+    text = report.markdown(root, CONFIG, "digits_1", [manifest], [])
+    _, section = text.split("## Probabilities")
+    # (10 · |0.6 − 0.95| + 10 · |0.5 − 0.5|) / 20
+    assert "| CIL per_sample, Prompt ID | 72.50 | 55.00 | 17.50 | 1 |" in section
+    assert "No images were held out" in section
+    fitted = dataclasses.replace(manifest, temperature={"per_sample/prompt_id": 2.5})
+    text = report.markdown(root, CONFIG, "digits_1", [fitted], [])
+    assert "| 17.50 | 2.5 |" in text
+    assert "No images were held out" not in text
+    without = report.markdown(root, CONFIG, "digits_1", [manifest_of(0, 1, rng)], [])
+    assert "Probabilities" not in without
+    (axes,) = pictures.reliability(manifest.calibration).axes
+    assert axes.get_title() == "CIL per_sample, Prompt ID"
+    _, found = axes.get_lines()  # the diagonal comes first
+    np.testing.assert_allclose(found.get_xydata(), [[50, 50], [95, 60]])
+    assert [text.get_text() for text in axes.texts] == ["ECE 17.5"]
+
+
+def test_classes_are_held_against_the_classes_they_are_taken_for():
+    truth = ["cat", "cat", "cat", "cat", "dog", "dog"]
+    given = ["cat", "dog", "dog", "dog", "dog", "owl"]
+    figure = pictures.class_confusion(truth, {"a rule": given}, ["cat", "dog", "owl"])
+    axes = figure.axes[0]
+    (image,) = axes.get_images()
+    np.testing.assert_allclose(image.get_array(), [[25, 75, 0], [0, 50, 50], [0, 0, 0]])
+    assert [text.get_text() for text in axes.texts][:3] == ["25", "75", "0"]  # row by row
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["cat", "dog", "owl"]
+
+
+def test_every_picture_is_drawn_of_a_run_that_has_all(root, rng):
+    """Answers that are not those of the finished tasks are left out."""
+    manifests = [manifest_of(task, 2, rng) for task in range(2)]
+    manifests[-1] = calibrated(manifests[-1])
+    names = tuple(name for manifest in manifests for name in manifest.class_names)
+    answers = predictions.Predictions(
+        index=np.arange(4),
+        files=("",) * 4,
+        tasks=np.array([0, 0, 1, 1]),
+        truth=names,
+        answers=dict.fromkeys(PROTOCOLS, names),
+        probabilities=dict.fromkeys(PROTOCOLS, np.full(4, 0.5)),
+    )
+    predictions.write(root, answers, PROTOCOLS[0])
+    drawn = pictures.draw(root, manifests)
+    assert set(drawn) == {path.name for path in root.glob("*.png")}
+    assert {"class_confusion.png", "reliability.png", "mask_density.png"} < set(drawn)
+    assert pictures._class_confusions(root, manifests[:1]) is None
+
+
+def test_labels_at_the_ends_of_curves_do_not_overlap_or_leave_the_picture(manifests):
+    same = [with_accuracies(m, dict.fromkeys(ALL, 30)) for m in manifests]
+    axes, _ = pictures.curves(same, ALL).axes
+    heights = sorted(text.xy[1] for text in axes.texts)
+    low, high = axes.get_ylim()
+    assert min(np.diff(heights)) > 0.05 * (high - low)
+    assert heights[0] >= low

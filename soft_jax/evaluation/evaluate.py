@@ -5,15 +5,26 @@ is run once, whichever rules ask for it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from soft_jax.evaluation import calibration
+from soft_jax.evaluation.predictions import Predictions
 from soft_jax.inference import engine
 from soft_jax.inference.engine import Batching, Model
-from soft_jax.inference.rules import ORACLE, ImageBatch, TaskIdentityRule, TestBatches
+from soft_jax.inference.rules import (
+    ORACLE,
+    ImageBatch,
+    TaskIdentityRule,
+    TestBatches,
+    probabilities,
+)
+
+# Held-out images of a task that temperatures are fitted on: of one number, that is plenty.
+FITTED_PER_TASK = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +71,16 @@ class Settings:
 class Answers:
     """What the protocols made of one task's test images.
 
-    By protocol: `task_ids` int `[N]`, `logits` `[N, classes]` of that task's network, and `scores`,
-    those with -inf for classes that the protocol does not let win. `alpha_gradients` are the test
+    By protocol: `task_ids` int `[N]`, `logits` `[N, classes]` of that task's network where one
+    answers, `scores`, with -inf for classes that the protocol does not let win, and
+    `log_probabilities` `[N, classes]`, before any temperature. `alpha_gradients` are the test
     batches', `[batches, seen]` by shots; empty without masks.
     """
 
     task_ids: dict[str, np.ndarray]
     logits: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
+    log_probabilities: dict[str, np.ndarray]
     alpha_gradients: dict[int, np.ndarray]
 
     @classmethod
@@ -124,16 +137,19 @@ def _answer_chunk(
     )
     ids = {rule.key: rule.identify(batch) for rule in rules}
     shared = batch_tokens is tokens
-    alone = {rule.key: rule for rule in rules if shared or not rule.by_batch}
+    asking = {rule.key: rule for rule in rules if rule.needs_network}
+    alone = {key: rule for key, rule in asking.items() if shared or not rule.by_batch}
     logits = _logits(batch, tokens, alone, ids)
-    if len(alone) < len(rules):
-        together = {rule.key: rule for rule in rules if rule.key not in alone}
+    if len(alone) < len(asking):
+        together = {key: rule for key, rule in asking.items() if key not in alone}
         logits |= _logits(batch, batch_tokens, together, ids)
-    scores = {rule.key: rule.scores(batch, logits[rule.key], ids[rule.key]) for rule in rules}
-    ids = {rule.key: rule.final_tasks(batch, scores[rule.key], ids[rule.key]) for rule in rules}
-    return Answers(
-        ids, {rule.key: logits[rule.key] for rule in rules}, scores, batch.alpha_gradients
-    )
+    answers = Answers({}, {key: logits[key] for key in asking}, {}, {}, batch.alpha_gradients)
+    for rule in rules:
+        key, tasks = rule.key, ids[rule.key]
+        answers.scores[key] = rule.scores(batch, logits.get(key), tasks)
+        answers.log_probabilities[key] = rule.log_probabilities(batch, answers.scores[key], tasks)
+        answers.task_ids[key] = rule.final_tasks(batch, answers.scores[key], tasks)
+    return answers
 
 
 def _tokens(
@@ -185,23 +201,11 @@ def _logits(
     return {key: logits[part] for key, part in zip(rules, parts, strict=True)}
 
 
-def evaluate_task(
-    model: Model,
-    rules: Sequence[TaskIdentityRule],
-    images: np.ndarray,
-    labels: np.ndarray,
-    query: np.ndarray,
-    task: int,
-    settings: Settings,
-) -> dict[str, Row]:
-    """Identify and classify one task's test images under every rule, and count the results.
-
-    Arguments are those of `answer`, and `labels` int `[N]`.
-    """
-    answers = answer(model, rules, images, query, task, settings)
+def count(answers: Answers, labels: np.ndarray, task: int, num_tasks: int) -> dict[str, Row]:
+    """Count by protocol how many of a task's images, of the classes `labels` `[N]`, were right."""
     rows = {}
     for protocol, tasks in answers.task_ids.items():
-        counts = np.bincount(tasks, minlength=len(model.rows["key"]))
+        counts = np.bincount(tasks, minlength=num_tasks)
         rows[protocol] = Row(
             correct=int((answers.scores[protocol].argmax(axis=1) == labels).sum()),
             task_correct=int((tasks == task).sum()),
@@ -209,3 +213,81 @@ def evaluate_task(
             identified=tuple(counts.tolist()),
         )
     return rows
+
+
+@dataclasses.dataclass
+class Stage:
+    """What every rule makes of one part of the data set after a task, filled task by task.
+
+    By protocol: `rows` of the tasks seen, the `calibration_counts` of their answers, and, where
+    `for_fit`, the `fitted_temperatures`. `predictions` holds the answers to all images.
+    """
+
+    model: Model
+    rules: Sequence[TaskIdentityRule]
+    settings: Settings
+    temperatures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    for_fit: bool = False
+    rows: dict[str, list[Row]] = dataclasses.field(default_factory=dict)
+    _parts: list[Predictions] = dataclasses.field(default_factory=list)
+    _fitted_on: list[tuple[dict[str, np.ndarray], np.ndarray]] = dataclasses.field(
+        default_factory=list
+    )
+
+    def add(
+        self,
+        task: int,
+        images: np.ndarray,
+        labels: np.ndarray,
+        query: np.ndarray,
+        index: np.ndarray,
+        files: Sequence[str],
+    ) -> None:
+        """Identify and classify a task's images under every rule, and count what was right.
+
+        `images`, `query` and `task` are those of `answer`, `labels` int `[N]`, `index` and `files`
+        as `Predictions` has them.
+        """
+        answers = answer(self.model, self.rules, images, query, task, self.settings)
+        num_tasks = len(self.model.rows["key"])
+        for protocol, row in count(answers, labels, task, num_tasks).items():
+            self.rows.setdefault(protocol, []).append(row)
+        if self.for_fit:
+            few = np.linspace(0, len(labels) - 1, min(len(labels), FITTED_PER_TASK)).astype(int)
+            logs = {key: array[few] for key, array in answers.log_probabilities.items()}
+            self._fitted_on.append((logs, labels[few]))
+        names, classes, sure = self.model.method.class_names, {}, {}
+        for protocol, scores in answers.scores.items():
+            chosen = scores.argmax(axis=1)
+            all_probabilities = probabilities(
+                answers.log_probabilities[protocol], self.temperatures.get(protocol, 1.0)
+            )
+            classes[protocol] = tuple(names[class_] for class_ in chosen)
+            sure[protocol] = all_probabilities[np.arange(len(labels)), chosen]
+        truth = tuple(names[class_] for class_ in labels)
+        given = np.full(len(labels), task)
+        self._parts.append(Predictions(index, tuple(files), given, truth, classes, sure))
+
+    @property
+    def predictions(self) -> Predictions:
+        """Return the answers to all images so far."""
+        return Predictions.concatenate(self._parts)
+
+    @property
+    def calibration_counts(self) -> dict[str, dict[str, list[float]]]:
+        """Return `calibration.count` of the answers so far, by protocol."""
+        answers = self.predictions
+        return {
+            key: calibration.count(sure, answers.correct(key))
+            for key, sure in answers.probabilities.items()
+        }
+
+    def fitted_temperatures(self) -> dict[str, float]:
+        """Return by protocol the temperature under which the images' own classes are likeliest."""
+        labels = np.concatenate([labels for _, labels in self._fitted_on])
+        return {
+            key: calibration.fit_temperature(
+                np.concatenate([logs[key] for logs, _ in self._fitted_on]), labels
+            )
+            for key in self.rows
+        }

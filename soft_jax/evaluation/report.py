@@ -1,11 +1,12 @@
-"""What a run writes about itself: `results.jsonl`, the Markdown report with its pictures, and the
-terminal's table.
+"""What a run says about itself: `results.jsonl`, the Markdown report with its pictures, and the
+tables on screen.
 """
 
 import json
 import os
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +15,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from soft_jax.evaluation import metrics, pictures
+from soft_jax.evaluation import calibration, metrics, pictures
 from soft_jax.evaluation.metrics import TEST, VALIDATION, Manifests
 from soft_jax.evaluation.published import published, row_name
-from soft_jax.inference.rules import title
+from soft_jax.inference.rules import (
+    BATCH_VOTE,
+    ORACLE,
+    PER_SAMPLE,
+    FrozenFeatures,
+    TaskGiven,
+    title,
+)
 from soft_jax.store.checkpoint import write_text
 from soft_jax.store.records import TaskManifest
 
@@ -197,13 +205,134 @@ def result_rows(
     return [row for manifest in manifests for row in rows.add(manifest)]
 
 
-def line(manifest: TaskManifest) -> str:
-    """Return one line on the state after the task of `manifest`, the latest."""
-    parts = [
-        f"{protocol} {metrics.accuracies(manifest, protocol).mean():.2f}"
-        for protocol in manifest.metrics
-    ]
-    return f"After task {manifest.task + 1}: " + ", ".join(parts)
+class StageTable:
+    """The table on screen that grows by a line with each task.
+
+    Accuracy is in percent of test images, the mean over the tasks seen so far. Where the screen is
+    too narrow for all columns, the published protocols by batch are left to the final table.
+
+        table = StageTable(manifest.metrics, console.width)
+        print(table.heading)
+        print(table.line(manifest))
+    """
+
+    def __init__(self, protocols: Iterable[str], width: int):
+        """Lay out a table of `protocols` (keys) on `width` columns of characters."""
+        if self._lay_out(protocols, width) < _CLASSES[0]:
+            self._lay_out([key for key in protocols if not key.startswith(f"{BATCH_VOTE}/")], width)
+
+    def _lay_out(self, protocols: Iterable[str], width: int) -> int:
+        """Set the columns; return how many characters are left for the classes' names."""
+        groups: dict[str, dict[str, list[str]]] = {}  # lines of a heading by group and protocol
+        for key in protocols:
+            group, _, name = title(key).partition(", ")
+            groups.setdefault(group, {})[key] = _wrapped(name or group)
+        self._headings = {key: lines for group in groups.values() for key, lines in group.items()}
+        self._widths: list[int] = []
+        self._groups: list[tuple[str, int]] = []  # title and width
+        for name, headings in groups.items():
+            widths = [max(5, *map(len, lines)) for lines in headings.values()]
+            gaps = 2 * (len(widths) - 1)
+            widths[0] += max(0, len(name) - sum(widths) - gaps)
+            self._widths += widths
+            self._groups.append((name, sum(widths) + gaps))
+        left = width - len("task") - len("seconds") - 2 * 2 - sum(w + 2 for w in self._widths)
+        self._classes = min(max(left, _CLASSES[0]), _CLASSES[1])
+        return left
+
+    @property
+    def heading(self) -> str:
+        """Return the lines above the first task's."""
+        groups = "  ".join(f"{group:<{width}}" for group, width in self._groups)
+        blank = " " * (len("task") + 2 + self._classes + 2)
+        names = list(self._headings.values())
+        depth = max(map(len, names))
+        # Names of fewer lines stand at the bottom.
+        rows = zip(*([""] * (depth - len(name)) + name for name in names), strict=True)
+        *above, bottom = (list(row) for row in rows)
+        return "\n".join(
+            [
+                "Percent of the test images of all tasks so far that are named right:",
+                "",
+                (blank + groups).rstrip(),
+                *(self._joined("", "", cells, "") for cells in above),
+                self._joined("task", "classes", bottom, "seconds"),
+            ]
+        )
+
+    def line(self, manifest: TaskManifest) -> str:
+        """Return the line of the latest task, the one of `manifest`."""
+        cells = [
+            f"{metrics.accuracies(manifest, key).mean():.1f}" if key in manifest.metrics else ""
+            for key in self._headings
+        ]
+        names = _short_names(manifest.class_names, self._classes)
+        seconds = f"{_task_seconds(manifest):.1f}"
+        return self._joined(str(manifest.task + 1), names, cells, seconds)
+
+    def _joined(self, task: str, classes: str, cells: Sequence[str], seconds: str) -> str:
+        numbers = (f"{cell:>{width}}" for cell, width in zip(cells, self._widths, strict=True))
+        first = f"{task:>4}  {classes:<{self._classes}}"
+        return "  ".join([first, *numbers, f"{seconds:>7}"]).rstrip()
+
+
+# Characters for a task's classes in `StageTable`, at least and at most.
+_CLASSES = (8, 24)
+
+
+def _wrapped(name: str) -> list[str]:
+    """Break a protocol's name into short lines; the star of the footnote is not left alone."""
+    lines = textwrap.wrap(name.replace(" *", "_*"), 8, break_long_words=False)
+    return [line.replace("_*", " *") for line in lines]
+
+
+def _short_names(names: Sequence[str], width: int) -> str:
+    """Return class names within `width` characters: all, or the first and how many more."""
+    if len(whole := ", ".join(names)) <= width:
+        return whole
+    more = f" +{len(names) - 1}" if len(names) > 1 else ""
+    room = width - len(more)
+    first = names[0] if len(names[0]) <= room else names[0][: room - 1] + "…"
+    return first + more
+
+
+def gain(manifests: Manifests) -> str:
+    """Say what training added to the frozen features, in points of the final accuracy.
+
+    With the task given, and without it: there the method's best rule that looks at one image at a
+    time stands for it, chosen by validation images where there are any. Empty where a run has no
+    figures of the frozen features, as runs of older versions.
+    """
+    frozen = f"{PER_SAMPLE}/{FrozenFeatures.name}"
+    frozen_given = f"{ORACLE}/{FrozenFeatures.name}"
+    if not {frozen, frozen_given} <= manifests[-1].metrics.keys():
+        return ""
+    part = VALIDATION if manifests[-1].validation else TEST
+    rules = [key for key in metrics.counts(manifests[-1], part) if key.startswith(f"{PER_SAMPLE}/")]
+    rules.remove(frozen)
+    best = max(rules, key=lambda key: _final(manifests, key, part))
+    trained, before = (_final(manifests, key) for key in (best, frozen))
+    given, given_before = (
+        _final(manifests, key) for key in (f"{ORACLE}/{TaskGiven.name}", frozen_given)
+    )
+    return (
+        f"Given the task, what was trained {_added(given, given_before)} the frozen features "
+        f"({given:.1f} against {given_before:.1f}); without it, {_added(trained, before)} them "
+        f"({trained:.1f} by {title(best).partition(', ')[2]}, the best of its rules, against "
+        f"{before:.1f})."
+    )
+
+
+def _final(manifests: Manifests, protocol: str, part: str = TEST) -> float:
+    return float(metrics.accuracies(manifests[-1], protocol, part=part).mean())
+
+
+def _added(trained: float, frozen: float) -> str:
+    points = round(trained, 1) - round(frozen, 1)  # as they are shown
+    if abs(points) < 0.05:
+        return "adds nothing to"
+    verb, at = ("adds", "to") if points > 0 else ("takes", "off")
+    return f"{verb} {abs(points):.1f} points {at}"
 
 
 def show(console: Console, benchmark: str, manifests: Manifests) -> None:
@@ -213,9 +342,10 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
             held_out = ", images held out of training" if part == VALIDATION else ""
             table = Table(
                 box=SIMPLE,
-                padding=(0, 1, 0, 0),
+                show_edge=False,
+                padding=(0, 0 if console.width < 90 else 1, 0, 0),
                 pad_edge=False,
-                title=f"{benchmark} after {len(manifests)} tasks, percent{held_out}",
+                title=f"\n{benchmark} after {len(manifests)} tasks, percent{held_out}\n",
                 title_justify="left",
             )
             table.add_column("protocol")  # what is too long for a narrow terminal goes on below
@@ -224,8 +354,10 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
             for protocol in protocols:
                 table.add_row(title(protocol), *_figure_cells(manifests, protocol, part))
             console.print(table)
-    console.print(f"{FOOTNOTE}\n{LEGEND}")
-    console.print(_time(manifests))
+    console.print(f"\n{FOOTNOTE}\n{LEGEND}", highlight=False)
+    if sentence := gain(manifests):
+        console.print(f"\n{sentence}", style="bold", highlight=False)
+    console.print(f"\n{_time(manifests)}", highlight=False)
 
 
 def markdown(
@@ -243,6 +375,7 @@ def markdown(
         "",
         f"After {len(manifests)} of {last.num_tasks} tasks; percent of test images.",
         "",
+        *([gain(manifests), ""] if gain(manifests) else []),
         *_figure_lines(manifests, TEST),
         escaped(FOOTNOTE),
         "",
@@ -251,12 +384,12 @@ def markdown(
         _time(manifests),
         "",
         *_validation_lines(manifests),
+        *_probability_lines(manifests),
         *_size_lines(root, manifests),
         *_matrix_lines(manifests),
         *_drift_lines(manifests),
         *_published_lines(benchmark),
-        *(f"![{name}]({name})" for name in drawn),
-        "",
+        *(f"![{name}]({name})\n" for name in drawn),
         f"Backbone {last.backbone['name']}, SHA-256 {last.backbone['sha256']}.",
         "",
         f"Settings: {settings}.",
@@ -296,6 +429,38 @@ def _validation_lines(manifests: Manifests) -> list[str]:
         "",
         *_figure_lines(manifests, VALIDATION),
     ]
+
+
+def _probability_lines(manifests: Manifests) -> list[str]:
+    """Say how far each protocol's probabilities can be taken at their word."""
+    last = manifests[-1]
+    counted = last.calibration
+    if not counted:
+        return []
+    temperatures = last.temperature
+    where = (
+        "Temperatures were fitted on the images held out of training."
+        if temperatures
+        else "No images were held out to fit temperatures on, so that they are 1."
+    )
+    lines = [
+        "## Probabilities",
+        "",
+        "Of the answers to all test images after the last task: their mean probability, the "
+        "percentage that is right, and the expected calibration error (ECE), which is 0 where of "
+        f"the answers given with probability p a share p is right. {where}",
+        "",
+        "| protocol | mean probability | right | ECE | temperature |",
+        "|---|---|---|---|---|",
+    ]
+    for protocol, counts in counted.items():
+        images = max(sum(counts["count"]), 1)
+        sure, right = (100 * sum(counts[name]) / images for name in ("confidence", "correct"))
+        lines.append(
+            f"| {escaped(title(protocol))} | {sure:.2f} | {right:.2f} | "
+            f"{calibration.expected_error(counts):.2f} | {temperatures.get(protocol, 1):.3g} |"
+        )
+    return [*lines, ""]
 
 
 def _task_seconds(manifest: TaskManifest) -> float:

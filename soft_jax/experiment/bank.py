@@ -9,7 +9,7 @@ import numpy as np
 
 from soft_jax import distributed, pytrees
 from soft_jax.experiment.run import Run
-from soft_jax.inference import engine
+from soft_jax.inference import engine, rules
 from soft_jax.methods.method import Adapter, Shared
 
 
@@ -30,8 +30,10 @@ class TaskBank:
         self._in_memory: dict[int, Adapter] = {}
         budget = run.config.weights_cache_mb * 2**20
         self._weights = engine.TaskWeights(run.method, run.params, self._load, budget)
-        collectors = {rule.name: rule.collector(run.scenario.num_classes) for rule in run.rules}
-        self._collectors = {name: found for name, found in collectors.items() if found}
+        self._collectors = {
+            name: rule.collector(run.scenario.num_classes)
+            for name, rule in rules.keepers(run.rules).items()
+        }
 
     @functools.cached_property
     def template(self) -> Adapter:

@@ -9,19 +9,21 @@ from pathlib import Path
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from soft_jax import distributed, pytrees
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.evaluation import evaluate, report
+from soft_jax.evaluation import evaluate, predictions, report
+from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment import manifest as manifests_lib
+from soft_jax.experiment import trackers as trackers_lib
 from soft_jax.experiment.bank import TaskBank
+from soft_jax.experiment.display import Display
 from soft_jax.experiment.run import Run, prepare
 from soft_jax.experiment.stopping import Preempted, stop_at_signals
 from soft_jax.hooks import Hooks
-from soft_jax.inference import engine
+from soft_jax.inference import engine, rules
 from soft_jax.methods import regularization, rehearsal
 from soft_jax.methods.method import Adapter, Method, Shared, begin
 from soft_jax.store.folder import Store
@@ -54,17 +56,25 @@ def run(
         Preempted: after SIGTERM or SIGINT; the state is saved.
     """
     console = console or Console(quiet=not distributed.is_primary())
-    with stop_at_signals() as stop, closing(Store(workdir)) as store:
+    trackers_lib.check(config)
+    with (
+        stop_at_signals() as stop,
+        closing(Store(workdir)) as store,
+        Display(console) as display,
+    ):
+        display.begin("loading the backbone and the images")
         prepared = prepare(config, store, console, stop, dataset=dataset, hooks=hooks)
-        with _tensorboard(config, store.root) as log, _memory_named():
-            manifests = _run_tasks(dataclasses.replace(prepared, log=log))
+        with trackers_lib.opened(config, store.root, store.record) as trackers, _memory_named():
+            run = dataclasses.replace(prepared, log=trackers.curves, display=display)
+            manifests = _run_tasks(run, trackers)
     report.show(console, config.benchmark, manifests)
     console.print(f"Report: {store.root / 'report.md'}")
     return manifests
 
 
-def _run_tasks(run: Run) -> list[TaskManifest]:
+def _run_tasks(run: Run, trackers: trackers_lib.Trackers) -> list[TaskManifest]:
     scenario, bank = run.scenario, TaskBank(run)
+    run.display.begin("taking in the finished tasks")
     shared = run.initial_shared()
     memory = run.initial_memory(shared)
     manifests, shared, memory = _restore(run, bank, shared, memory)
@@ -72,12 +82,21 @@ def _run_tasks(run: Run) -> list[TaskManifest]:
         run.console.print(
             f"{len(manifests)} of {scenario.num_tasks} tasks are finished in {run.store.root}"
         )
+    rows = report.ResultRows(dataclasses.asdict(run.config), run.config.benchmark)
+    for manifest in manifests:
+        trackers.results(rows.add(manifest))
+    finished = len(manifests)
+    table = report.StageTable([rule.key for rule in run.rules], run.console.width)
     with _report(run, manifests) as add:
-        for task in range(len(manifests), scenario.num_tasks):
+        for task in range(finished, scenario.num_tasks):
             manifest, shared, memory = _learn_task(run, bank, task, shared, memory)
             manifests.append(manifest)
             add(manifest)
-            run.console.print(report.line(manifest))
+            trackers.results(rows.add(manifest))
+            if task == finished:
+                run.console.print(f"\n{table.heading}", highlight=False)
+            run.console.print(table.line(manifest), highlight=False)
+        run.display.begin("writing the report")
     return manifests
 
 
@@ -98,25 +117,19 @@ def _restore(
 ) -> tuple[list[TaskManifest], Shared, pytrees.Tree]:
     """Take in the finished tasks: their manifests, and the shared part and memory of the last.
 
-    Which tasks are finished is what the first process says. Raises UserError where another sees
-    fewer of them.
+    All processes see the same: `Store.claim` has compared what is there.
     """
     finished = run.store.finished()
-    (agreed,) = distributed.from_primary(finished)
-    if distributed.all_max(finished != agreed)[0]:
-        raise UserError(
-            f"workdir: the processes see different tasks in {run.store.root}; it has to be a "
-            "folder that all of them share"
-        )
     manifests = []
-    for task in range(agreed):
-        templates = {"adapter": bank.row_template, "statistics": run.statistics_shapes(task)}
-        if task == agreed - 1:
+    for task in range(finished):
+        statistics = run.store.stored(task, "statistics", run.statistics_shapes(task))
+        templates = {"adapter": bank.row_template, "statistics": statistics}
+        if task == finished - 1:
             templates |= {"shared": shared, "memory": memory}
         whole = distributed.replicated(run.mesh)
         items, manifest = run.store.load_task(task, templates, whole, part=True)
         bank.restore(task, items["adapter"], items["statistics"])
-        if task == agreed - 1:
+        if task == finished - 1:
             shared, memory = items["shared"], items["memory"]
         manifests.append(manifest)
     return manifests, shared, memory
@@ -126,10 +139,12 @@ def _learn_task(
     run: Run, bank: TaskBank, task: int, shared: Shared, memory: pytrees.Tree
 ) -> tuple[TaskManifest, Shared, pytrees.Tree]:
     """Train, evaluate and store task `task`: its manifest, the shared part and the memory."""
+    _begin(run, task, "compiling")
     adapter = begin(run.initial_adapter(task), bank.prompt(task - 1) if task else None)
     recalled, shared = run.method.before_task(memory, shared)
     state, seconds = train_task(run, task, adapter, shared, recalled)
     start = time.monotonic()
+    _begin(run, task, "statistics of its training images")
     memory, shared = task_memory(run, task, memory, state.trainable)
     adapter, packed = _as_stored(run, state.trainable["adapter"])
     items = {
@@ -142,9 +157,13 @@ def _learn_task(
     bank.add(task, adapter, items["statistics"])
     start = time.monotonic()
     model = bank.model(shared)
-    tables = {part: evaluate_stage(run, model, part) for part in run.parts}
+    stages = evaluate_parts(run, model)
     seconds["evaluate"] = time.monotonic() - start
-    manifest = manifests_lib.make(run, task, adapter, items, tables, seconds)
+    _begin(run, task, "saving")
+    manifest = manifests_lib.make(run, task, adapter, items, stages, seconds)
+    if distributed.is_primary():
+        own, _ = rules.choose(run.rules, manifest.validation)
+        predictions.write(run.store.root, stages[TEST].predictions, own.key)
     run.store.save_task(task, items, manifest)
     bank.stored(task)
     return manifest, shared, memory
@@ -167,10 +186,9 @@ def task_statistics(run: Run, task: int) -> pytrees.Tree:
     """
     statistics: pytrees.Tree = {}
     labels = run.dataset.train.labels[run.members(task)]
-    for rule in run.rules:
-        if rule.keeps_statistics:
-            query, classes = run.train_query(task), run.scenario.classes_of(task)
-            statistics |= rule.statistics(query, labels, classes)
+    for rule in rules.keepers(run.rules).values():
+        query, classes = run.train_query(task), run.scenario.classes_of(task)
+        statistics |= rule.statistics(query, labels, classes)
     return distributed.to_global(statistics, distributed.replicated(run.mesh))
 
 
@@ -222,24 +240,25 @@ def train_task(
 
     `memory` is what the method recalls of older tasks.
     """
-    num_tasks = run.scenario.num_tasks
-    with _progress(run.console) as progress:
-        bar = progress.add_task(f"Task {task + 1}/{num_tasks}", total=None)
-        config = training_loop.LoopConfig(
-            step_config=run.step_config,
-            mesh=run.mesh,
-            params=run.params,
-            checkpoint_every=run.config.checkpoint_every,
-            load=lambda state: _continued(run, task, state),
-            save=lambda step, state, seconds: run.store.save_training(task, step, state, seconds),
-            log=lambda step, values: run.log(f"task_{task + 1}", step, values),
-            show=lambda step, steps: progress.update(bar, completed=step, total=steps),
-            stop=run.stop,
-            stopped=Preempted,
-            hooks=run.hooks,
-        )
-        data = run.task_data(task, memory)
-        return training_loop.train_task(config, task, adapter, shared, data)
+
+    def show(step: int, steps: int) -> None:
+        _begin(run, task, "training", steps)
+        run.display.update(step)
+
+    config = training_loop.LoopConfig(
+        step_config=run.step_config,
+        mesh=run.mesh,
+        params=run.params,
+        checkpoint_every=run.config.checkpoint_every,
+        load=lambda state: _continued(run, task, state),
+        save=lambda step, state, seconds: run.store.save_training(task, step, state, seconds),
+        log=lambda step, values: run.log(task + 1, step, values),
+        show=show,
+        stop=run.stop,
+        stopped=Preempted,
+        hooks=run.hooks,
+    )
+    return training_loop.train_task(config, task, adapter, shared, run.task_data(task, memory))
 
 
 def _continued(run: Run, task: int, state: TrainState) -> tuple[TrainState, float]:
@@ -270,33 +289,41 @@ def _continued(run: Run, task: int, state: TrainState) -> tuple[TrainState, floa
     return kept
 
 
-def evaluate_stage(run: Run, model: engine.Model, part: str) -> dict[str, list[evaluate.Row]]:
-    """Count what every rule makes of all tasks seen, as rows by task.
+def evaluate_parts(run: Run, model: engine.Model) -> dict[str, evaluate.Stage]:
+    """Evaluate the tasks seen on each part of the data set.
 
-    `part` names the part of the data set. Raises Preempted after a signal.
+    First on images held out for validation, if any: they give the temperatures of the others.
     """
-    table: dict[str, list[evaluate.Row]] = {rule.key: [] for rule in run.rules}
-    seen, num_tasks = len(model.tasks), run.scenario.num_tasks
-    with _progress(run.console) as progress:
-        bar = progress.add_task(f"Evaluate {seen}/{num_tasks}", total=seen)
-        for task in model.tasks:
-            run.hooks.before_evaluation(task)
-            if distributed.all_max(run.stop.is_set())[0]:
-                raise Preempted(f"Stopped while evaluating after task {seen}")
-            split = run.part(part, task)
-            rows = evaluate.evaluate_task(
-                model,
-                run.rules,
-                split.images,
-                split.labels,
-                run.query(part, task),
-                task,
-                run.settings,
-            )
-            for protocol, row in rows.items():
-                table[protocol].append(row)
-            progress.advance(bar)
-    return table
+    if VALIDATION not in run.parts:
+        return {TEST: evaluate_stage(run, model, TEST)}
+    held_out = evaluate_stage(run, model, VALIDATION)
+    tested = evaluate_stage(run, model, TEST, held_out.fitted_temperatures())
+    return {TEST: tested, VALIDATION: held_out}
+
+
+def evaluate_stage(
+    run: Run, model: engine.Model, part: str, temperatures: Mapping[str, float] | None = None
+) -> evaluate.Stage:
+    """Evaluate every rule on all tasks seen, on the images of a `part` of the data set.
+
+    `temperatures` by protocol are 1 if not given. Raises Preempted after a signal.
+    """
+    fits = part == VALIDATION
+    stage = evaluate.Stage(model, run.rules, run.settings, temperatures or {}, for_fit=fits)
+    seen, done = len(model.tasks), 0
+    images = sum(len(run.index(part, task)) for task in model.tasks)
+    _begin(run, model.tasks[-1], f"evaluating {part} images", images)
+    for task in model.tasks:
+        run.hooks.before_evaluation(task)
+        if distributed.all_max(run.stop.is_set())[0]:
+            raise Preempted(f"Stopped while evaluating after task {seen}")
+        split = run.part(part, task)
+        query, index = run.query(part, task), run.index(part, task)
+        files = run.files(part, index)
+        stage.add(task, split.images, split.labels, query, index, files)
+        done += len(index)
+        run.display.update(done)
+    return stage
 
 
 @contextmanager
@@ -314,34 +341,5 @@ def _memory_named() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _tensorboard(config: Config, root: Path) -> Iterator[Callable[..., None]]:
-    if not config.tensorboard or not distributed.is_primary():
-        yield lambda *_: None
-        return
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard: tensorboardX is not installed; pip install tensorboardX, or leave the "
-            "setting off"
-        ) from error
-    with SummaryWriter(str(root / "tensorboard")) as writer:
-
-        def log(group: str, step: int, values: Mapping[str, float]) -> None:
-            for name, value in values.items():
-                writer.add_scalar(f"{group}/{name}", value, step)
-
-        yield log
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+def _begin(run: Run, task: int, what: str, total: int | None = None) -> None:
+    run.display.begin(f"task {task + 1} of {run.scenario.num_tasks}: {what}", total)

@@ -21,27 +21,25 @@ from soft_jax.store.records import TaskManifest
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-Table = Mapping[str, list[evaluate.Row]]  # by protocol, a row for each task seen
-
 
 def make(
     run: Run,
     task: int,
     adapter: Adapter,
     items: Mapping[str, pytrees.Tree],
-    tables: Mapping[str, Table],
+    stages: Mapping[str, evaluate.Stage],
     seconds: Mapping[str, float],
 ) -> TaskManifest:
     """Make the manifest of task `task`.
 
     `adapter` is as the task goes on with it, which what is stored unpacks to; `items` are as they
-    are stored; `tables` has what `evaluate_task` counted, by part of the data set.
+    are stored; `stages` has what was evaluated, by part of the data set.
     """
     classes = run.scenario.classes_of(task)
     masks = pytrees.flatten(adapter.get("mask", {}))
     metrics = {
-        part: {protocol: [_counts(row) for row in rows] for protocol, rows in table.items()}
-        for part, table in tables.items()
+        part: {protocol: [_counts(row) for row in rows] for protocol, rows in stage.rows.items()}
+        for part, stage in stages.items()
     }
     sizes = {name: pytrees.nbytes(tree) for name, tree in items.items()}
     return TaskManifest(
@@ -54,6 +52,8 @@ def make(
         backbone={"name": run.backbone.name, "sha256": run.backbone.fingerprint},
         metrics=metrics[TEST],
         validation=metrics.get(VALIDATION, {}),
+        temperature=dict(stages[TEST].temperatures),
+        calibration=stages[TEST].calibration_counts,
         seconds=dict(seconds),
         parameters={
             "adapter": pytrees.count(adapter),

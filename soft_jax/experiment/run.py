@@ -12,15 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from soft_jax import distributed, pytrees
+from soft_jax import distributed, paths, pytrees
 from soft_jax.config import DEFAULTS, Config
-from soft_jax.data import batches, scenarios, sources
+from soft_jax.data import batches, preparation, scenarios, sources
 from soft_jax.data.augmentation import Augment
 from soft_jax.data.scenarios import Scenario
 from soft_jax.errors import UserError
 from soft_jax.evaluation import evaluate
 from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.experiment.display import Display, NoDisplay
 from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
 from soft_jax.inference import engine, rules
@@ -56,7 +57,9 @@ class Run:
     console: Console
     stop: threading.Event
     hooks: Hooks = dataclasses.field(default_factory=Hooks)
-    log: Callable[[str, int, Mapping[str, float]], None] = lambda *_: None
+    # Takes task (from 1), step (from 0) and what was measured.
+    log: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None
+    display: Display = dataclasses.field(default_factory=NoDisplay)
     # By part and task, computed once: q(x) depends on nothing that is trained, and files are
     # decoded for the test but once.
     queries: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict)
@@ -82,14 +85,24 @@ class Run:
 
         Those from files are prepared, and then held in the host's memory.
         """
-        split = getattr(self.dataset, name)
-        members = self.scenario.members(split.labels, task)
+        split, members = getattr(self.dataset, name), self.index(name, task)
         if isinstance(split, sources.InMemoryImages):
             return split.take(members)
         if (name, task) not in self.prepared:
             images = split.prepared(members, self.method.architecture.image_size)
             self.prepared[name, task] = sources.InMemoryImages(images, split.labels[members])
         return self.prepared[name, task]
+
+    def index(self, part: str, task: int) -> np.ndarray:
+        """Return the rows of task `task`'s images in a part of the data set, int `[N]`."""
+        return self.scenario.members(getattr(self.dataset, part).labels, task)
+
+    def files(self, part: str, index: np.ndarray) -> list[str]:
+        """Return the names of the images at `index` of a part; "" where they are no files."""
+        split = getattr(self.dataset, part)
+        if isinstance(split, sources.InMemoryImages):
+            return [""] * len(index)
+        return [split.names(int(i)) for i in split.order[index]]
 
     def members(self, task: int) -> np.ndarray:
         """Return task `task`'s training images, as rows of the whole training set, int `[N]`."""
@@ -162,10 +175,10 @@ class Run:
     def query(self, part: str, task: int) -> np.ndarray:
         """Return q(x) of a task's images of a part, `[N, dim]`, computed once in a run.
 
-        `[N, 0]` where the method asks nothing of it.
+        `[N, 0]` where neither the method nor a rule asks for it.
         """
         split = self.part(part, task)
-        if not self.method.queries:
+        if not self.method.queries and not any(rule.needs_query for rule in self.rules):
             return np.zeros((len(split.labels), 0), np.float32)
         if (part, task) not in self.queries:
             settings = self.settings
@@ -254,7 +267,7 @@ class Run:
     def statistics_shapes(self, task: int) -> pytrees.Tree:
         """Return shapes and dtypes of what the rules keep of a task."""
         count, shapes = len(self.scenario.classes_of(task)), {}
-        for rule in self.rules:
+        for rule in rules.keepers(self.rules).values():
             shapes |= rule.statistics_shapes(count)
         return shapes
 
@@ -274,6 +287,19 @@ class Run:
 
 
 _init_prompts = jax.jit(Method.init_prompts, static_argnums=0)
+
+
+def _rules(config: Config, method: Method, store: Store) -> tuple[rules.TaskIdentityRule, ...]:
+    """Return the rules of the run's reports: those that apply, and that it was begun with.
+
+    Tasks that a version without a rule has trained kept nothing for it, and have no figures of it.
+    """
+    applying = rules.rules_of(method, config)
+    there = store.present()
+    if not there:
+        return applying
+    measured = store.load_task_manifest(there[0]).metrics
+    return tuple(rule for rule in applying if rule.key in measured)
 
 
 def step_config_of(config: Config, method: Method, on_device: bool) -> StepConfig:
@@ -297,6 +323,14 @@ def _augment(config: Config, method: Method) -> Augment:
     return Augment(size, config.crop_scale, config.crop_ratio, config.flip)
 
 
+def _load_images(config: Config, stop: threading.Event) -> sources.Dataset | None:
+    """Return the data set; None where a signal came during a download."""
+    try:
+        return sources.load(config.dataset, config.data_dir, stop)
+    except preparation.Stopped:
+        return None
+
+
 def prepare(
     config: Config,
     store: Store,
@@ -312,6 +346,9 @@ def prepare(
     that does not fit, before training, and Preempted after a signal.
     """
     settings_lib.check(config)
+    if config.backbone_path:  # kept with every task: found again from any folder
+        path = paths.local(config.backbone_path, "backbone_path").absolute()
+        config = dataclasses.replace(config, backbone_path=str(path))
     used = settings_lib.used_settings(config)
     store.compare_settings(used, DEFAULTS)  # before anything is downloaded
     by_host = ("data_dir", "backbone_path", "scenario_file")  # those may differ by host
@@ -323,13 +360,15 @@ def prepare(
     )
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in this backbone; left out")
+    for note in backbone.notes:
+        console.print(f"backbone: {note}", markup=False)
     # Its layers, before any data is read.
     registry.make_method(config, backbone.architecture, ("",))
-    dataset = dataset or distributed.run_on_all(
-        lambda: sources.load(config.dataset, config.data_dir)
-    )
+    dataset = dataset or distributed.run_on_all(lambda: _load_images(config, stop))
     if distributed.all_max(stop.is_set())[0]:
         raise Preempted("Stopped while reading images")
+    for note in dataset.notes:
+        console.print(f"images: {note}", markup=False)
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
     scenario = distributed.run_on_all(lambda: scenarios.make(config, dataset.class_names))
     fingerprint = dataset.fingerprint
@@ -371,7 +410,7 @@ def prepare(
         backbone=backbone,
         params=distributed.to_global(backbone.params, distributed.replicated(mesh)),
         method=method,
-        rules=rules.rules_of(method, config),
+        rules=_rules(config, method, store),
         step_config=step_config_of(config, method, on_device=in_memory),
         mesh=mesh,
         store=store,

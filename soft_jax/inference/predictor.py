@@ -15,7 +15,7 @@ from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
 from soft_jax.errors import UserError
 from soft_jax.inference import engine, rules
-from soft_jax.inference.rules import ImageBatch, NoTaskId, TaskGiven, TaskIdentityRule
+from soft_jax.inference.rules import ImageBatch, TaskGiven, TaskIdentityRule
 from soft_jax.methods import registry
 from soft_jax.methods.method import Adapter, Method
 from soft_jax.models import backbones
@@ -26,13 +26,15 @@ from soft_jax.store.records import TaskManifest
 class Prediction(NamedTuple):
     """What `Predictor.predict` made of N images.
 
-    `classes` int `[N]`; `tasks` int `[N]`, from 0, whose network answered; `probabilities` float32
-    `[N, classes of the scenario]`, which sum to 1 over the classes that could win and are 0
-    elsewhere.
+    `classes` int `[N]`; `tasks` int `[N]`, from 0, that these classes are of; `networks` int `[N]`,
+    the tasks whose networks answered, which need not be the same. `probabilities` float32
+    `[N, classes of the scenario]` sum to 1 over the classes that could win and are 0 elsewhere;
+    `inference.rules` says what they are under each rule.
     """
 
     classes: np.ndarray
     tasks: np.ndarray
+    networks: np.ndarray
     probabilities: np.ndarray
 
 
@@ -40,7 +42,8 @@ class Predictor:
     """Classes of images whose tasks nobody names. Made by `Predictor.load`.
 
     A prediction does not depend on what else is asked for in the same call. Several threads may
-    call the same predictor.
+    call the same predictor. `rule` is how images find their tasks, `chosen_because` a few words on
+    why it is this one, `temperatures` are those of the run by protocol.
     """
 
     def __init__(
@@ -49,16 +52,19 @@ class Predictor:
         rule: TaskIdentityRule,
         class_names: Sequence[str],
         batching: engine.Batching,
+        temperatures: Mapping[str, float] | None = None,
+        chosen_because: str = "it was asked for",
     ):
         self.model, self.rule = model, rule
         self.class_names, self.batching = tuple(class_names), batching
+        self.temperatures, self.chosen_because = temperatures or {}, chosen_because
 
     @classmethod
     def load(
         cls,
         workdir: str | PathLike,
         tasks: Sequence[int] | None = None,
-        task_id: str = "prompt",
+        task_id: str | None = None,
         *,
         backbone_path: str | PathLike = "",
         cache_bytes: int = 2**30,
@@ -72,9 +78,11 @@ class Predictor:
             tasks: those to choose from, counted from 0 as their folders are; all that are finished
                 when None.
             task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs
-                weights of each task's own), "prototype" (statistics of the frozen features), or
-                "oracle" (`predict` is told). Where a method's tasks have nothing of their own,
-                "prompt" stands for no task identity at all: the task is that of the winning class.
+                weights of each task's own), "prototype" (statistics of the frozen features),
+                "none" (where tasks have nothing of their own), or "oracle" (`predict` is told).
+                None: the one that was best on the images that the run held out for validation;
+                without those, "prototype" where the run keeps its statistics, else the first of
+                the others that means something.
             backbone_path: the backbone's file, where it is no longer where the run found it.
             cache_bytes: of the devices' memory for tasks' θ ⊙ m, 4 bytes a masked weight and task;
                 others are read from the workdir when an image is theirs. Gradient ID takes up to
@@ -86,7 +94,8 @@ class Predictor:
             UserError: naming the folder, task or file that is missing, damaged, or from another
                 run; or a rule that the method has no use for.
         """
-        if task_id not in (options := rules.options()):
+        options = rules.options()
+        if task_id is not None and task_id not in options:
             raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(options)}")
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
@@ -111,7 +120,7 @@ class Predictor:
         # The names are filled in below: a network does not depend on those of a linear classifier.
         names = [""] * latest.num_classes
         method = registry.make_method(config, backbone.architecture, names)
-        rule = _rule(config, method, task_id)
+        rule, because = _rule(config, method, latest, task_id)
         manifests = {task: reader.load_task_manifest(task) for task in chosen}
         for manifest in manifests.values():
             for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
@@ -119,7 +128,7 @@ class Predictor:
         batching = engine.Batching(distributed.data_mesh(devices), batch_size)
         method = registry.make_method(config, backbone.architecture, names)
         model = _model(reader, method, backbone, latest, manifests, rule, cache_bytes, batching)
-        return cls(model, rule, names, batching)
+        return cls(model, rule, names, batching, latest.temperature, because)
 
     def predict(self, images: Any, task: int | Sequence[int] | None = None) -> Prediction:
         """Identify and classify images.
@@ -171,8 +180,7 @@ class Predictor:
                 yield (
                     [],
                     Prediction(
-                        np.zeros(0, int),
-                        np.zeros(0, int),
+                        *(np.zeros(0, int),) * 3,
                         np.zeros((0, self.model.method.num_classes), np.float32),
                     ),
                     failed,
@@ -243,10 +251,13 @@ class Predictor:
         tasks = rule.identify(batch)
         logits = engine.logits(model, tokens, engine.alone(tasks), self.batching)
         scores = rule.scores(batch, logits, tasks)
-        unnormalized = np.exp(scores - scores.max(axis=1, keepdims=True))
-        probabilities = unnormalized / unnormalized.sum(axis=1, keepdims=True)
+        probabilities = rules.probabilities(
+            rule.log_probabilities(batch, scores, tasks), self.temperatures.get(rule.key, 1.0)
+        )
+        classes = scores.argmax(axis=1)
         return Prediction(
-            scores.argmax(axis=1),
+            classes,
+            model.task_of_class[classes],
             rule.final_tasks(batch, scores, tasks),
             probabilities.astype(np.float32),
         )
@@ -303,19 +314,23 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
     return chosen
 
 
-def _rule(config: Config, method: Method, task_id: str) -> TaskIdentityRule:
-    """Return the rule of option `task_id`. Raises UserError where this run has no use for it."""
-    wanted = rules.options()[task_id]
-    if found := wanted.of(method, config):
-        return found[0]
-    if not method.by_task and wanted is rules.PromptId:
-        return NoTaskId()
-    applying = (rule.of(method, config) for rule in rules.options().values())
-    known = ", ".join(repr(rule.option) for found in applying for rule in found)
-    raise UserError(
-        f"task_id: {task_id!r} means nothing for this run of {config.method}; take one of "
-        f"{known if method.by_task else repr(rules.PromptId.option) + ', the default'}"
-    )
+def _rule(
+    config: Config, method: Method, latest: TaskManifest, task_id: str | None
+) -> tuple[TaskIdentityRule, str]:
+    """Return the rule of option `task_id`, or the one to take where that is None, and why it is.
+
+    Raises UserError where this run has no use for the rule.
+    """
+    applying = rules.kept(rules.rules_of(method, config), latest.sha256)
+    if task_id is None:
+        return rules.choose(applying, latest.validation)
+    by_option = {rule.option: rule for rule in applying if rule.option}
+    if task_id not in by_option:
+        raise UserError(
+            f"task_id: {task_id!r} means nothing for this run of {config.method}; take one of "
+            f"{', '.join(map(repr, by_option))}"
+        )
+    return by_option[task_id], "it was asked for"
 
 
 def _model(
@@ -346,7 +361,8 @@ def _model(
     for task, manifest in manifests.items():
         templates = {"adapter": {name: adapter[name] for name in rows if name in adapter}}
         if collector:
-            templates["statistics"] = rule.statistics_shapes(len(manifest.classes))
+            shapes = rule.statistics_shapes(len(manifest.classes))
+            templates["statistics"] = reader.stored(task, "statistics", shapes)
         items, _ = reader.load_task(task, templates, whole, part=True)
         for name, array in items["adapter"].items():
             rows[name][task] = array
@@ -367,5 +383,7 @@ def _model(
         weights=engine.TaskWeights(method, params, load, cache_bytes),
         tasks=tuple(manifests),
         task_of_class=task_of_class,
-        solved=jax.device_put({rule.name: collector.solve()}, whole) if collector else {},
+        solved=jax.device_put({rule.statistics_name: collector.solve()}, whole)
+        if collector
+        else {},
     )

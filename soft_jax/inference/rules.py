@@ -9,22 +9,33 @@ A rule is a protocol of its own, a row in every report. To add one, write its cl
 | per_sample/prompt_id | each image's nearest key of the tasks seen | all seen |
 | per_sample/gradient_id | each image's most negative ∂H/∂α | all seen |
 | per_sample/prototype | statistics of the frozen features that every task leaves | the task's |
+| per_sample/frozen_features | nobody: those statistics alone answer, no network does | all seen |
 | batch_vote/pool | L2P as published: a batch selects its prompts together | all |
 | batch_vote/prompt_id | the published vote: a batch's majority, over every key | all |
 | batch_vote/gradient_id_7 | ∂H/∂α on the batch's first 7 images, or as many as `shots` says | all |
 | oracle/task_given | the task is given (task-incremental learning) | the task's |
+| oracle/frozen_features | the task is given, and the statistics alone answer | the task's |
 
-A published test batch holds one task, so that what decides by batch leaks the task. "All" classes
-are all outputs of the head, also those that are not trained yet.
+The two rows of frozen features cost no training and no forward pass: what a method adds to them is
+what its training was good for. A published test batch holds one task, so that what decides by
+batch leaks the task. "All" classes are all outputs of the head, also those that are not trained
+yet.
+
+`log_probabilities` says what the probability of a class is: over all classes that can win, doubt
+about the task included. Prompt ID, Gradient ID, votes and the oracle take the softmax of the
+network's logits, which knows nothing of that doubt; a temperature fitted on held-out images
+(`evaluation.calibration`) makes it a probability that holds on average. Prototypes know p(task | x)
+and multiply by it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
+import scipy.special
 
 from soft_jax import pytrees
 from soft_jax.config import Config
@@ -136,6 +147,8 @@ class TaskIdentityRule:
     title: ClassVar[str] = ""
     option: ClassVar[str] = ""
     needs_query: ClassVar[bool] = True
+    # Whether a network answers; else `scores` gets no logits.
+    needs_network: ClassVar[bool] = True
     # The rule by which a published test batch decides in the place of each image.
     voted_by: "ClassVar[type[TaskIdentityRule] | None]" = None
     # Whether the task is named by statistics that a task leaves behind, beside its adapter.
@@ -169,6 +182,14 @@ class TaskIdentityRule:
         return f"{self.grouping}/{self.name}"
 
     @property
+    def statistics_name(self) -> str:
+        """Return the name under which `model.solved` has what the rule's statistics came to.
+
+        Rules of one name keep the same statistics, once.
+        """
+        return self.name
+
+    @property
     def by_batch(self) -> bool:
         """Whether a test batch decides for its images, which leaks the task."""
         return self.grouping == BATCH_VOTE
@@ -181,6 +202,15 @@ class TaskIdentityRule:
         """Return `logits` `[N, classes]` of each image's task, -inf for classes that can't win."""
         return engine.mask_to_seen(images.model, logits)
 
+    def log_probabilities(
+        self, images: ImageBatch, scores: np.ndarray, tasks: np.ndarray
+    ) -> np.ndarray:
+        """Return log p(class | x) `[N, classes]` of the `scores` of the tasks identified.
+
+        -inf for classes that can't win; no temperature yet.
+        """
+        return scipy.special.log_softmax(scores, axis=1)
+
     def final_tasks(self, images: ImageBatch, scores: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Return the task that each image is taken to be of, int `[N]`: the one identified."""
         return tasks
@@ -188,7 +218,8 @@ class TaskIdentityRule:
     def statistics_shapes(self, classes: int) -> pytrees.Tree:
         """Return shapes and dtypes of what the rule keeps of a task of that many classes.
 
-        Names are the rule's own: those of all rules are stored side by side.
+        Names are the rule's own: those of all rules are stored side by side. Runs that were
+        trained before there was a name don't have it.
         """
         return {}
 
@@ -208,6 +239,7 @@ class NoTaskId(TaskIdentityRule):
 
     name = "no_task_id"
     title: ClassVar[str] = "CIL per_sample, no task id"
+    option: ClassVar[str] = "none"
     needs_query: ClassVar[bool] = False
 
     @classmethod
@@ -254,12 +286,9 @@ class GradientId(TaskIdentityRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prototype(TaskIdentityRule):
-    """A ridge regression on random features of q(x), and its answer beside the classifier's."""
+class _Regression(TaskIdentityRule):
+    """A rule by the ridge regression on random features of q(x), which every task leaves."""
 
-    name: ClassVar[str] = "prototype"
-    title: ClassVar[str] = "CIL per_sample, prototype"
-    option: ClassVar[str] = "prototype"
     keeps_statistics: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...]] = ("prototype_features",)
     seed: int
@@ -272,30 +301,26 @@ class Prototype(TaskIdentityRule):
         features = config.prototype_features
         return (cls(config.seed, method.architecture.dim, features),) if features else ()
 
+    @property
+    def statistics_name(self) -> str:
+        """Return "prototype": one regression serves all rules of this kind."""
+        return "prototype"
+
     @functools.cached_property
     def projection(self) -> np.ndarray:
         """Return the random projection of every task's statistics, float32 `[dim, features]`."""
         return prototypes.projection(self.seed, self.dim, self.features)
 
-    def _log_posterior(self, images: ImageBatch) -> np.ndarray:
-        classifier = images.model.solved[self.name]
+    def log_posterior(self, images: ImageBatch) -> np.ndarray:
+        """Return log p(class | x) by the regression, `[N, classes]`; -inf for classes not seen."""
+        classifier = images.model.solved[self.statistics_name]
 
         def compute() -> np.ndarray:
             return images.batching.map(
                 lambda part: prototypes.log_posterior(part, classifier), images.query
             )
 
-        return images.cached(("log_posterior", self.name), compute)
-
-    def identify(self, images: ImageBatch) -> np.ndarray:
-        """Return the task of the highest p(task | x), among the model's."""
-        model = images.model
-        by_task = prototypes.task_posterior(self._log_posterior(images), model.task_of_class)
-        return np.asarray(model.tasks)[by_task[:, model.tasks].argmax(axis=1)]
-
-    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Return log p(class | x) by statistics + logits, over the task's classes."""
-        return engine.mask_to_task(images.model, self._log_posterior(images) + logits, tasks)
+        return images.cached(("log_posterior", self.statistics_name), compute)
 
     def statistics_shapes(self, classes: int) -> pytrees.Tree:
         """Return the shapes of `prototypes.statistics`."""
@@ -310,6 +335,81 @@ class Prototype(TaskIdentityRule):
     def collector(self, num_classes: int) -> "prototypes.Sums":
         """Return the sums of all tasks' statistics."""
         return prototypes.Sums(num_classes, self.projection)
+
+
+class Prototype(_Regression):
+    """The regression names the task, and answers together with its network's classifier."""
+
+    name: ClassVar[str] = "prototype"
+    title: ClassVar[str] = "CIL per_sample, prototype"
+    option: ClassVar[str] = "prototype"
+
+    def _task_posterior(self, images: ImageBatch) -> np.ndarray:
+        """Return p(task | x), `[N, tasks]`."""
+        return images.cached(
+            ("task_posterior", self.statistics_name),
+            lambda: prototypes.task_posterior(
+                self.log_posterior(images), images.model.task_of_class
+            ),
+        )
+
+    def identify(self, images: ImageBatch) -> np.ndarray:
+        """Return the task of the highest p(task | x), among the model's."""
+        tasks = images.model.tasks
+        return np.asarray(tasks)[self._task_posterior(images)[:, tasks].argmax(axis=1)]
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return log p(class | x) by statistics + logits, over the task's classes."""
+        return engine.mask_to_task(images.model, self.log_posterior(images) + logits, tasks)
+
+    def log_probabilities(
+        self, images: ImageBatch, scores: np.ndarray, tasks: np.ndarray
+    ) -> np.ndarray:
+        """Return log p(task | x) + log p(class | task, x).
+
+        The latter is the softmax of the scores for classes of the task identified; other tasks'
+        networks were not asked, so for their classes the regression's p(class | x) stands.
+        """
+        of_task = self._task_posterior(images)[np.arange(images.count), tasks]
+        log_of_task = np.log(np.maximum(of_task, np.finfo(np.float32).tiny))[:, None]
+        own = log_of_task + scipy.special.log_softmax(scores, axis=1)
+        return np.where(np.isfinite(scores), own, self.log_posterior(images))
+
+
+class FrozenFeatures(_Regression):
+    """The regression's own answer: what the frozen backbone gives without any training."""
+
+    name: ClassVar[str] = "frozen_features"
+    title: ClassVar[str] = "CIL per_sample, frozen features"
+    needs_network: ClassVar[bool] = False
+
+    @classmethod
+    def applies(cls, method: Method | Parts) -> bool:
+        """Whether there are frozen features to compare with: always."""
+        return True
+
+    def identify(self, images: ImageBatch) -> np.ndarray:
+        """Return the task of the most probable class."""
+        return images.model.task_of_class[self.log_posterior(images).argmax(axis=1)]
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return log p(class | x) by the regression."""
+        return self.log_posterior(images)
+
+
+class FrozenFeaturesGiven(FrozenFeatures):
+    """The regression's answer among the classes of the task that is given."""
+
+    grouping: ClassVar[str] = ORACLE
+    title: ClassVar[str] = "TIL oracle, frozen features"
+
+    def identify(self, images: ImageBatch) -> np.ndarray:
+        """Return the tasks that are given."""
+        return images.given
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return log p(class | x) of the task's classes."""
+        return engine.mask_to_task(images.model, self.log_posterior(images), tasks)
 
 
 class _Vote(TaskIdentityRule):
@@ -416,16 +516,61 @@ RULES: dict[str, type[TaskIdentityRule]] = {
     "prompt_id": PromptId,
     "gradient_id": GradientId,
     "prototype": Prototype,
+    "frozen_features": FrozenFeatures,
     "pool_vote": PoolVote,
     "prompt_vote": PromptVote,
     "gradient_vote": GradientVote,
     "task_given": TaskGiven,
+    "frozen_features_given": FrozenFeaturesGiven,
 }
 
 
 def rules_of(method: Method, config: Config) -> tuple[TaskIdentityRule, ...]:
     """Return the rules that apply to a method, each a row of its report."""
     return tuple(rule for each in RULES.values() for rule in each.of(method, config))
+
+
+def keepers(rules: Sequence[TaskIdentityRule]) -> dict[str, TaskIdentityRule]:
+    """Return by `statistics_name` the rules that keep statistics, one for each name."""
+    return {rule.statistics_name: rule for rule in rules if rule.keeps_statistics}
+
+
+def kept(rules: Sequence[TaskIdentityRule], stored: Container[str]) -> tuple[TaskIdentityRule, ...]:
+    """Return the rules that a run can go on with, whose finished tasks have `stored`.
+
+    `stored` names the arrays of one of its tasks, "statistics/NAME" among them. A rule that keeps
+    statistics needs at least one of its names there.
+    """
+
+    def has(rule: TaskIdentityRule) -> bool:
+        names = rule.statistics_shapes(1)
+        return not names or any(f"statistics/{name}" in stored for name in names)
+
+    return tuple(rule for rule in rules if has(rule))
+
+
+def choose(
+    rules: Sequence[TaskIdentityRule], validation: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[TaskIdentityRule, str]:
+    """Return the rule that answers where nobody names one, and why, in a few words.
+
+    That is the one with the most correct answers on the images held out for validation, whose
+    counts `validation` has by protocol and task; without those the prototypes where they are kept,
+    else the first. Only rules that name the task of each image by itself are candidates.
+    """
+    able = [rule for rule in rules if rule.grouping == PER_SAMPLE and rule.option]
+    measured = {
+        rule.key: float(np.mean([row["correct"] / row["total"] for row in validation[rule.key]]))
+        for rule in able
+        if validation.get(rule.key)
+    }
+    if measured:
+        best = max(able, key=lambda rule: measured.get(rule.key, -1.0))
+        return best, f"the best on validation images, {100 * measured[best.key]:.2f}%"
+    prototypes_kept = [rule for rule in able if isinstance(rule, Prototype)]
+    if prototypes_kept:
+        return prototypes_kept[0], "the tasks keep statistics for it, and nothing was held out"
+    return able[0], "nothing was held out to choose by"
 
 
 def class_of(key: str) -> type[TaskIdentityRule]:
@@ -446,6 +591,11 @@ def title(key: str) -> str:
         return class_of(key).title_of(key.partition("/")[2])
     except KeyError:  # of a run with a rule that is not registered here
         return key
+
+
+def probabilities(log_probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Return probabilities `[N, classes]`, which sum to 1, from logs, -inf where there is none."""
+    return scipy.special.softmax(log_probabilities / temperature, axis=1)
 
 
 def options() -> dict[str, type[TaskIdentityRule]]:

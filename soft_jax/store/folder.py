@@ -24,7 +24,7 @@ from typing import Any
 
 from jax.sharding import Sharding
 
-from soft_jax import distributed
+from soft_jax import distributed, paths
 from soft_jax.errors import UserError
 from soft_jax.store import checkpoint, formats, records
 from soft_jax.store.records import RunRecord, TaskManifest, TrainingManifest
@@ -42,7 +42,7 @@ class Reader:
     """
 
     def __init__(self, workdir: str | Path):
-        self.root = Path(workdir).expanduser()
+        self.root = paths.local(workdir, "workdir")
         self.tasks, self.training = self.root / "tasks", self.root / "training"
         self.record: RunRecord | None = None  # what the run is, once it has been read or claimed
         self._format = 0  # of config.json
@@ -141,6 +141,14 @@ class Reader:
         """
         manifest, path = self.load_task_manifest(task), self.task_path(task)
         return checkpoint.load_items(path, manifest.sha256, templates, sharding, part), manifest
+
+    def stored(self, task: int, item: str, template: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of a flat `template` that task `task` has in `item`.
+
+        Tasks of older versions may lack arrays that are kept now.
+        """
+        names = self.load_task_manifest(task).sha256
+        return {name: like for name, like in template.items() if f"{item}/{name}" in names}
 
     def load_task_manifest(self, task: int) -> TaskManifest:
         """Return a finished task's manifest alone. Raises UserError as `load_task`."""

@@ -140,10 +140,15 @@ def training_0_to_1(old: Data) -> Data:
     return {"run_fingerprint": None} | old
 
 
+def task_manifest_1_to_2(old: Data) -> Data:
+    """Say that no temperatures were fitted, and nothing was counted of how sure answers were."""
+    return {"temperature": {}, "calibration": {}} | old
+
+
 # A kind's number of functions is its format today; the function at index n reads format n.
 MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
-    "task": (task_manifest_0_to_1,),
+    "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
 }
 

@@ -128,6 +128,13 @@ class TaskManifest:
     versions: Mapping[str, str]
     # As `metrics`, of the images held out for validation; empty where none are.
     validation: Mapping[str, Sequence[Mapping[str, JSON]]] = dataclasses.field(default_factory=dict)
+    # By protocol: what log-probabilities are divided by, fitted on the validation images; empty
+    # where there are none, and it is 1 then.
+    temperature: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # By protocol, of test images: numbers by bin of probability, see `calibration.count`.
+    calibration: Mapping[str, Mapping[str, Sequence[float]]] = dataclasses.field(
+        default_factory=dict
+    )
     run: RunRecord | None = None
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
