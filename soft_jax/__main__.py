@@ -1,6 +1,9 @@
-"""The command line: soft-jax train|predict|table, and the same as python -m soft_jax."""
+"""The command line: soft-jax train|predict|table|sweep|compare, and the same as
+python -m soft_jax.
+"""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -8,10 +11,15 @@ from collections.abc import Sequence
 
 from soft_jax.cache import COMPILED
 from soft_jax.errors import UserError
+from soft_jax.experiment.stopping import Preempted
 
 # Set before jax is imported. Programs compiled once are kept for later runs.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+
+
+# They change nothing, and have nothing to continue.
+_READERS = (["predict"], ["compare"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,21 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from soft_jax import commands
 
     try:
-        if argv[:1] == ["train"]:
-            commands.train(argv[1:])  # its flags are absl's, and it ends the program
-        arguments = _parser().parse_args(argv)
-        status = getattr(commands, arguments.command)(arguments)
+        if argv[:1] in (["train"], ["sweep"]):  # they take a config's fields as flags
+            status = getattr(commands, argv[0])(argv[1:])
+        else:
+            arguments = _parser().parse_args(argv)
+            status = getattr(commands, arguments.command)(arguments)
         sys.stdout.flush()  # here, where a closed pipe is told
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
     except BrokenPipeError:
         # Who read the output, such as `head`, has enough; nor may the interpreter's end write what
         # is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        continues = "" if argv[:1] == ["predict"] else f"; {commands.CONTINUES}"
+        continues = "" if argv[:1] in _READERS else f"; {commands.CONTINUES}"
         print(f"error: {error}{continues}", file=sys.stderr)
     return 1
 
@@ -46,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console(argv: Sequence[str] | None = None) -> None:
     """Be the installed command `soft-jax`, with `argv` or the program's own arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    # Predicting changes nothing, and has nothing to continue.
     continues = b"; finished tasks are as they were, and the same command continues"
-    message = b"Stopped" + (b"" if argv[:1] == ["predict"] else continues) + b"\n"
+    message = b"Stopped" + (b"" if argv[:1] in _READERS else continues) + b"\n"
 
     def stop_at_once(signum: int, frame: object) -> None:
         os.write(2, message)
@@ -57,12 +68,17 @@ def console(argv: Sequence[str] | None = None) -> None:
     # Until a run takes over, and after a second one in it. An exception could surface anywhere, in
     # the middle of an import too.
     signal.signal(signal.SIGINT, stop_at_once)
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal's encoding has no sign for, such as "θ" in ASCII or a file name that is
+        # no UTF-8, is written as an escape; an error would end the program in mid-output.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="soft-jax", description="Train a continual learner, use it, or make a paper's table."
+        prog="soft-jax", description="Train a continual learner, use it, or compare runs."
     )
     commands = parser.add_subparsers(required=True, dest="command")
     commands.add_parser(
@@ -71,14 +87,25 @@ def _parser() -> argparse.ArgumentParser:
         description="soft-jax train --config=vit_cil --workdir=runs/mine; "
         "soft-jax train --help lists its flags and all settings.",
     )
+    commands.add_parser(
+        "sweep",
+        help="try settings' values, and choose by images held out of training",
+        description="soft-jax sweep --config=vit_cil --set=learning_rate=0.003,0.01,0.03; "
+        "soft-jax sweep --help lists its flags.",
+    )
     _add_predict(commands)
     _add_table(commands)
+    _add_compare(commands)
     return parser
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser(
-        "predict", help="name the classes of images", description="Print a line for each image."
+        "predict",
+        help="name the classes of images",
+        description="Print a line for each image: its class, the task that this class is of, its "
+        "probability, and the task whose network answered where it is another one. Tasks are "
+        "counted from 1 everywhere. How images find their tasks is printed on the error output.",
     )
     predict.add_argument("workdir", help="the folder that the run was trained in")
     predict.add_argument(
@@ -86,26 +113,36 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     )
     predict.add_argument(
         "--task-id",
-        default="prompt",
-        help="how an image finds its task: prompt (the nearest key; the default), gradient, or "
-        "prototype (statistics of the frozen features)",
+        help="the rule by which an image finds its task; an unknown name is answered with those "
+        "that there are. Default: the one that was best on the images that the run held out of "
+        "training, else one that the run has a use for",
     )
     predict.add_argument(
-        "--tasks",
-        help="the tasks to choose from, such as 0,2,5, counted from 0 as their folders are; "
-        "default: all",
+        "--tasks", help="the tasks to choose from, such as 1,3, counted from 1; default: all"
     )
     predict.add_argument(
-        "--task",
-        type=int,
-        help="the task of all images, counted from 0; they are then not identified",
+        "--task", help="the task of all images, counted from 1; they are then not identified"
+    )
+    predict.add_argument(
+        "--top",
+        default="1",
+        help="so many classes for each image: the answer, then the next most probable ones",
     )
     predict.add_argument(
         "--backbone-path",
         default="",
         help="the backbone's file, where it is no longer where the run found it",
     )
-    predict.add_argument("--json", action="store_true", help="print a JSON object a line")
+    predict.add_argument(
+        "--json",
+        action="store_true",
+        help='print a JSON object a line; "task" and "network" are counted from 1',
+    )
+    predict.add_argument(
+        "--csv",
+        action="store_true",
+        help='print CSV, a line for each class; "task" and "network" are counted from 1',
+    )
 
 
 def _add_table(commands: argparse._SubParsersAction) -> None:
@@ -128,8 +165,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     )
     table.add_argument(
         "--seeds",
-        type=int,
-        default=1,
+        default="1",
         help="runs of each row, with the benchmark's seed and those after it",
     )
     table.add_argument(
@@ -148,6 +184,16 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         help="also write the table as Markdown to this file; that of the layers with a picture "
         "beside it",
     )
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="put two runs side by side",
+        description="Print, as Markdown, which settings of two runs differ, their figures side by "
+        "side, the differences by task, and McNemar's test on the test images of both.",
+    )
+    compare.add_argument("runs", nargs=2, metavar="RUN", help="the folder of a finished run")
 
 
 if __name__ == "__main__":

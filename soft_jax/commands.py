@@ -1,32 +1,62 @@
-"""What the commands do: train, predict, table. `__main__` only reads the command line.
+"""What the commands do: train, predict, table, sweep, compare. `__main__` only reads the command
+line.
 
 What takes long to import is imported where it is used, so that a wrong argument is answered at
 once.
 """
 
 import argparse
+import csv
+import dataclasses
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, parse_argument, unknown
+from soft_jax import paths
+from soft_jax.config import (
+    DEFAULTS,
+    RUNTIME_FIELDS,
+    check_flag,
+    from_config_dict,
+    parse_argument,
+    unknown,
+)
 from soft_jax.errors import UserError
 
-# The flags of `train`, and what they mean.
+if TYPE_CHECKING:
+    from soft_jax.config import Config
+    from soft_jax.inference.predictor import Predictor
+
+# The flags of `train` and of `sweep`, and what they mean.
+CONFIG_FLAG = (
+    "The run's settings: a file, or the name of one that comes along (digits, vit_cil, table), "
+    "with variants by argument (vit_cil:tasks=20); any field by --config.field=value. Default: "
+    "digits."
+)
 TRAIN_FLAGS = {
-    "config": "The run's settings: a file, or the name of one that comes along (digits, vit_cil, "
-    "table), with variants by argument (vit_cil:tasks=20); any field by --config.field=value. "
-    "Default: digits.",
+    "config": CONFIG_FLAG,
     "workdir": "The run's folder; the same command continues it. Default: "
     "runs/NAME-METHOD-TASKSx-seedSEED.",
     "distributed": 'Several processes, one a host, in one run: "auto" on TPU pod slices and '
     'clusters that jax knows, else "HOST:PORT,INDEX,COUNT".',
 }
+SWEEP_FLAGS = {
+    "config": CONFIG_FLAG,
+    "set": "A setting and the values to try, separated by commas: learning_rate=0.003,0.01,0.03. "
+    "Lists are written as in a config's argument: mask_layers=10-12,11+12. Given several times, "
+    "every combination is run.",
+    "protocol": "What the runs are compared by, such as per_sample/prompt_id. Default: each run by "
+    "the best of its rules that take each image by itself, as predict does.",
+    "workdir": "The folder that holds the runs of all sweeps. Default: runs/sweeps.",
+    "output": "Also write the table as Markdown to this file.",
+}
 CONTINUES = "finished tasks are as they were, and the same command continues"
+_SHOWN = 80  # signs of an argument that a message shows
 
 
 def find_config(name: str) -> str:
@@ -36,6 +66,7 @@ def find_config(name: str) -> str:
     package, or in a checkout in the folder beside it. Raises UserError where there is none, naming
     the nearest of those and of the files where it was looked for.
     """
+    paths.local(name, "file")  # no URL
     path, colon, argument = name.partition(":")
     package = Path(__file__).parent
     # Only one of them: beside an installed package, "configs" would be somebody else's.
@@ -47,65 +78,62 @@ def find_config(name: str) -> str:
         if path not in ours:
             raise UserError(unknown("config", path, ours))
         return str(ours[path]) + colon + argument
-    file = Path(path).expanduser()
+    file = paths.local(path, "file")
     if not file.is_file():
         there = sorted(str(other) for other in file.parent.glob("*.py"))
         raise UserError(unknown("config", str(file), [*ours, *there]))
     return str(file) + colon + argument
 
 
-def train(argv: Sequence[str], program: str = "soft-jax train") -> None:
-    """Train and evaluate the run that `argv`, the flags, describe; ends the program.
+def train(argv: Sequence[str]) -> int:
+    """Train and evaluate the run that `argv`, the flags, describe; return the exit status."""
+    if _asks_for_help(argv):
+        settings = "\n".join(f"  --config.{name}={value!r}" for name, value in DEFAULTS.items())
+        print(
+            "usage: soft-jax train --config=vit_cil --workdir=runs/mine\n\n"
+            f"Train and evaluate a run, or continue it.\n\n{_flags_help(TRAIN_FLAGS)}\n\n"
+            "Settings and their defaults, which a config replaces. A list of numbers is written "
+            f"10-12 or 3+5, as in a config's argument, or 3,5:\n{settings}"
+        )
+        return 0
+    given = _read_flags(argv, TRAIN_FLAGS)
+    workdir = given.values["workdir"] and paths.local(given.values["workdir"], "--workdir")
+    distributed = given.values["distributed"]
+    try:
+        _train(given.config, workdir, distributed)
+    except (UserError, OSError) as error:
+        if not distributed:
+            raise
+        # At once, without waiting for the other processes, which may wait for this one.
+        continues = "" if isinstance(error, UserError) else f"; {CONTINUES}"
+        print(f"error: {error}{continues}", file=sys.stderr, flush=True)
+        os._exit(1)
+    return 0
 
-    The exit status is 0, 1 for what the user has to mend, 128 + the signal's number after one.
-    """
-    from absl import app
 
-    if {"-h", "--help", "--helpshort"} & set(argv):
-        print(_train_help(program), flush=True)
-        sys.exit(0)  # absl's own help lists the flags of `__main__`, which are none, and exits 1
-    app.run(_train, argv=[program, *argv], flags_parser=_parse_flags)
+def _train(config: "Config", workdir: Path | None, processes: str | None) -> None:
+    from absl import logging
 
-
-def _train_help(program: str) -> str:
-    """Return what `train` takes: its flags, and the settings with their defaults."""
-    flags_help = "\n".join(f"  --{name}: {text}" for name, text in TRAIN_FLAGS.items())
-    settings = "\n".join(f"  --config.{name}={value!r}" for name, value in DEFAULTS.items())
-    return (
-        f"usage: {program} --config=vit_cil --workdir=runs/mine\n\n"
-        f"Train and evaluate a run, or continue it.\n\n{flags_help}\n\n"
-        f"Settings and their defaults, which a config replaces:\n{settings}"
-    )
-
-
-def _train(argv: list[str]) -> None:
-    from absl import flags, logging
-
-    from soft_jax import config as config_lib
-    from soft_jax.experiment.stopping import Preempted
+    # Imported here: a wrong flag is answered at once, not after jax has started.
+    from soft_jax import distributed
+    from soft_jax.experiment import loop
+    from soft_jax.experiment import settings as settings_lib
+    from soft_jax.methods import registry
 
     logging.set_verbosity(logging.ERROR)
-    given = flags.FLAGS
-    try:
-        config = config_lib.from_config_dict(given.config)
-        # Imported here: a wrong flag is answered at once, not after jax has started.
-        from soft_jax import distributed
-        from soft_jax.experiment import loop
-        from soft_jax.experiment import settings as settings_lib
-        from soft_jax.methods import registry
+    settings_lib.check(config)
+    workdir = workdir or default_workdir(config, registry.parse(config.method).name)
+    if processes:
+        distributed.join(processes)
+    loop.run(config, workdir)
 
-        settings_lib.check(config)
-        if given.distributed:
-            distributed.join(given.distributed)
-        method = registry.parse(config.method).name
-        loop.run(config, given.workdir or default_workdir(config, method))
-    except UserError as error:
-        _end(f"error: {error}", bool(given.distributed))
-    except OSError as error:
-        _end(f"error: {error}; {CONTINUES}", bool(given.distributed))
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signum)
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return bool({"-h", "--help", "--helpshort"} & set(argv))
+
+
+def _flags_help(known: Mapping[str, str]) -> str:
+    return "\n".join(f"  --{name}: {text}" for name, text in known.items())
 
 
 def default_workdir(config: Any, method: str) -> str:
@@ -117,119 +145,270 @@ def default_workdir(config: Any, method: str) -> str:
     return f"runs/{config.name}-{method}-{tasks}-seed{config.seed}"
 
 
-def _end(message: str, distributed: bool) -> None:
-    """Say why the program ends, and end it.
+@dataclasses.dataclass(frozen=True)
+class _Flags:
+    """What was read from flags: the config, how it was written, and the values of the others.
 
-    Of several processes this one ends at once, without waiting for the others, which may wait for
-    it.
+    `name` is that of the config's flag, `overrides` are the texts of its fields. `values` has None
+    for a flag that was not given, and a list for `set`.
     """
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1) if distributed else sys.exit(1)
+
+    config: "Config"
+    name: str
+    overrides: Mapping[str, str]
+    values: Mapping[str, Any]
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Read the flags, and the config file that they name; what is wrong in either is one line."""
+def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
+    """Read flags, among them the config file that they name and its fields.
+
+    `known` are the flags and what they mean. Raises UserError of one line for what is wrong in the
+    flags or in the file.
+    """
     from absl import flags
     from ml_collections import config_flags
 
-    flags.DEFINE_string("workdir", None, TRAIN_FLAGS["workdir"])
-    flags.DEFINE_string("distributed", None, TRAIN_FLAGS["distributed"])
+    name, fields, rest = _split(argv)
+    overrides = [as_flag for field in fields.items() for as_flag in _as_flags(*field)]
+    values = flags.FlagValues()  # its own: a program may read flags more than once
+    for flag, meaning in known.items():
+        if flag != "config":
+            define = flags.DEFINE_multi_string if flag == "set" else flags.DEFINE_string
+            define(flag, None, meaning, flag_values=values)
     try:
-        pairs = zip(["", *argv[:-1]], argv, strict=True)
-        argv = [_with_config_found(argument, before) for before, argument in pairs]
-        _check_fields(argv)
+        argv = ["", f"--config={find_config(name)}", *overrides, *rest]
         # Defining it reads the file and the overrides of its fields.
         config_flags.DEFINE_config_file(
-            "config", find_config("digits"), TRAIN_FLAGS["config"], sys_argv=argv
+            "config", None, known["config"], flag_values=values, sys_argv=argv
         )
-        left = flags.FLAGS(argv)
-        flags.FLAGS.config.lock()
+        left = values(argv)
     except UserError as error:
-        sys.exit(f"error: --config: {error}")
+        raise UserError(f"--config: {error}") from error
     except flags.Error as error:
-        sys.exit(f"error: {_one_line(error)}")
+        raise UserError(_one_line(error)) from error
     except (OSError, SyntaxError, AttributeError, KeyError) as error:
         # A file that can't be read or is no Python, or a field that is none.
-        sys.exit(f"error: --config: {type(error).__name__}: {_one_line(error)}")
+        raise UserError(f"--config: {type(error).__name__}: {_one_line(error)}") from error
     if left[1:]:
-        known = ", ".join(f"--{name}" for name in TRAIN_FLAGS)
-        sys.exit(f"error: unexpected argument {left[1]!r}; flags are {known}")
-    return left
+        flag_names = ", ".join(f"--{flag}" for flag in known)
+        raise UserError(f"unexpected argument {left[1]!r}; flags are {flag_names}")
+    config = from_config_dict(values.config)
+    return _Flags(config, name, fields, {flag: values[flag].value for flag in known})
+
+
+def _split(argv: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
+    """Take the config out of the flags: its name, the texts of its fields, and all other flags.
+
+    Raises UserError for a field that there isn't, naming the nearest.
+    """
+    name, fields, rest = "digits", {}, []
+    arguments = iter(argv)
+    for argument in arguments:
+        found = re.fullmatch(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", argument, re.DOTALL)
+        if not found or (found[1] and found[2] is None):
+            rest.append(argument)
+            continue
+        negated, field, text = found.groups()
+        if field is not None and field not in (*DEFAULTS, "layers"):
+            raise UserError(f"--config: {unknown('setting', field, DEFAULTS)}")
+        if text is None and isinstance(DEFAULTS.get(field or ""), bool):
+            text = "false" if negated else "true"
+        elif text is None:
+            text = next(arguments, None)  # --config.epochs 3
+        if text is None or (negated and not isinstance(DEFAULTS[field], bool)):
+            raise UserError(f"{argument}: write --config{'.' + field if field else ''}=VALUE")
+        if field is None:
+            name = text
+        else:
+            fields[field] = text
+    return name, fields, rest
+
+
+def _as_flags(field: str, text: str) -> list[str]:
+    """Return a config's field as the flags that ml_collections reads.
+
+    Lists may be written as a config's argument has them, "10-12", and so may `layers`. Raises
+    UserError for a text that is neither that nor a flag's.
+    """
+    settings = {field: text}
+    if field == "layers" or isinstance(DEFAULTS[field], tuple):
+        try:
+            settings = {
+                name: ",".join(map(str, value))
+                for name, value in parse_argument(f"{field}={text}").items()
+            }
+        except UserError:  # "10,11,12", or nothing that can be read
+            names = ("e_prompt_layers", "mask_layers") if field == "layers" else (field,)
+            settings = dict.fromkeys(names, text)
+    for name, each in settings.items():
+        try:
+            check_flag(name, each)
+        except UserError as error:
+            problem = str(error).removeprefix(f"{name}: ")
+            raise UserError(f"flag --config.{field}={text[:_SHOWN]}: {problem}") from error
+    return [f"--config.{name}={each}" for name, each in settings.items()]
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _check_fields(argv: Sequence[str]) -> None:
-    """Raise UserError for a flag --config.field of a field that there isn't, naming the nearest."""
-    for argument in argv:
-        field = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if field and field[1] not in DEFAULTS:
-            raise UserError(unknown("setting", field[1], DEFAULTS))
-
-
-def _with_config_found(argument: str, before: str) -> str:
-    if argument.startswith(("--config=", "-config=")):
-        flag, _, name = argument.partition("=")
-        return f"{flag}={find_config(name)}"
-    return find_config(argument) if before in ("--config", "-config") else argument
+def _number(text: str, flag: str, least: int = 1) -> int:
+    """Return the whole number that a flag gives. Raises UserError for another text, or below."""
+    # Of ASCII digits, and few: str.isdigit takes "²" too, and int fails at thousands of digits.
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(f"{flag}: {text[:_SHOWN]!r} is not a whole number from {least} on")
+    return int(text)
 
 
 def predict(arguments: argparse.Namespace) -> int:
     """Print a line for each image; the exit status is 1 where one could not be answered."""
-    try:
-        tasks = [int(task) for task in arguments.tasks.split(",")] if arguments.tasks else None
-    except ValueError:
-        raise UserError(
-            f"--tasks: {arguments.tasks!r} is not a list of numbers such as 0,2,5"
-        ) from None
-    from soft_jax.data import images
-
-    files = images.find(arguments.images)
-    from soft_jax.inference.predictor import Predictor
-    from soft_jax.inference.rules import TaskGiven
-
-    task_id = TaskGiven.option if arguments.task is not None else arguments.task_id
-    predictor = Predictor.load(
-        arguments.workdir, tasks, task_id, backbone_path=arguments.backbone_path
+    top = _number(arguments.top, "--top")
+    if arguments.json and arguments.csv:
+        raise UserError("--json, --csv: take one of them")
+    tasks = None
+    if arguments.tasks is not None:
+        tasks = [_number(text.strip(), "--tasks") for text in arguments.tasks.split(",")]
+    task = None if arguments.task is None else _number(arguments.task, "--task")
+    workdir = paths.local(arguments.workdir, "workdir")
+    backbone_path = arguments.backbone_path and paths.local(
+        arguments.backbone_path, "--backbone-path"
     )
+    from soft_jax.data import images
+    from soft_jax.inference import rules
+    from soft_jax.inference.predictor import Predictor
+
+    if arguments.task_id == rules.TaskGiven.option and task is None:
+        raise UserError(f"--task-id: {arguments.task_id!r} needs --task, the task of all images")
+    files = images.find(arguments.images, tell=lambda note: print(note, file=sys.stderr))
+    _check_tasks(workdir, tasks, task)
+    predictor = Predictor.load(
+        workdir,
+        None if tasks is None else [number - 1 for number in tasks],
+        rules.TaskGiven.option if task is not None else arguments.task_id,
+        backbone_path=backbone_path,
+    )
+    if task is None:
+        rule = rules.title(predictor.rule.key)
+        print(f"Task identity: {rule}; {predictor.chosen_because}", file=sys.stderr, flush=True)
+    write = _writer(arguments)
     failed = 0
-    for answered, prediction, errors in predictor.predict_chunks(files, arguments.task):
+    given = None if task is None else task - 1
+    for answered, prediction, errors in predictor.predict_chunks(files, given):
         rows = dict(zip(answered, zip(*prediction, strict=True), strict=True))
         for index in sorted(answered + list(errors)):
             if index in errors:
-                _print_error(str(files[index]), errors[index], arguments.json)
+                write.error(files[index], errors[index])
             else:
-                _print_answer(str(files[index]), rows[index], predictor, arguments.json)
+                write.answers(files[index], _answers(rows[index], predictor, top))
         failed += len(errors)
     return 1 if failed else 0
 
 
-def _print_error(file: str, error: UserError, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"file": file, "error": str(error)}))
-    else:
+def _check_tasks(workdir: Path, tasks: Sequence[int] | None, task: int | None) -> None:
+    """Raise UserError for a task, counted from 1, that the run has not or that is not chosen."""
+    from soft_jax.store.folder import Reader
+
+    finished = [number + 1 for number in Reader(workdir).present()]
+    for flag, wanted, there in (
+        ("--tasks", tasks or (), finished),
+        ("--task", () if task is None else (task,), tasks or finished),
+    ):
+        # Without any task, the run says what is wrong with it when it is loaded.
+        for number in wanted if finished else ():
+            if number not in there:
+                listed = ", ".join(map(str, there))
+                raise UserError(
+                    f"{flag}: {number} is not a task to choose from; those are {listed}"
+                )
+
+
+def _answers(row: tuple, predictor: "Predictor", top: int) -> list[dict[str, Any]]:
+    """Return an image's class and the next most probable ones, `top` in all, as JSON has them.
+
+    Classes that can't win are left out. Tasks are counted from 1.
+    """
+    answer, _, network, probabilities = row
+    order = (-probabilities).argsort(kind="stable")
+    others = [class_ for class_ in order if class_ != answer and probabilities[class_] > 0]
+    return [
+        {
+            "class": predictor.class_names[class_],
+            "class_index": int(class_),
+            "task": int(predictor.model.task_of_class[class_]) + 1,
+            "network": int(network) + 1,
+            "probability": round(float(probabilities[class_]), 6),
+        }
+        for class_ in [answer, *others[: top - 1]]
+    ]
+
+
+class _Text:
+    """Prints an image's answers as lines for people."""
+
+    def answers(self, file: str | Path, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Print the answer in a line, and a line for each class after it."""
+        answer, *others = answers
+        by = f", by task {answer['network']}'s network"
+        other_network = answer["network"] != answer["task"]
+        print(f"{paths.shown(file)}: {self._line(answer)}{by if other_network else ''}")
+        for rank, other in enumerate(others, 2):
+            print(f"  {rank}. {self._line(other)}")
+
+    def _line(self, answer: Mapping[str, Any]) -> str:
+        return "{class} (task {task}), probability {probability:.4f}".format(**answer)
+
+    def error(self, file: str | Path, error: UserError) -> None:
+        """Say what is wrong with a file."""
         print(f"error: {error}", file=sys.stderr)
 
 
-def _print_answer(file: str, row: tuple, predictor: Any, as_json: bool) -> None:
-    class_, task, probabilities = row
-    line = {
-        "file": file,
-        "class": predictor.class_names[class_],
-        "class_index": int(class_),
-        "task": int(task),
-        "probability": round(float(probabilities[class_]), 6),
-    }
-    text = "{file}: {class}, task {task}, probability {probability:.4f}"
-    print(json.dumps(line) if as_json else text.format(**line))
+class _Json:
+    """Prints an image's answers as a JSON object in a line."""
+
+    def __init__(self, with_others: bool):
+        self._with_others = with_others
+
+    def answers(self, file: str | Path, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Print the answer, and where there are others, all of them under "top"."""
+        others = {"top": answers} if self._with_others else {}
+        print(json.dumps({"file": str(file), **answers[0], **others}))
+
+    def error(self, file: str | Path, error: UserError) -> None:
+        """Print what is wrong with a file as such a line."""
+        print(json.dumps({"file": str(file), "error": str(error)}))
+
+
+class _Csv:
+    """Prints an image's answers as CSV, a line for each class."""
+
+    COLUMNS = ("file", "rank", "class", "class_index", "task", "network", "probability", "error")
+
+    def __init__(self):
+        self._out = csv.DictWriter(sys.stdout, self.COLUMNS, restval="", lineterminator="\n")
+        self._out.writeheader()
+
+    def answers(self, file: str | Path, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Print a line for each class, by rank."""
+        for rank, answer in enumerate(answers, 1):
+            self._out.writerow({"file": paths.shown(file), "rank": rank, **answer})
+
+    def error(self, file: str | Path, error: UserError) -> None:
+        """Print a line with what is wrong with a file."""
+        self._out.writerow({"file": paths.shown(file), "error": str(error)})
+
+
+def _writer(arguments: argparse.Namespace) -> _Text | _Json | _Csv:
+    if arguments.csv:
+        return _Csv()
+    return _Json(with_others=arguments.top != "1") if arguments.json else _Text()
 
 
 def table(arguments: argparse.Namespace) -> int:
     """Run what is missing of a table and print it; the exit status is 1 where a row failed."""
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds: {arguments.seeds} is below 1")
+    seeds = _number(arguments.seeds, "--seeds")
+    workdir = paths.local(arguments.workdir, "--workdir")
+    output = arguments.output and paths.local(arguments.output, "--output")
     from soft_jax.paper import rows as rows_lib
 
     benchmark = arguments.benchmark or rows_lib.default_benchmark(arguments.table)
@@ -246,25 +425,22 @@ def table(arguments: argparse.Namespace) -> int:
     overrides = parse_argument(arguments.set)
     rows = [rows[number - 1] for number in numbers]
     from absl import logging
+    from rich.console import Console
 
-    from soft_jax.experiment.stopping import Preempted
-    from soft_jax.paper import tables
+    from soft_jax.paper import printing, tables
 
     logging.set_verbosity(logging.ERROR)
-    workdir = Path(arguments.workdir).expanduser()
-    picture = workdir / "layers.png"
-    if arguments.output:  # now, not after hours
-        output = Path(arguments.output).expanduser()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        picture = output.with_suffix(".png")
-    request = tables.Request(arguments.table, benchmark, overrides, arguments.seeds, workdir)
-    try:
-        text, whole = tables.make(request, rows, _command(arguments, overrides), picture)
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signum
-    print(text)
-    if arguments.output:
+    request = tables.Request(arguments.table, benchmark, overrides, seeds, workdir)
+    tables.plan(request, rows)  # what is wrong with all rows is told before anything is written
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
+    picture = output.with_suffix(".png") if output else workdir / "layers.png"
+    text, whole = tables.make(request, rows, _command(arguments, overrides), picture)
+    if sys.stdout.isatty():
+        printing.draw(text, Console())
+    else:
+        print(text)
+    if output:
         output.write_text(text, encoding="utf-8")
     return 0 if whole else 1
 
@@ -283,3 +459,58 @@ def _command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> str
     )
     words = [f"--{name}={value}" for name, value in (options | {"set": settings}).items() if value]
     return " ".join(["python -m soft_jax table", arguments.table, *words])
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """Run every combination of some settings' values, and print them by the validation figure.
+
+    The exit status is 1 where a run failed.
+    """
+    if _asks_for_help(argv):
+        print(
+            "usage: soft-jax sweep --config=vit_cil --set=learning_rate=0.003,0.01,0.03\n\n"
+            "Run what is missing of a sweep, continue what was cut off, and print a table by the\n"
+            f"accuracy on images held out of training.\n\n{_flags_help(SWEEP_FLAGS)}"
+        )
+        return 0
+    given = _read_flags(argv, SWEEP_FLAGS)
+    workdir = paths.local(given.values["workdir"] or "runs/sweeps", "--workdir")
+    output = given.values["output"] and paths.local(given.values["output"], "--output")
+    from absl import logging
+    from rich.console import Console
+
+    from soft_jax.experiment import sweep as sweep_lib
+
+    logging.set_verbosity(logging.ERROR)
+    protocol = given.values["protocol"]
+    if not given.config.validation:
+        share = sweep_lib.VALIDATION_SHARE
+        print(f"validation={share}: a sweep needs it, and the config has none", file=sys.stderr)
+    points = sweep_lib.plan(given.config, given.values["set"] or [], protocol, workdir)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    results = sweep_lib.run(points, protocol, Console())
+    commands = (
+        shlex.join(["soft-jax", "sweep", *argv]),
+        shlex.join(["soft-jax", "train", *_train_words(given, sweep_lib.best(results))]),
+    )
+    text = sweep_lib.markdown(results, protocol, *commands)
+    print(text)
+    if output:
+        output.write_text(text, encoding="utf-8")
+    return 0 if all(result.figure is not None for result in results) else 1
+
+
+def _train_words(given: _Flags, chosen: Mapping[str, str]) -> list[str]:
+    """Return the flags that train a run with the `chosen` settings on all training images."""
+    fields = {**given.overrides, **chosen, "validation": "0"}
+    return [f"--config={given.name}", *(f"--config.{name}={text}" for name, text in fields.items())]
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print what two runs have otherwise: settings, figures, and the images they get right."""
+    roots = [paths.local(run, "RUN") for run in arguments.runs]
+    from soft_jax.evaluation import compare as compare_lib
+
+    print(compare_lib.markdown(*roots))
+    return 0

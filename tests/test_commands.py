@@ -1,6 +1,9 @@
 """The command line: what it imports, what it finds, and how it ends."""
 
 import ast
+import csv
+import io
+import json
 import os
 import re
 import signal
@@ -8,13 +11,18 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from soft_jax import commands
 from soft_jax.__main__ import main
 from soft_jax.config import DEFAULTS
 from soft_jax.errors import UserError
+from soft_jax.inference import rules
+from soft_jax.inference.predictor import Prediction, Predictor
+from soft_jax.store.folder import Reader
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +48,9 @@ def python(*arguments, cwd=ROOT, **options):
         "from soft_jax.__main__ import main; main(['--help'])",
         "from soft_jax.__main__ import main; main(['table', '--help'])",
         "from soft_jax.__main__ import main; main(['train', '--help'])",
+        "from soft_jax.__main__ import main; main(['sweep', '--help'])",
+        "from soft_jax.__main__ import main; main(['predict', '--help'])",
+        "from soft_jax.__main__ import main; main(['compare', '--help'])",
     ],
 )
 def test_what_needs_no_arrays_imports_none(statement):
@@ -83,6 +94,7 @@ def test_an_installed_package_finds_its_own_configs(tmp_path, monkeypatch):
     [
         ["--config=vit_cil:tasks=20", "--config.epochs=3"],
         ["--config", "vit_cil:tasks=20", "--config.epochs", "3"],
+        ["--config.epochs=2", "-config.epochs=3", "--config=vit_cil:tasks=20"],  # the last counts
     ],
 )
 def test_flags_are_those_of_the_call(arguments):
@@ -96,6 +108,40 @@ def test_flags_are_those_of_the_call(arguments):
     done = python("-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "20 3 runs/vit_cil-dualprompt+softtf-20x-seed42\n"
+
+
+def read_config(*flags):
+    return commands._read_flags(flags, commands.TRAIN_FLAGS).config
+
+
+# ml_collections imports a config file in a way that Python will drop.
+reads_a_config = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+
+
+@reads_a_config
+@pytest.mark.parametrize("text", ["10-12", "10+11+12", "10,11,12", "(10, 11, 12)", "[10,11,12]"])
+def test_a_list_in_a_flag_is_written_as_in_an_argument_or_as_in_python(text):
+    config = read_config("--config=vit_cil:layers=3", f"--config.mask_layers={text}")
+    assert config.mask_layers == (10, 11, 12)
+    assert config.e_prompt_layers == (3,)
+    both = read_config("--config=vit_cil", f"--config.layers={text}")
+    assert both.mask_layers == both.e_prompt_layers == (10, 11, 12)
+
+
+@reads_a_config
+def test_flags_of_every_type_are_read():
+    config = read_config(
+        "--config=digits",
+        *("--config.flip", "--noconfig.cache_queries", "--config.crop_scale=0.1-0.9"),
+        *("--config.learning_rate=1e-3", "--config.data_dir=a,b=c", "--config.shots", "3,0"),
+    )
+    assert (config.flip, config.cache_queries, config.crop_scale) == (True, False, (0.1, 0.9))
+    assert (config.learning_rate, config.data_dir, config.shots) == (0.001, "a,b=c", (3, 0))
+
+
+@reads_a_config
+def test_flags_are_read_twice_in_one_program():
+    assert [read_config("--config=digits:epochs=3").epochs for _ in range(2)] == [3, 3]
 
 
 def test_help_for_train_names_its_flags_and_every_setting():
@@ -134,7 +180,14 @@ def test_all_that_is_installed_is_listed():
         (["train", "--config=no/digits.py"], 1, "config 'no/digits.py' is unknown"),
         (["train", "--config.epoch=3"], 1, "setting 'epoch' is unknown; did you mean 'epochs'?"),
         (["train", "--config.shots[0]=3"], 1, "did you mean 'shots'?"),
-        (["train", "--config.epochs=many"], 1, "error: flag --config.epochs=many: invalid"),
+        (["train", "--config.epochs=1e1"], 1, "error: flag --config.epochs=1e1: '1e1' is not of"),
+        (["train", "--config.mask_layers=3-x"], 1, "is not one or more whole numbers, such as 10-"),
+        (["train", "--config.layers=3-x"], 1, "flag --config.layers=3-x: '3-x' is not one or more"),
+        (["train", "--config.epochs"], 1, "error: --config.epochs: write --config.epochs=VALUE"),
+        (["train", "--config=gs://b/c.py"], 1, "--config: file: 'gs://b/c.py' is a URL"),
+        (["train", "--workdir=gs://b/run"], 1, "error: --workdir: 'gs://b/run' is a URL"),
+        (["sweep", "--config.epoch=3"], 1, "setting 'epoch' is unknown; did you mean 'epochs'?"),
+        (["sweep", "--set=epochs=1", "--workdir=gs://b/s"], 1, "--workdir: 'gs://b/s' is a URL"),
         (["train", "--workdr=x"], 1, "Did you mean: workdir"),
         (["train", "digits"], 1, "error: unexpected argument 'digits'; flags are --config, "),
         (["train", "--config=digits:density=0.5"], 1, "density: 0.5 has no effect with method"),
@@ -193,3 +246,184 @@ def test_a_failing_disk_is_one_line(monkeypatch, capsys, command, arguments, tol
     monkeypatch.setattr(commands, command, fail)
     assert main([command, *arguments]) == 1
     assert capsys.readouterr().err == told
+
+
+CLASSES = ("foo", "bar", "baz", "qux")  # of two tasks, two each
+
+
+class FakePredictor:
+    """Answers each file with the same: bar of task 1, by the network of task 2."""
+
+    class_names = CLASSES
+    model = SimpleNamespace(task_of_class=np.array([0, 0, 1, 1]))
+    rule = rules.PromptId()
+    chosen_because = "the best of all"
+
+    def predict_chunks(self, files, task):
+        self.asked = task
+        good = [i for i, file in enumerate(files) if "bad" not in str(file)]
+        bad = {i: UserError(f"{files[i]} is bad") for i in range(len(files)) if i not in good}
+        probabilities = np.tile(np.float32([0.1, 0.6, 0.3, 0.0]), (len(good), 1))
+        one, zero = np.ones(len(good), int), np.zeros(len(good), int)
+        yield (
+            good,
+            Prediction(classes=one, tasks=zero, networks=one, probabilities=probabilities),
+            bad,
+        )
+
+
+@pytest.fixture
+def predict(monkeypatch, capsys):
+    """Run `predict` on a run with the finished tasks 1 and 2: status, outputs, what was loaded."""
+    predictor, loaded = FakePredictor(), []
+
+    def load(workdir, tasks, task_id, **_):
+        loaded.append((tasks, task_id))
+        return predictor
+
+    monkeypatch.setattr(Predictor, "load", load)
+    monkeypatch.setattr(Reader, "present", lambda _: [0, 1])
+
+    def run(*arguments):
+        status = main(["predict", "run", *arguments])
+        printed = capsys.readouterr()
+        return SimpleNamespace(
+            status=status,
+            out=printed.out,
+            err=printed.err,
+            loaded=loaded,
+            asked=getattr(predictor, "asked", None),
+        )
+
+    return run
+
+
+def test_a_line_has_the_classs_own_task_and_the_network_that_answered(predict):
+    done = predict("a.png")
+    assert done.out == "a.png: bar (task 1), probability 0.6000, by task 2's network\n"
+    assert done.status == 0
+    assert done.loaded == [(None, None)]
+
+
+def test_a_network_of_the_classs_own_task_is_not_named(predict, monkeypatch):
+    monkeypatch.setattr(FakePredictor.model, "task_of_class", np.array([0, 1, 1, 1]))
+    assert predict("a.png").out == "a.png: bar (task 2), probability 0.6000\n"
+
+
+def test_the_rule_that_is_used_and_why_is_told_beside_the_answers(predict):
+    told = "Task identity: CIL per_sample, Prompt ID; the best of all\n"
+    assert predict("a.png").err == told
+    assert predict("a.png", "--task=1").err == ""  # no image is identified
+
+
+def test_top_gives_the_answer_and_then_the_next_most_probable_classes(predict):
+    lines = predict("a.png", "--top=5").out.splitlines()
+    assert lines[1:] == [
+        "  2. baz (task 2), probability 0.3000",
+        "  3. foo (task 1), probability 0.1000",
+    ]  # qux could not win
+    assert len(predict("a.png", "--top=2").out.splitlines()) == 2
+
+
+def test_the_answer_is_first_where_another_class_is_more_probable(predict, monkeypatch):
+    def answer(self, files, task):
+        probabilities = np.float32([[0.5, 0.2, 0.3, 0.0]])
+        yield (
+            [0],
+            Prediction(np.ones(1, int), np.zeros(1, int), np.zeros(1, int), probabilities),
+            {},
+        )
+
+    monkeypatch.setattr(FakePredictor, "predict_chunks", answer)
+    lines = predict("a.png", "--top=3").out.splitlines()
+    assert [re.search("foo|bar|baz", line)[0] for line in lines] == ["bar", "foo", "baz"]
+
+
+def test_json_and_csv_count_tasks_from_1(predict):
+    answer = {"class": "bar", "class_index": 1, "task": 1, "network": 2, "probability": 0.6}
+    assert json.loads(predict("a.png", "--json").out) == {"file": "a.png", **answer}
+    top = json.loads(predict("a.png", "--json", "--top=2").out)["top"]
+    assert [each["class"] for each in top] == ["bar", "baz"]
+    rows = list(csv.DictReader(io.StringIO(predict("a.png", "--csv", "--top=2").out)))
+    answer |= {"file": "a.png", "rank": 1, "error": ""}
+    assert rows[0] == {name: str(value) for name, value in answer.items()}
+    assert [row["class"] for row in rows] == ["bar", "baz"]
+
+
+def test_a_bad_image_has_its_own_line_in_every_form(predict):
+    assert predict("a.png", "bad.png").status == 1
+    assert "error: bad.png is bad" in predict("a.png", "bad.png").err
+    assert json.loads(predict("bad.png", "--json").out) == {
+        "file": "bad.png",
+        "error": "bad.png is bad",
+    }
+    (row,) = csv.DictReader(io.StringIO(predict("bad.png", "--csv").out))
+    assert (row["file"], row["error"], row["class"]) == ("bad.png", "bad.png is bad", "")
+
+
+def test_tasks_are_given_counted_from_1(predict):
+    assert predict("a.png", "--tasks=1,2").loaded == [([0, 1], None)]
+    done = predict("a.png", "--task=2")
+    assert (done.loaded[-1], done.asked) == ((None, rules.TaskGiven.option), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=²"], "--tasks: '²' is not a whole number from 1 on"),
+        (["--tasks=0,1"], "--tasks: '0' is not a whole number from 1 on"),
+        (["--tasks=1,"], "--tasks: '' is not a whole number from 1 on"),
+        (["--tasks="], "--tasks: '' is not a whole number from 1 on"),
+        (["--tasks=" + "9" * 5000], "--tasks: '999"),
+        (["--tasks=1,3"], "--tasks: 3 is not a task to choose from; those are 1, 2"),
+        (["--task=3"], "--task: 3 is not a task to choose from; those are 1, 2"),
+        (["--tasks=1", "--task=2"], "--task: 2 is not a task to choose from; those are 1"),
+        (["--task=²"], "--task: '²' is not a whole number from 1 on"),
+        (["--top=0"], "--top: '0' is not a whole number from 1 on"),
+        (["--json", "--csv"], "--json, --csv: take one of them"),
+        (["--task-id=oracle"], "--task-id: 'oracle' needs --task, the task of all images"),
+        (["--backbone-path=gs://b/x.npz"], "--backbone-path: 'gs://b/x.npz' is a URL"),
+    ],
+)
+def test_what_predict_can_not_use_is_one_line(predict, arguments, message):
+    done = predict("a.png", *arguments)
+    assert done.status == 1
+    assert done.err.startswith(f"error: {message}")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_help_for_predict_spells_no_rules_name():
+    text = python("-m", "soft_jax", "predict", "--help").stdout
+    assert "counted from 1" in text
+    for option in rules.options():
+        assert not re.search(rf"\b{option}\b", text), option
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_a_name_that_the_output_has_no_signs_for_ends_nothing(encoding):
+    """Of a file that is no UTF-8, and of a class in a locale without UTF-8."""
+    program = (
+        "import soft_jax.__main__ as program\n"
+        "def main(argv):\n"
+        "    print('θ', 'a\\udcff.png')\n"
+        "    print('all of it')\n"
+        "program.main = main\n"
+        "program.console([])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff.png" in done.stdout
+    assert done.stdout.endswith(b"all of it\n")
+
+
+def test_a_home_directory_is_found_in_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").touch()
+    assert commands.find_config("~/mine.py:a=1") == f"{tmp_path}/mine.py:a=1"

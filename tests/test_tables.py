@@ -23,14 +23,14 @@ from soft_jax.config import DEFAULTS, Config, parse_argument
 from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures, report
 from soft_jax.evaluation.published import published_rows
-from soft_jax.experiment import loop
+from soft_jax.experiment import loop, planned
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.hooks import Hooks
 from soft_jax.inference import rules
 from soft_jax.methods import registry
 from soft_jax.models import backbones
-from soft_jax.paper import folders, printing, runs
 from soft_jax.paper import lines as lines_lib
+from soft_jax.paper import printing, runs
 from soft_jax.paper import rows as rows_lib
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
@@ -222,8 +222,11 @@ def test_which_weights_are_masked_is_swept():
     ]
 
 
-def manifests(*protocols):
-    """Of a run of two tasks, by which half of the images are right."""
+def manifests(*protocols, validation=()):
+    """Of a run of two tasks, by which half of the images are right, of those held out a quarter;
+    `validation` are the protocols with these.
+    """
+    held_out = {"correct": 1, "total": 4, "task_correct": 1, "identified": {"0": 4}}
     row = {"correct": 1, "total": 2, "task_correct": 1, "identified": {"0": 2}}
     return [
         TaskManifest(
@@ -235,6 +238,7 @@ def manifests(*protocols):
             config={},
             backbone={"name": "vit_b16", "sha256": "0"},
             metrics={protocol: [row] * (task + 1) for protocol in protocols},
+            validation={protocol: [held_out] * (task + 1) for protocol in validation},
             seconds={"train": 1, "statistics": 1, "evaluate": 1},
             parameters={"adapter": 3, "fixed": 0, "shared": 2},
             step_flops=None,
@@ -248,13 +252,111 @@ def manifests(*protocols):
     ]
 
 
-def table_of(*arguments, workdir, monkeypatch, capsys):
-    """Exit status and text of a table whose runs all end as `manifests` of Prompt ID by batches."""
+def table_of(*arguments, workdir, monkeypatch, capsys, outcomes=None):
+    """Exit status and text of a table whose runs end as `outcomes`; where none are given, all as
+    `manifests` of Prompt ID by batches.
+    """
     monkeypatch.setattr(
-        runs, "run", lambda planned, _: [manifests("batch_vote/prompt_id")] * len(planned)
+        planned,
+        "run",
+        lambda every, _: outcomes or [manifests("batch_vote/prompt_id")] * len(every),
     )
     status = command_line.main(["table", *arguments, f"--workdir={workdir}"])
     return status, capsys.readouterr().out
+
+
+FROZEN = ("per_sample/frozen_features", "oracle/frozen_features")
+
+
+def test_a_table_has_validation_figures_where_a_run_held_images_out(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    protocol = "per_sample/prompt_id"
+    with_, without = manifests(protocol, validation=[protocol]), manifests(protocol)
+    _, text = table_of("methods", "--rows=12,14", **world, outcomes=[with_, without])
+    heading, *rows = table_rows(text)[:3]
+    assert heading[3:5] == ["accuracy", "val."]
+    assert [row[3:5] for row in rows] == [["50.00", "25.00"], ["50.00", "–"]]
+    assert "val.: the accuracy on training images that were held out" in text
+    _, text = table_of("methods", "--rows=12,14", **world, outcomes=[without, without])
+    assert "val." not in text
+
+
+def test_validation_figures_are_means_over_the_seeds(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    protocol = "per_sample/prompt_id"
+    one, other = (manifests(protocol, validation=[protocol]) for _ in range(2))
+    half = {"correct": 2, "total": 4, "task_correct": 1, "identified": {"0": 4}}
+    other[-1] = dataclasses.replace(other[-1], validation={protocol: [half] * 2})
+    _, text = table_of("methods", "--rows=12", "--seeds=2", **world, outcomes=[one, other])
+    assert table_rows(text)[1][3:5] == ["50.00 ± 0.00", "37.50 ± 17.68"]
+    # A mean over some of the seeds would stand beside one over all.
+    outcomes = [one, manifests(protocol)]
+    _, text = table_of("methods", "--rows=12", "--seeds=2", **world, outcomes=outcomes)
+    assert "val." not in text
+
+
+def test_frozen_features_stand_above_all_rows_once(tmp_path, monkeypatch, capsys):
+    """Runs of older versions don't have them, and need none of their own."""
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    new, old = manifests("per_sample/prompt_id", *FROZEN), manifests("per_sample/prompt_id")
+    _, text = table_of("methods", "--rows=8,12,14", **world, outcomes=[old, new, new])
+    rows = table_rows(text)[1:]
+    assert [row[:3] for row in rows[:5]] == [
+        ["–", "vit_b16, frozen", "CIL per_sample, frozen features"],
+        ["–", "vit_b16, frozen", "TIL oracle, frozen features"],
+        ["8", "L2P", "CIL per_sample, Prompt ID"],
+        ["12", "DualPrompt", "CIL per_sample, Prompt ID"],
+        ["14", "DualPrompt-Soft-TF", "CIL per_sample, Prompt ID"],
+    ]
+    assert "what a row has above them is what its training added" in text
+    assert "Beside the frozen features of vit_b16, with each image by itself" in text
+    _, text = table_of("methods", "--rows=8,12", **world, outcomes=[old, old])
+    assert "rozen" not in text
+
+
+def test_each_backbone_has_its_own_frozen_features(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    one = manifests("per_sample/prompt_id", *FROZEN)
+    other = [dataclasses.replace(m, backbone={"name": "vit_b16_sam", "sha256": "1"}) for m in one]
+    _, text = table_of("2", "--rows=1,3", **world, outcomes=[one, other])
+    above = [row[1] for row in table_rows(text) if row[0] == "–"]
+    assert above == [*["vit_b16, frozen"] * 2, *["vit_b16_sam, frozen"] * 2]
+
+
+def test_what_a_row_adds_to_frozen_features_is_by_its_best_rule():
+    reference = dataclasses.replace(line("ViT", 40.0, FROZEN[0]), each=[39.0, 40.0, 41.0])
+    lines = [
+        line("one", 42.0, "per_sample/prompt_id"),
+        line("one", 43.0, "per_sample/prototype"),
+        line("other", 38.0, "per_sample/prompt_id"),
+        line("other", 99.0, "oracle/task_given"),
+        line("another backbone", 99.0, "per_sample/prompt_id", backbone="vit_b16_sam"),
+    ]
+    text = "\n".join(printing.reading(lines, [reference]))
+    assert "by each row's best rule: one +3.00 ± 0.50, other -2.00 ± 0.50 points." in text
+
+
+def test_figures_and_costs_are_two_tables_a_row_costs_once(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    protocols = ("per_sample/prompt_id", "per_sample/prototype", "oracle/task_given")
+    _, text = table_of("methods", "--rows=12", **world, outcomes=[manifests(*protocols)])
+    rows = table_rows(text)
+    assert rows[0] == list(printing.FIGURE_COLUMNS)
+    assert [row[0] for row in rows] == ["#", "12", "12", "12", "#", "12"]
+    costs = ["3 + 2", "0.00 + 0.00 + 0.00", "0.00", "–", "2 + 2 + 2"]
+    assert rows[-1] == ["12", "DualPrompt", *costs]
+    assert max(len(row) for row in text.splitlines() if row.startswith("|")) <= 100
+
+
+def test_in_a_terminal_a_table_is_drawn(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    _, text = table_of("7", "--rows=4", "--set=epochs=1", **world)
+    assert "| " not in text
+    drawn = re.sub("\x1b\\[[0-9;]*m", "", text)
+    assert max(map(len, drawn.splitlines())) <= 100
+    assert "CIL batch_vote, Prompt ID *" in drawn
 
 
 def test_settings_that_are_not_for_joint_training(tmp_path, monkeypatch, capsys):
@@ -313,17 +415,14 @@ def test_one_run_serves_all_shots_of_all_tables():
     }
     assert (
         len(
-            {folders.folder_of(rows_lib.config_of(row, "c100_10", {}, 0)) for row in found.values()}
+            {planned.folder_of(rows_lib.config_of(row, "c100_10", {}, 0)) for row in found.values()}
         )
         == 1
     )
-    runs = [manifests("per_sample/prototype", *(rules.GradientVote(n).key for n in (3, 5, 7, 0)))]
-    # Prototypes alone need the statistics, a byte here.
-    stored = [
-        (line.protocol, line.cost["own_bytes"]) for line in lines_lib.lines_of(found["7"], runs)
-    ]
-    assert stored == [("per_sample/prototype", 4), ("batch_vote/gradient_id_7", 3)]
-    assert len(lines_lib.lines_of(dataclasses.replace(found["7"], shots=None), runs)) == 5
+    seeds = [manifests("per_sample/prototype", *(rules.GradientVote(n).key for n in (3, 5, 7, 0)))]
+    shown = [line.protocol for line in lines_lib.lines_of(found["7"], seeds)]
+    assert shown == ["per_sample/prototype", "batch_vote/gradient_id_7"]
+    assert len(lines_lib.lines_of(dataclasses.replace(found["7"], shots=None), seeds)) == 5
 
 
 def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
@@ -333,23 +432,23 @@ def test_settings_for_all_rows_leave_alone_what_a_row_is_about():
     )
     assert (config.tasks, config.epochs, config.backbone, config.seed) == (1, 2, "vit_ti8_32", 3)
     same = dataclasses.replace(config, data_dir="/elsewhere", eval_batch_size=64, seed=4)
-    assert folders.folder_of(same).split("/")[0] == folders.folder_of(config).split("/")[0]
+    assert planned.folder_of(same).split("/")[0] == planned.folder_of(config).split("/")[0]
     assert (
-        folders.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0]
-        != folders.folder_of(config).split("/")[0]
+        planned.folder_of(dataclasses.replace(config, epochs=3)).split("/")[0]
+        != planned.folder_of(config).split("/")[0]
     )
     # Where things are is no setting, but where it says what they are.
-    assert folders.folder_of(
+    assert planned.folder_of(
         dataclasses.replace(config, backbone_path="/b.npz")
-    ) != folders.folder_of(config)
+    ) != planned.folder_of(config)
     one, two = (
         dataclasses.replace(config, dataset="folder", data_dir=path) for path in ("/one", "/two")
     )
-    assert folders.folder_of(one) != folders.folder_of(two)
+    assert planned.folder_of(one) != planned.folder_of(two)
     one, two = (
         dataclasses.replace(config, scenario="file", scenario_file=path) for path in ("/1", "/2")
     )
-    assert folders.folder_of(one) != folders.folder_of(two)
+    assert planned.folder_of(one) != planned.folder_of(two)
     assert "epochs is what" not in printing.conditions(
         [row := rows_lib.rows_of("7", "c100_10")[0]], {}, {"epochs": 2}
     )
@@ -374,7 +473,7 @@ OLD_FOLDER = "dualprompt+softtf-digits-2x-be97c3dd/seed59"
 
 
 def folder_then(row, **overrides):
-    return folders.folder_in_format_0(rows_lib.settings_of(row, "c100_10", overrides, 0))
+    return runs.folder_in_format_0(rows_lib.settings_of(row, "c100_10", overrides, 0))
 
 
 def test_a_run_of_format_0_is_found_by_the_name_that_it_had():
@@ -395,7 +494,7 @@ def test_what_a_method_did_not_use_was_in_the_name_then_and_is_not_now():
     row, old = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
     assert folder_then(row, **old, buffer_size=300) not in (None, OLD_FOLDER)
     now = [
-        folders.folder_of(rows_lib.config_of(row, "c100_10", old | unused, 0))
+        planned.folder_of(rows_lib.config_of(row, "c100_10", old | unused, 0))
         for unused in ({}, {"buffer_size": 300}, {"pool_size": 3, "top_k": 2})
     ]
     assert len(set(now)) == 1
@@ -412,11 +511,11 @@ def old_tables(tmp_path):
 def test_a_run_of_format_0_stands_in_a_table_without_training(old_tables, monkeypatch):
     monkeypatch.setattr(loop, "run", None)
     row, overrides = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
-    (planned,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
-    assert planned.folder == old_tables / OLD_FOLDER
-    (manifests,) = runs.run([planned], Console(quiet=True))
+    (the_run,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
+    assert the_run.folder == old_tables / OLD_FOLDER
+    (manifests,) = planned.run([the_run], Console(quiet=True))
     written = [
-        json.loads(line) for line in (planned.folder / "results.jsonl").read_text().splitlines()
+        json.loads(line) for line in (the_run.folder / "results.jsonl").read_text().splitlines()
     ]
     for line in lines_lib.lines_of(row, [manifests]):
         (final,) = (
@@ -429,42 +528,42 @@ def test_a_run_of_format_0_stands_in_a_table_without_training(old_tables, monkey
     expected = report.result_rows(manifests[-1].config, "digits_2", manifests)
     assert [{k: v for k, v in r.items() if k != "part"} for r in expected] == written
     # Where today's folder is there, it is taken.
-    (old_tables / folders.folder_of(planned.config)).mkdir(parents=True)
+    (old_tables / planned.folder_of(the_run.config)).mkdir(parents=True)
     (again,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
-    assert again.folder == old_tables / folders.folder_of(planned.config)
+    assert again.folder == old_tables / planned.folder_of(the_run.config)
 
 
 def test_a_folder_that_holds_a_run_of_other_settings_is_no_finished_run(old_tables):
     row, overrides = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
-    (planned,) = runs.plan(row, "c100_10", overrides | {"epochs": 3}, 1, old_tables)
-    assert runs.finished(planned) is None
+    (the_run,) = runs.plan(row, "c100_10", overrides | {"epochs": 3}, 1, old_tables)
+    assert planned.finished(the_run) is None
     with pytest.raises(UserError, match="epochs: 2 there, 3 now"):
-        runs.finished(dataclasses.replace(planned, folder=old_tables / OLD_FOLDER))
+        planned.finished(dataclasses.replace(the_run, folder=old_tables / OLD_FOLDER))
 
 
 def test_a_run_is_finished_with_its_last_task(old_tables):
     row, overrides = row_of("methods", OLD_ROW), parse_argument(OLD_SETTINGS)
-    (planned,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
-    assert [manifest.task for manifest in runs.finished(planned)] == [0, 1]
-    shutil.rmtree(planned.folder / "tasks/001")
-    assert runs.finished(planned) is None
+    (the_run,) = runs.plan(row, "c100_10", overrides, 1, old_tables)
+    assert [manifest.task for manifest in planned.finished(the_run)] == [0, 1]
+    shutil.rmtree(the_run.folder / "tasks/001")
+    assert planned.finished(the_run) is None
 
 
 def test_a_setting_that_comes_later_moves_nothing(monkeypatch):
     """A folder's name says what differs from the defaults."""
     config = rows_lib.config_of(row_of("methods", "head"), "c100_10", {"epochs": 2}, 0)
-    before, used = folders.folder_of(config), settings_lib.used_settings
+    before, used = planned.folder_of(config), settings_lib.used_settings
     monkeypatch.setattr(settings_lib, "used_settings", lambda config: used(config) | {"new": 1})
-    monkeypatch.setattr(folders, "DEFAULTS", {**DEFAULTS, "new": 1})
-    assert folders.folder_of(config) == before
-    monkeypatch.setattr(folders, "DEFAULTS", {**DEFAULTS, "new": 2})
-    assert folders.folder_of(config) != before
+    monkeypatch.setattr(planned, "DEFAULTS", {**DEFAULTS, "new": 1})
+    assert planned.folder_of(config) == before
+    monkeypatch.setattr(planned, "DEFAULTS", {**DEFAULTS, "new": 2})
+    assert planned.folder_of(config) != before
 
 
 def test_the_parts_of_a_method_are_of_one_folder_in_any_order():
     config = Config(method="dualprompt+softtf")
     swapped = dataclasses.replace(config, method="softtf+dualprompt")
-    assert folders.folder_of(config) == folders.folder_of(swapped)
+    assert planned.folder_of(config) == planned.folder_of(swapped)
 
 
 def test_a_slip_in_the_rows_numbers_fills_no_memory():
@@ -506,14 +605,23 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
             ("2", "--rows=3", "--set=backbone=vit_ti8_32"),
             "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam",
         ),
-        (("7", "--seeds=0"), "--seeds: 0 is below 1"),
+        (("7", "--seeds=0"), "--seeds: '0' is not a whole number from 1 on"),
+        (("7", "--seeds=²"), "--seeds: '²' is not a whole number from 1 on"),
+        (("7", "--rows=²"), "--rows: '²' is not a list such as 1,3-5"),
+        (("7", f"--rows={'9' * 5000}"), f"--rows: '{'9' * 80}' is not a list such as 1,3-5"),
+        (("7", "--output=gs://bucket/t.md"), "--output: 'gs://bucket/t.md' is a URL"),
         (("7", "--set=epoch=2"), "config argument: key 'epoch' is unknown"),
         (("1", "--rows=4"), "--rows: none of these rows is run here"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
-    assert command_line.main(["table", *arguments, f"--workdir={tmp_path}"]) == 1
+    """And leave no folders behind, for the output neither."""
+    output = [f"--output={tmp_path / 'new/t.md'}"]
+    output *= not any(argument.startswith("--output") for argument in arguments)
+    arguments = ["table", *arguments, f"--workdir={tmp_path / 'runs'}", *output]
+    assert command_line.main(arguments) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -553,11 +661,13 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(
     assert drawn == [2, 2, 1, 1]  # so short tasks have no pictures before the end
     assert not list(tmp_path.glob("head*/*/mask_d*.png"))  # it has no masks
     assert capsys.readouterr().out.endswith((tmp_path / "table.md").read_text() + "\n")
-    lines = [
-        line.split(" | ")
-        for line in (tmp_path / "table.md").read_text().splitlines()
-        if line.startswith("| ")
-    ][1:]
+    lines = table_rows((tmp_path / "table.md").read_text())[1:]
+    assert [line[1] for line in lines[6:]] == ["row", "head", "Upper bound of Soft-TF (joint)"]
+    assert [line[1:3] for line in lines[:2]] == [
+        ["vit_ti8_32, frozen", "CIL per_sample, frozen features"],
+        ["vit_ti8_32, frozen", "TIL oracle, frozen features"],
+    ]
+    lines = lines[2:6]
     assert [(line[1], line[2]) for line in lines] == [
         ("head", "CIL per_sample, no task id"),
         ("head", "TIL oracle, task given"),
@@ -615,6 +725,15 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(
     assert output[-1][1].startswith("failed: ")
 
 
+def table_rows(text):
+    """The cells of all tables in a Markdown text, headings included."""
+    return [
+        [cell.strip() for cell in row.strip("| ").split(" | ")]
+        for row in text.splitlines()
+        if row.startswith("| ")
+    ]
+
+
 def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone="vit_b16"):
     figures = dict.fromkeys(("forgetting", "task_id_accuracy"), (1.0, 0.0)) | {
         "final_average": (accuracy, 0.5)
@@ -625,6 +744,7 @@ def line(name, accuracy, protocol="batch_vote/prompt_id", joint=False, backbone=
         "own_bytes": 3,
         "shared_bytes": 4,
         "memory_bytes": 5,
+        "statistics_bytes": 6,
         "gflops": None,
     }
     cost |= {"train": 6.0, "statistics": 6.5, "evaluate": 7.0}
@@ -784,9 +904,12 @@ def test_a_method_continues_from_its_tasks_and_predicts_what_it_evaluated(method
         path: path.read_bytes() for path in (tmp_path / "tasks/000").rglob("*") if path.is_file()
     } == first
     test = digits.test
-    classes, tasks, _ = soft_jax.Predictor.load(tmp_path, batch_size=16).predict(test.images)
     by_task = "+" in method or method == "softnet"
     rule = rules.PromptId() if by_task else rules.NoTaskId()
+    predictor = soft_jax.Predictor.load(tmp_path, task_id=rule.option, batch_size=16)
+    prediction = predictor.predict(test.images)
     rows = once[1].metrics[rule.key]
-    assert (classes == test.labels).sum() == sum(row["correct"] for row in rows)
-    assert (tasks == test.labels // 5).sum() == sum(row["task_correct"] for row in rows)
+    correct = (prediction.classes == test.labels).sum()
+    assert correct == sum(row["correct"] for row in rows)
+    identified = (prediction.networks == test.labels // 5).sum()
+    assert identified == sum(row["task_correct"] for row in rows)

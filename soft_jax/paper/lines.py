@@ -9,7 +9,9 @@ import numpy as np
 
 from soft_jax.errors import UserError
 from soft_jax.evaluation import metrics
+from soft_jax.evaluation.metrics import VALIDATION
 from soft_jax.evaluation.published import published_rows
+from soft_jax.experiment import planned as planned_lib
 from soft_jax.inference import rules
 from soft_jax.paper import runs
 from soft_jax.paper.rows import METHODS, Row, row_settings
@@ -25,9 +27,10 @@ class Line:
     """One row under one protocol: means and standard deviations over the seeds, in percent, and
     what it costs.
 
-    `each` has the accuracy of every seed. `cost` has by name: parameters that are a task's "own"
-    and "shared", "own_bytes", "shared_bytes" and "memory_bytes" that are stored, "gflops" of a
-    training step (None where XLA can't tell), and seconds of "train", "statistics", "evaluate".
+    `each` has the accuracy of every seed, `validation` that on images held out of training, None
+    where there are none. `cost` has by name: parameters that are a task's "own" and "shared",
+    "own_bytes", "shared_bytes", "memory_bytes" and "statistics_bytes" that are stored, "gflops" of
+    a training step (None where XLA can't tell), and seconds of "train", "statistics", "evaluate".
     """
 
     number: int
@@ -39,6 +42,7 @@ class Line:
     joint: bool
     each: Sequence[float]
     backbone: str
+    validation: tuple[float, float] | None = None
 
     @property
     def bounded(self) -> bool:
@@ -79,8 +83,27 @@ def lines_of(row: Row, seeds: Sequence[Sequence[TaskManifest]]) -> list[Line]:
     return [_line(row, protocol, seeds) for protocol in shown]
 
 
+def reference_lines(row: Row, seeds: Sequence[Sequence[TaskManifest]]) -> list[Line]:
+    """Return the lines of what the frozen backbone gives, from the manifests of each seed's run.
+
+    They are the same whatever the row's method. Empty for runs of a version that had no such rule,
+    and for joint training, which has nothing to tell apart by task.
+    """
+    last = seeds[0][-1]
+    protocols = [] if last.num_tasks == 1 else [p for p in last.metrics if is_reference(p)]
+    return [_line(row, protocol, seeds) for protocol in protocols]
+
+
+def is_reference(protocol: str) -> bool:
+    """Whether no network answers under a protocol, so that no method has a part in its figures."""
+    rule = rule_of(protocol)
+    return rule is not None and not rule.needs_network
+
+
 def _is_shown(protocol: str, row: Row, joint: bool) -> bool:
     rule = rule_of(protocol)
+    if is_reference(protocol):
+        return False
     if joint:  # the other protocols are one of these, with one task
         return rule in EACH_IMAGE or _needs_statistics(protocol)
     if rule is rules.GradientVote and row.shots:  # the other shots are another table's
@@ -96,6 +119,11 @@ def _needs_statistics(protocol: str) -> bool:
 def _line(row: Row, protocol: str, seeds: Sequence[Sequence[TaskManifest]]) -> Line:
     last = seeds[0][-1]
     each = [metrics.figures(manifests, protocol) for manifests in seeds]
+    held_out = [
+        metrics.figures(manifests, protocol, VALIDATION)["final_average"]
+        for manifests in seeds
+        if protocol in metrics.counts(manifests[-1], VALIDATION)
+    ]
     published = row.published.get(protocol)
     if not published and rule_of(protocol) in EACH_IMAGE:
         published = row.published.get(rules.PER_SAMPLE)
@@ -105,25 +133,25 @@ def _line(row: Row, protocol: str, seeds: Sequence[Sequence[TaskManifest]]) -> L
         protocol=protocol,
         figures={key: statistics([figures[key] for figures in each]) for key in each[0]},
         published=published,
-        cost=_cost(seeds, _needs_statistics(protocol)),
+        cost=_cost(seeds),
         joint=last.num_tasks == 1,
         each=[figures["final_average"] for figures in each],
         backbone=last.backbone["name"],
+        validation=statistics(held_out) if len(held_out) == len(seeds) else None,
     )
 
 
-def _cost(
-    seeds: Sequence[Sequence[TaskManifest]], with_statistics: bool
-) -> dict[str, float | None]:
-    """Return `Line.cost`; the statistics are stored for rules that need them alone."""
+def _cost(seeds: Sequence[Sequence[TaskManifest]]) -> dict[str, float | None]:
+    """Return `Line.cost`, which is the same under every protocol."""
     last = seeds[0][-1]
     parameters, stored = last.parameters, last.bytes
     cost = {
         "own": parameters["adapter"] - parameters["fixed"],
         "shared": parameters["shared"],
-        "own_bytes": stored["adapter"] + (stored["statistics"] if with_statistics else 0),
+        "own_bytes": stored["adapter"],
         "shared_bytes": stored["shared"],
         "memory_bytes": stored["memory"] + stored.get("exemplars", 0),
+        "statistics_bytes": stored["statistics"],
         "gflops": last.step_flops and last.step_flops / 1e9,
     }
     for part in ("train", "statistics", "evaluate"):
@@ -161,7 +189,7 @@ def joint_lines(
             row, chosen = Row(0, name, {}, settings), {**overrides, "backbone": backbone}
             try:
                 planned = runs.plan(row, benchmark, chosen, seeds, workdir)
-                found = [manifests for each in planned if (manifests := runs.finished(each))]
+                found = [m for each in planned if (m := planned_lib.finished(each))]
             # The settings are not for this method, or what it left is damaged: it is no bound here
             except UserError:
                 continue

@@ -1,5 +1,6 @@
 """A table as Markdown: its rows, what was chosen for them, what the figures say, a picture."""
 
+import itertools
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -7,28 +8,33 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import report
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.inference import rules
-from soft_jax.paper.lines import EACH_IMAGE, Line, bound, grouping_of, rule_of, statistics
+from soft_jax.paper.lines import (
+    EACH_IMAGE,
+    Line,
+    bound,
+    grouping_of,
+    rule_of,
+    statistics,
+)
 from soft_jax.paper.rows import Row, fixed
 
-COLUMNS = (
-    "#",
-    "row",
-    "protocol",
-    "accuracy",
-    "forgetting",
-    "task id",
-    "published",
-    "parameters: own + shared",
-    "MiB a task: own + shared + memory",
-    "GFLOP a step",
-    "seconds: training + after it + evaluation",
-)
+# Two tables, so that either fits a page: what was reached, a line a protocol, and at what cost, a
+# line a row.
+FIGURE_COLUMNS = ("#", "row", "protocol", "accuracy", "forgetting", "task id", "published")
+VALIDATION_COLUMN = "val."  # beside the accuracy, where images were held out
+COST_COLUMNS = ("#", "row", "parameters", "MiB", "statistics", "GFLOP", "seconds")
 
 # What Soft-TF is put beside in words: other ways to a task's own weights, and none.
 RIVALS = {
@@ -58,15 +64,22 @@ def markdown(
     settings: str,
     joint: Sequence[Line] = (),
     failed: Mapping[int, UserError] = types.MappingProxyType({}),
+    references: Sequence[Line] = (),
 ) -> str:
     """Return the table as Markdown.
 
     `settings` is the text on what was chosen for all rows (`conditions`). `joint` are lines of
     joint training that bound those of the table, whether or not they are in it. `failed` has the
-    errors of rows that failed, by row number.
+    errors of rows that failed, by row number. `references` are lines of the frozen backbones, which
+    stand above all rows.
     """
     measured = [*lines, *joint]
     bounds = [bound(line, measured) for line in lines]
+    held_out = any(line.validation for line in [*references, *lines])
+    columns = _with_validation(FIGURE_COLUMNS, VALIDATION_COLUMN, held_out)
+    figures = [(_reference_cells(line), line) for line in references]
+    figures += [(_cells(line, best), line) for line, best in zip(lines, bounds, strict=True)]
+    figures += [(cells, None) for cells in _without_lines(rows, failed)]
     text = [
         f"# {title}",
         "",
@@ -74,39 +87,117 @@ def markdown(
         "",
         settings,
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-        *(_row(_cells(line, best)) for line, best in zip(lines, bounds, strict=True)),
-        *_rows_without_lines(rows, failed),
+        *_table(columns, [_with_validation(c, _held_out(line), held_out) for c, line in figures]),
         "",
         report.escaped(report.FOOTNOTE) + ".",
         "",
         "Accuracy and forgetting after the last task, in percent of test images, ± the standard "
-        "deviation over seeds; published: "
-        "accuracy / forgetting, on ViT-B/16. Memory is what a method holds of older tasks; what is "
-        "a prototype row's own counts the "
-        "statistics of q(x). After training come those statistics and what the method keeps; "
-        "evaluation is of all protocols and stages.",
+        "deviation over seeds; published: accuracy / forgetting, on ViT-B/16.",
         "",
+        *(_VALIDATION_LEGEND if held_out else ()),
+        *(_REFERENCE_LEGEND if references else ()),
         _legend(lines, bounds, any(line.joint for line in measured)),
         "",
-        *reading(lines),
+        "## What it costs",
+        "",
+        *_table(COST_COLUMNS, _cost_cells(lines)),
+        "",
+        "Parameters: a task's own + what all tasks share. MiB: its own + what all share + what the "
+        "method holds of older tasks. Statistics, in MiB too, are what a task leaves of q(x) for "
+        "prototypes. GFLOP are of one training step. Seconds: training + what follows it (the "
+        "statistics, and what the method keeps) + evaluation of all protocols and stages.",
+        "",
+        *reading(lines, references),
     ]
     return "\n".join(text)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+_VALIDATION_LEGEND = (
+    f"{VALIDATION_COLUMN}: the accuracy on training images that were held out. Choose by it, not "
+    "by test images.",
+    "",
+)
+_REFERENCE_LEGEND = (
+    "Frozen features: classes by a regression on the frozen backbone's features, in closed form. "
+    "They are the same for every row, and what a row has above them is what its training added.",
+    "",
+)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+    ]
+
+
+def draw(text: str, console: Console) -> None:
+    """Print a table's Markdown on a terminal, to its width.
+
+    Each row's name is a line of its own, with the protocols below it: beside each other they leave
+    no room for the figures.
+    """
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if not is_table:
+            console.print("\n".join(lines).replace("\\*", "*"), markup=False, highlight=False)
+            continue
+        heading, _, *rows = (
+            [
+                cell.replace("\\*", "*").replace("**", "").strip()
+                for cell in _CELL_END.split(line[1:-1])
+            ]
+            for line in lines
+        )
+        _draw(heading, rows, console)
+
+
+_CELL_END = re.compile(r"(?<!\\)\|")  # not the escaped one inside a cell
+
+
+def _draw(heading: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    wide = _drawn(heading, rows)
+    endless = console.options.update(max_width=10_000)
+    fits = Measurement.get(console, endless, wide).maximum <= console.width
+    # Else a deviation stands below its mean.
+    below = [[cell.replace(" ±", "\n±") for cell in row] for row in rows]
+    console.print(wide if fits else _drawn(heading, below))
+
+
+def _drawn(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    by_protocol = FIGURE_COLUMNS[2] in heading
+    first = 3 if by_protocol else 2  # column of figures
+    shown = [i for i in range(first, len(heading)) if any(row[i] != "–" for row in rows)]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(", ".join(heading[1:first]), overflow="fold")
+    for i in shown:
+        table.add_column(heading[i], justify="right", overflow="fold")
+    before = None
+    for row in rows:
+        name = f"{row[0]}  {row[1]}"
+        label: RenderableType = Text(name)
+        if by_protocol:
+            if name != before:
+                table.add_row(Text(name, style="bold"))
+            label = Padding(Text(row[2]), (0, 0, 0, 4))
+        table.add_row(label, *(Text(row[i]) for i in shown))
+        before = name
+    return table
+
+
+def _with_validation(cells: Sequence[str], cell: str, held_out: bool) -> list[str]:
+    """Put a cell of the validation column behind the accuracy where there is such a column."""
+    behind = FIGURE_COLUMNS.index("accuracy") + 1
+    return [*cells[:behind], *([cell] if held_out else []), *cells[behind:]]
+
+
+def _held_out(line: Line | None) -> str:
+    return _mean(line.validation, line.seeds) if line and line.validation else "–"
 
 
 def _cells(line: Line, best: float | None) -> list[str]:
     shown = {key: _mean(values, line.seeds) for key, values in line.figures.items()}
-    cost = line.cost
     above = best is not None and line.figures["final_average"][0] > best
-    bytes_, seconds = (
-        ("own_bytes", "shared_bytes", "memory_bytes"),
-        ("train", "statistics", "evaluate"),
-    )
     return [
         str(line.number),
         line.name + (" (joint)" if line.joint else ""),
@@ -115,11 +206,31 @@ def _cells(line: Line, best: float | None) -> list[str]:
         "–" if line.joint else shown["forgetting"],
         "–" if line.joint or line.task_is_given else shown["task_id_accuracy"],
         published_cell(line.published),
-        f"{cost['own']:,} + {cost['shared']:,}",
-        " + ".join(f"{cost[part] / 2**20:.2f}" for part in bytes_),
-        "–" if cost["gflops"] is None else f"{cost['gflops']:.1f}",
-        " + ".join(f"{cost[part]:.0f}" for part in seconds),
     ]
+
+
+def _reference_cells(line: Line) -> list[str]:
+    return ["–", f"{line.backbone}, frozen", *_cells(line, None)[2:-1], "–"]
+
+
+def _cost_cells(lines: Sequence[Line]) -> list[list[str]]:
+    """Return a table row for each row of the paper: its costs are the same for all its lines."""
+    rows = []
+    for line in {line.number: line for line in lines}.values():
+        cost, bytes_ = line.cost, ("own_bytes", "shared_bytes", "memory_bytes")
+        seconds = ("train", "statistics", "evaluate")
+        rows.append(
+            [
+                str(line.number),
+                line.name + (" (joint)" if line.joint else ""),
+                f"{cost['own']:,} + {cost['shared']:,}",
+                " + ".join(f"{cost[part] / 2**20:.2f}" for part in bytes_),
+                f"{cost['statistics_bytes'] / 2**20:.2f}",
+                "–" if cost["gflops"] is None else f"{cost['gflops']:.1f}",
+                " + ".join(f"{cost[part]:.0f}" for part in seconds),
+            ]
+        )
+    return rows
 
 
 def _mean(values: tuple[float, float], seeds: int) -> str:
@@ -137,16 +248,17 @@ def published_cell(figures: Mapping[str, Any] | None) -> str:
     )
 
 
-def _rows_without_lines(rows: Sequence[Row], failed: Mapping[int, UserError]) -> list[str]:
+def _without_lines(rows: Sequence[Row], failed: Mapping[int, UserError]) -> list[list[str]]:
     """Return table rows for what is not run, with published figures, and for what failed."""
     text = []
     for row in rows:
+        number = str(row.number)
         for figures in row.published.values() if row.settings is None else ():
-            cells = [str(row.number), row.name, "as published, not run", "–", "–", "–"]
-            text.append(_row([*cells, published_cell(figures), "–", "–", "–", "–"]))
+            not_run = "as published, not run"
+            text.append([number, row.name, not_run, *"–––", published_cell(figures)])
         if row.number in failed:
             problem = " ".join(str(failed[row.number]).split()).replace("|", "\\|")
-            text.append(_row([str(row.number), row.name, f"failed: {problem}", *"–" * 8]))
+            text.append([number, row.name, f"failed: {problem}", *"––––"])
     return text
 
 
@@ -173,14 +285,19 @@ def _legend(lines: Sequence[Line], bounds: Sequence[float | None], has_joint: bo
 Found = Mapping[tuple[str, str], Sequence[float]]  # accuracy of each seed, by row and protocol
 
 
-def reading(lines: Sequence[Line]) -> list[str]:
+def reading(lines: Sequence[Line], references: Sequence[Line] = ()) -> list[str]:
     """Return what the figures say, as Markdown.
 
-    That is: the best rows, how Soft-TF compares with each method, and how much the vote over
-    single-task batches adds.
+    That is: the best rows, what each adds to the frozen features of `references`, how Soft-TF
+    compares with each method, and how much the vote over single-task batches adds.
     """
     found = {(line.name, line.protocol): line.each for line in lines if not line.joint}
-    text = [*_best_and_worst(found), *_comparisons(found), *_votes(found)]
+    text = [
+        *_best_and_worst(found),
+        *_added(lines, references),
+        *_comparisons(found),
+        *_votes(found),
+    ]
     if text and any(len(each) > 1 for each in found.values()):
         text += [
             "",
@@ -190,10 +307,36 @@ def reading(lines: Sequence[Line]) -> list[str]:
     return ["## What the figures say", "", *text, ""] if text else []
 
 
+# The groupings of images that leak no more than they say, in words.
+_GROUPINGS = {rules.PER_SAMPLE: "each image by itself", rules.ORACLE: "the task given"}
+
+
+def _added(lines: Sequence[Line], references: Sequence[Line]) -> list[str]:
+    """Say how far each row, by its best rule, is above the frozen features of its backbone."""
+    text = []
+    for reference in references:
+        grouping, added = grouping_of(reference.protocol), {}
+        for line in lines:
+            same = line.backbone == reference.backbone and line.seeds == reference.seeds
+            if same and not line.joint and grouping_of(line.protocol) == grouping:
+                difference = statistics(np.subtract(line.each, reference.each))
+                added[line.name] = max(added.get(line.name, difference), difference)
+        ranked = sorted(added.items(), key=lambda item: item[1], reverse=True)
+        if ranked:
+            parts = (
+                f"{name} {mean:+.2f}" + (f" ± {deviation:.2f}" if reference.seeds > 1 else "")
+                for name, (mean, deviation) in ranked
+            )
+            text.append(
+                f"- Beside the frozen features of {reference.backbone}, with "
+                f"{_GROUPINGS[grouping]}, by each row's best rule: {', '.join(parts)} points."
+            )
+    return text
+
+
 def _best_and_worst(found: Found) -> list[str]:
     text = []
-    groups = {rules.PER_SAMPLE: "each image by itself", rules.ORACLE: "the task given"}
-    for grouping, title in groups.items():
+    for grouping, title in _GROUPINGS.items():
         these = [
             (np.mean(x), x, key) for key, x in found.items() if grouping_of(key[1]) == grouping
         ]

@@ -351,10 +351,12 @@ def chosen(numbers: str | None, count: int) -> list[int]:
     """
     if not numbers:
         return list(range(1, count + 1))
-    found = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in numbers.split(",")]
+    # Few digits: int fails at thousands of them.
+    number = "([0-9]{1,18})"
+    found = [re.fullmatch(f"{number}(?:-{number})?", part.strip()) for part in numbers.split(",")]
     parts = [(int(part[1]), int(part[2] or part[1])) for part in found if part]
     if not all(found) or any(first > last for first, last in parts):
-        raise UserError(f"--rows: {numbers!r} is not a list such as 1,3-5")
+        raise UserError(f"--rows: {numbers[:80]!r} is not a list such as 1,3-5")
     # Looked at before it is spelled out: a slip of many digits would fill the memory.
     if not all(first >= 1 and last <= count for first, last in parts):
         raise UserError(f"--rows: {numbers!r}: rows are numbered 1 to {count}; --list shows them")

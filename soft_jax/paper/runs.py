@@ -1,28 +1,15 @@
-"""The runs behind a table's rows: which are finished, and running or continuing the others."""
+"""The runs that a table's rows need, and where below the table's workdir each is kept: in the
+folder that `experiment.planned` names, or in that of the program of format 0.
+"""
 
-import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from soft_jax.config import DEFAULTS, Config
-from soft_jax.errors import UserError
-from soft_jax.experiment import settings as settings_lib
-from soft_jax.paper import folders
+from soft_jax.experiment import planned
+from soft_jax.experiment.planned import PlannedRun
 from soft_jax.paper.rows import Row, config_of, settings_of
-from soft_jax.store.folder import Reader
-from soft_jax.store.records import TaskManifest
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedRun:
-    """A run that a row needs: its config, and the folder that it is in, or will be."""
-
-    config: Config
-    folder: Path
 
 
 def plan(
@@ -33,63 +20,92 @@ def plan(
     # What the method does not use was part of older folders' names.
     settings = [settings_of(row, benchmark, overrides, seed) for seed in range(seeds)]
     return [
-        PlannedRun(config, folders.find(workdir, config, of_seed))
+        PlannedRun(
+            config,
+            find(workdir, config, of_seed),
+            f"{config.method} on {config.benchmark}, seed {config.seed}",
+        )
         for config, of_seed in zip(configs, settings, strict=True)
     ]
 
 
-def finished(planned: PlannedRun) -> list[TaskManifest] | None:
-    """Return the manifests of a run's tasks, None unless all of them are there.
+# The settings of format 0 that were in a folder's digest, under the names that they had, with their
+# defaults.
+_FORMAT_0 = {
+    "dataset": "cifar100",
+    "tasks": 10,
+    "train_images_per_class": 0,
+    "test_images_per_class": 0,
+    "backbone": "vit_b16",
+    "image_size": 0,
+    "dtype": "float32",
+    "method": "dualprompt+softtf",
+    "mask_layers": (10, 11, 12),
+    "mask_weights": "qkv+proj",
+    "mask_init": "uniform",
+    "mask_storage": "float32",
+    "keep": 0.9,
+    "rank": 4,
+    "pool_size": 10,
+    "top_k": 5,
+    "ewc_strength": 1000.0,
+    "lwf_strength": 1.0,
+    "exemplars": 1000,
+    "e_prompt_layers": (10, 11, 12),
+    "e_prompt_length": 5,
+    "g_prompt_layers": (1, 2),
+    "g_prompt_length": 5,
+    "prefix_layout": "separate",
+    "pull": 1.0,
+    "fixed_query": False,
+    "hold_g_prompt": False,
+    "epochs": 20,
+    "batch_size": 24,
+    "learning_rate": 0.03,
+    "clip_norm": 1.0,
+    "crop_scale": (0.05, 1.0),
+    "crop_ratio": (3 / 4, 4 / 3),
+    "flip": True,
+    "shots": (7,),
+    "prototype_features": 2000,
+}
+_NAMES_IN_FORMAT_0 = {
+    "target_modules": "mask_weights",
+    "density": "keep",
+    "key_loss_weight": "pull",
+    "buffer_size": "exemplars",
+    "freeze_g_prompt": "hold_g_prompt",
+    "cache_queries": "fixed_query",
+}
+# Settings that were not in the digest then.
+_APART_IN_FORMAT_0 = (
+    *("name", "seed", "data_dir", "backbone_path"),
+    *("eval_batch_size", "weights_cache_mb", "checkpoint_every", "tensorboard"),
+)
 
-    Raises UserError where the folder holds a run of other settings, or is damaged.
+
+def folder_in_format_0(settings: Mapping[str, Any]) -> str | None:
+    """Return the folder that the program of format 0 kept a run in; None where it had no such run.
+
+    `settings` are some of a `Config`'s fields, under today's names, with those that the method does
+    not use: all were in the digest.
     """
-    reader = Reader(planned.folder)
-    tasks = reader.present()
-    if not tasks or not (planned.folder / "config.json").exists():
+    old = {_NAMES_IN_FORMAT_0.get(name, name): value for name, value in settings.items()}
+    later = old.keys() - _FORMAT_0.keys() - set(_APART_IN_FORMAT_0)
+    if any(old[name] != DEFAULTS[name] for name in later):
         return None
-    # A folder is named for a digest: what is in it has the last word.
-    reader.compare_settings(settings_lib.used_settings(planned.config), DEFAULTS)
-    last = reader.load_task_manifest(tasks[-1])
-    if planned.config.scenario == "file":
-        return None  # its tasks are compared where the run is prepared, which trains nothing anew
-    if len(tasks) < last.num_tasks:
-        return None
-    return [*(reader.load_task_manifest(task) for task in range(last.num_tasks - 1)), last]
+    all_old = {name: old.get(name, default) for name, default in _FORMAT_0.items()}
+    paths = ("backbone_path", "data_dir") if old.get("dataset") == "folder" else ("backbone_path",)
+    digest = planned.digest(all_old | {name: old[name] for name in paths if old.get(name)})
+    run = f"{all_old['method']}-{all_old['dataset']}-{all_old['tasks']}x-{digest}"
+    return f"{run}/seed{old['seed']}"
 
 
-def run(planned: Sequence[PlannedRun], console: Console) -> list[list[TaskManifest] | UserError]:
-    """Return the manifests of each run, or what was wrong with it.
+def find(workdir: Path, config: Config, settings: Mapping[str, Any]) -> Path:
+    """Return the folder of a run below `workdir`.
 
-    Runs that are not finished are run, or continued. One data set is held at a time, and seeds of
-    one method share its compiled programs. Raises Preempted after a signal to stop.
+    `settings` are those that `config` was made of. It is the folder in which format 0 kept the run,
+    where that is there and today's is not.
     """
-    # They are not needed for a finished table, and importing them takes a second.
-    from soft_jax.data import sources
-    from soft_jax.experiment import loop
-
-    @functools.lru_cache(maxsize=1)
-    def load(name: str, folder: str) -> sources.Dataset | UserError:
-        try:
-            return sources.load(name, folder)
-        except UserError as error:  # what can't be had is not tried for again
-            return error
-
-    outcomes: list[list[TaskManifest] | UserError] = []
-    for number, each in enumerate(planned, 1):
-        config = each.config
-        try:
-            manifests = finished(each)
-            if manifests is None:
-                console.rule(
-                    f"{number} of {len(planned)}: {config.method} on {config.benchmark}, seed "
-                    f"{config.seed}"
-                )
-                dataset = load(config.dataset, config.data_dir)
-                if isinstance(dataset, UserError):
-                    raise dataset
-                manifests = loop.run(config, each.folder, console, dataset)
-            outcomes.append(manifests)
-        except UserError as error:  # hours of other rows may be before and behind it
-            console.print(f"error: {error}")
-            outcomes.append(error)
-    return outcomes
+    today, old = workdir / planned.folder_of(config), folder_in_format_0(settings)
+    return workdir / old if old and not today.exists() and (workdir / old).exists() else today

@@ -12,10 +12,11 @@ from rich.console import Console
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures
+from soft_jax.experiment import planned as planned_lib
+from soft_jax.experiment.planned import PlannedRun
 from soft_jax.paper import printing, runs
-from soft_jax.paper.lines import Line, joint_lines, lines_of
+from soft_jax.paper.lines import Line, joint_lines, lines_of, reference_lines
 from soft_jax.paper.rows import BENCHMARKS, OWN, Row
-from soft_jax.paper.runs import PlannedRun
 
 Planned = Mapping[int, Sequence[PlannedRun]]  # a row's runs, one a seed, by the row's number
 
@@ -46,13 +47,13 @@ def make(request: Request, rows: Sequence[Row], command: str, picture: Path) -> 
     for number, error in failed.items():  # now, not after hours
         console.print(f"error: row {number}: {error}")
     rows = with_published(request, rows)
-    lines, failed_runs = gather(rows, planned, console)
-    failed |= failed_runs
-    if not lines:
+    gathered = gather(rows, planned, console)
+    failed |= gathered.failed
+    if not gathered.lines:
         raise next(iter(failed.values()))
-    text = text_of(request, rows, command, planned, lines, failed)
+    text = text_of(request, rows, command, planned, dataclasses.replace(gathered, failed=failed))
     if request.table == "layers":
-        pictures.save(printing.draw_layers(lines), picture)
+        pictures.save(printing.draw_layers(gathered.lines), picture)
         text += f"\n![Accuracy by masked layer]({picture.name})\n"
     return text, not failed
 
@@ -81,12 +82,23 @@ def plan(
     return planned, failed
 
 
-def gather(
-    rows: Sequence[Row], planned: Planned, console: Console
-) -> tuple[list[Line], dict[int, UserError]]:
-    """Run what is missing; return the lines of the rows, and the errors of those that failed."""
-    outcomes = iter(runs.run([each for of_row in planned.values() for each in of_row], console))
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What became of a table's rows: their lines, the references that stand above them, one for
+    each backbone and way to group images, and the errors of rows that failed, by number.
+    """
+
+    lines: Sequence[Line]
+    references: Sequence[Line]
+    failed: Mapping[int, UserError]
+
+
+def gather(rows: Sequence[Row], planned: Planned, console: Console) -> Gathered:
+    """Run what is missing, and make the lines of the rows."""
+    every_run = [each for of_row in planned.values() for each in of_row]
+    outcomes = iter(list(planned_lib.run(every_run, console)))
     lines: list[Line] = []
+    references: dict[tuple[str, str], Line] = {}
     failed: dict[int, UserError] = {}
     for row in rows:
         seeds = [next(outcomes) for _ in planned.get(row.number, ())]
@@ -95,7 +107,9 @@ def gather(
             failed[row.number] = problems[0]
         elif seeds:
             lines += lines_of(row, seeds)
-    return lines, failed
+            for line in reference_lines(row, seeds):
+                references.setdefault((line.backbone, line.protocol), line)
+    return Gathered(lines, list(references.values()), failed)
 
 
 def benchmark_run(request: Request) -> str:
@@ -120,8 +134,7 @@ def text_of(
     rows: Sequence[Row],
     command: str,
     planned: Planned,
-    lines: Sequence[Line],
-    failed: Mapping[int, UserError],
+    gathered: Gathered,
 ) -> str:
     """Return the table as Markdown, with the bounds that any table has measured."""
     configs = {number: [each.config for each in of_row] for number, of_row in planned.items()}
@@ -140,4 +153,6 @@ def text_of(
         request.workdir,
         dict.fromkeys(config.backbone for config in every_config),
     )
-    return printing.markdown(f"{title}, {ran}", command, rows, lines, note, joint, failed)
+    lines, references, failed = gathered.lines, gathered.references, gathered.failed
+    title = f"{title}, {ran}"
+    return printing.markdown(title, command, rows, lines, note, joint, failed, references)
