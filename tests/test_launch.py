@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 # Two tasks of five digits, six steps each: the smallest run that has a past and a future.
 SMALL = (
     "--config=configs/digits.py:tasks=2,epochs=1,batch_size=60,train_images_per_class=72,test_images_per_class=18,"
-    "eval_batch_size=64,checkpoint_every=2",
+    "eval_batch_size=64,checkpoint_every=2,mask_layers=10-12,target_modules=qkv+proj,g_prompt_layers=1-2,"
+    "learning_rate=0.03,crop_scale=0.6-1,cache_queries=false,prototype_features=2000",
 )
 
 
@@ -119,20 +120,22 @@ def test_a_run_and_its_results(finished):
     ):
         assert row in output
     rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-    assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:6]] == [
+    assert [(r["tasks_trained"], r["protocol"], r["task_id"]) for r in rows[:8]] == [
         (1, "per_sample", "prompt_id"),
         (1, "per_sample", "gradient_id"),
         (1, "per_sample", "prototype"),
+        (1, "per_sample", "frozen_features"),
         (1, "batch_vote", "prompt_id"),
         (1, "batch_vote", "gradient_id_7"),
         (1, "oracle", "task_given"),
+        (1, "oracle", "frozen_features"),
     ]
-    assert len(rows) == 12
-    assert rows[8]["task_id"] == "prototype"
-    assert rows[8]["task_id_accuracy"] > 80  # the random keys of so short a run name about half
-    assert rows[8]["final_average"] > 70
+    assert len(rows) == 16
+    assert rows[10]["task_id"] == "prototype"
+    assert rows[10]["task_id_accuracy"] > 80  # the random keys of so short a run name about half
+    assert rows[10]["final_average"] > 70
     assert rows[-1]["images"] == 180  # every test digit of them, once
-    assert rows[-1]["final_average"] > 30  # it learned: chance is 20
+    assert rows[-2]["final_average"] > 30  # it learned: chance is 20
     report = (workdir / "report.md").read_text()
     parameters = json.loads((workdir / "tasks/000/manifest/metadata").read_text())["parameters"]
     # Masks on q,k,v,proj of three layers, an E-prompt of length 5 in them, a key; G-prompts in two
@@ -140,8 +143,8 @@ def test_a_run_and_its_results(finished):
     assert parameters["adapter"] == 3 * (192 * 576 + 192 * 192) + 3 * 2 * 5 * 192 + 192
     assert parameters["shared"] == 2 * 2 * 5 * 192 + 192 * 10 + 10
     assert f"{parameters['adapter']:,}" in report
-    # Statistics: the upper triangle of a 2,000 × 2,000 matrix and the sums of five classes.
-    assert f"{4 * (2000 * 2001 // 2 + 5 * 2000):,} statistics for prototype task identity" in report
+    # Statistics: the upper triangle of a 2,000 × 2,000 matrix, sums and counts of five classes.
+    assert f"{4 * (2000 * 2001 // 2 + 5 * 2000 + 5):,} statistics for prototype task identity" in report
     for picture in (
         "accuracy_matrix.png",
         "accuracy_and_forgetting.png",

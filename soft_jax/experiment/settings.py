@@ -12,7 +12,7 @@ Every field of `Config` is one of three kinds:
   `records.differences` says what another run has otherwise.
 
 A table keeps its runs apart by their used settings, before any file is read. So there the paths of
-`told_apart` count too (`paper.folders`).
+`told_apart` count too (`planned.folder_of`).
 """
 
 import dataclasses
