@@ -205,6 +205,15 @@ def test_accuracy_does_not_collapse_where_images_are_as_many_as_features(wide, s
     assert by_ridge[prototypes.RIDGE] < chosen - 0.2
 
 
+def test_the_smallest_ridge_whose_error_is_nearly_least(wide):
+    parts = tasks_of(*overlapping(0, 10), wide)
+    found = summed(parts, wide, CLASSES).decompose()
+    errors = [found.validation_error(ridge)[0] for ridge in prototypes.RIDGES]
+    chosen = prototypes.RIDGES.index(found.best_ridge())
+    assert chosen < np.argmin(errors)
+    assert errors[chosen] <= 1.02 * min(errors) < errors[chosen - 1]
+
+
 def test_few_images_are_never_all_fitted(wide):
     """With 18 images of six classes cross validation alone chooses the smallest λ, which fits
     all.

@@ -18,7 +18,7 @@ import pytest
 
 from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
-from soft_jax.store import checkpoint, folder
+from soft_jax.store import checkpoint, folder, formats
 from soft_jax.store.records import RunRecord, TaskManifest
 
 RECORD = RunRecord(
@@ -726,9 +726,8 @@ def test_a_killed_run_of_format_0_is_continued(old, sharding):
         assert {f"state/{name}" for name in state} == set(hashes)
         keep(opened, 1)
         assert [opened.load_task_manifest(task).run for task in range(2)] == [there, there]
-        assert (
-            json.loads((opened.task_path(1) / "manifest" / "metadata").read_text())["format"] == 1
-        )
+        written = json.loads((opened.task_path(1) / "manifest" / "metadata").read_text())
+        assert written["format"] == len(formats.MIGRATIONS["task"])
     assert (root / "config.json").read_bytes() == before
 
 
@@ -830,3 +829,17 @@ def test_a_cache_that_is_another_users_is_not_used(tmp_path):
         made = cache_folder(tmp_path, uid)
         assert made.parent == tmp_path and made.is_dir()
         assert made.name not in (name, "soft_jax-12345")
+
+
+def test_a_run_that_is_refused_leaves_no_folders(tmp_path):
+    """What was there before stays, and so does whatever somebody put in meanwhile."""
+    with closing(folder.Store(tmp_path / "runs/mine")):
+        assert (tmp_path / "runs/mine/tasks").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with closing(folder.Store(tmp_path / "there")):
+        pass
+    assert list((tmp_path / "there").iterdir()) == []
+    with closing(folder.Store(tmp_path / "runs/mine")):
+        (tmp_path / "runs/note.txt").write_text("mine")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["note.txt"]

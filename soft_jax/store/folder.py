@@ -186,6 +186,7 @@ class Store(Reader):
         """
         super().__init__(workdir)
         self._locked = None
+        self._made: list[Path] = []  # files and folders that were not there, outermost first
         distributed.run_on_all(self._open)
 
     def _open(self) -> None:
@@ -196,6 +197,9 @@ class Store(Reader):
                     "another; take one that all see"
                 )
             return
+        ours = (self.root / ".lock", self.tasks, self.training)
+        wanted = (*reversed(self.root.absolute().parents), self.root, *ours)
+        self._made = [path for path in wanted if not os.path.lexists(path)]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for name in _OURS:
@@ -225,9 +229,15 @@ class Store(Reader):
             ) from error
 
     def close(self) -> None:
-        """Let others open the folder."""
-        if self._locked:
-            self._locked.close()
+        """Let others open the folder. What was made for a run that was refused is removed."""
+        if not self._locked:
+            return
+        if not os.path.lexists(self._config):
+            for path in reversed(self._made):
+                # A folder that holds something by now stays.
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+        self._locked.close()
 
     def compare_settings(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Raise UserError as `Reader.compare_settings`; a folder without a run is fine."""
