@@ -213,17 +213,17 @@ def tables(rows: dict[int, list[Row]]) -> str:
     accuracy = {
         "images a class": None,
         "λ fixed": "fixed",
-        "λ by GCV": "chosen",
-        "λ by held-out fifth": "held out",
+        "λ chosen": "chosen",
+        "λ by a held-out fifth": "held out",
         "best λ in hindsight": "hindsight",
         "nearest class mean": "nearest mean",
-        "λ chosen, log₁₀": "log ridge",
-        "best, log₁₀": "log hindsight",
+        "chosen λ, log₁₀": "log ridge",
+        "best λ, log₁₀": "log hindsight",
     }
     stages = {
         "images a class": None,
         "λ fixed": "mean fixed",
-        "λ by GCV": "mean chosen",
+        "λ chosen": "mean chosen",
         "best λ in hindsight": "mean hindsight",
         "nearest class mean": "mean nearest mean",
         "most below the best, any stage": "worst",
@@ -234,11 +234,11 @@ def tables(rows: dict[int, list[Row]]) -> str:
     calibration = {
         "images a class": None,
         "ECE, λ fixed": "ECE fixed",
-        "ECE, λ by GCV": "ECE",
+        "ECE, λ chosen": "ECE",
         "ECE by the best sharpness in hindsight": "ECE hindsight",
         "that sharpness": "sharpness hindsight",
         "mean over stages: ECE, λ fixed": "mean ECE fixed",
-        "mean over stages: ECE, λ by GCV": "mean ECE",
+        "mean over stages: ECE, λ chosen": "mean ECE",
         "mean over stages: the best sharpness of each": "mean ECE hindsight",
     }
     return "\n\n".join(

@@ -6,8 +6,11 @@ import re
 import pytest
 from rich.console import Console
 
+from configs.digits import get_config
+from soft_jax.config import from_config_dict
 from soft_jax.experiment import display, loop
 from soft_jax.experiment import run as run_lib
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.display import Display
 from soft_jax.training import loop as training_loop
 from soft_jax.training import train_step
@@ -45,6 +48,9 @@ def test_a_terminal_shows_the_phase_and_how_far_it_is(terminal):
         shown.begin("evaluating", 3)
         shown._progress.refresh()
         assert "0/3" in printed(terminal).rpartition("evaluating")[2]
+        shown.begin("saving")
+        shown._progress.refresh()
+        assert "/" not in printed(terminal).rpartition("saving")[2]
     assert printed(terminal).endswith("\x1b[2K")  # the line is gone
 
 
@@ -121,3 +127,9 @@ def test_a_run_shows_each_of_its_phases_and_a_line_a_task(tmp_path, log_file, mo
     for row, manifest in zip(rows, manifests, strict=True):
         assert f"  {', '.join(manifest.class_names)}  " in row
     assert max(map(len, text.splitlines()[2:])) <= 80  # the folder's name may be longer
+
+
+@pytest.mark.parametrize("method", ["dualprompt+softtf", "dualprompt", "l2p+softtf", "head", "bic"])
+def test_the_embedded_example_takes_any_method(method):
+    """What it sets for its own would have no effect with some, which is refused."""
+    settings_lib.check(from_config_dict(get_config(f"method={method}")))
