@@ -49,7 +49,7 @@ class Display:
             refresh_per_second=_PER_SECOND,
             disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task("", total=None)
+        self._bar = self._progress.add_task("starting", total=None)
         self._what, self._total = "", None
         self._told = time.monotonic() - EVERY
 
@@ -68,7 +68,9 @@ class Display:
         if (what, total) == (self._what, self._total):
             return
         self._what, self._total = what, total
-        self._progress.reset(self._bar, description=what, total=total, completed=0)
+        # A new bar: rich takes a total of None in an old one for "as before".
+        self._progress.remove_task(self._bar)
+        self._bar = self._progress.add_task(what, total=total)
         self._tell(0)
 
     def update(self, done: int) -> None:
