@@ -144,7 +144,10 @@ def test_a_run_and_its_results(finished):
     assert parameters["shared"] == 2 * 2 * 5 * 192 + 192 * 10 + 10
     assert f"{parameters['adapter']:,}" in report
     # Statistics: the upper triangle of a 2,000 × 2,000 matrix, sums and counts of five classes.
-    assert f"{4 * (2000 * 2001 // 2 + 5 * 2000 + 5):,} statistics for prototype task identity" in report
+    assert (
+        f"{4 * (2000 * 2001 // 2 + 5 * 2000 + 5):,} statistics for prototype task identity"
+        in report
+    )
     for picture in (
         "accuracy_matrix.png",
         "accuracy_and_forgetting.png",
