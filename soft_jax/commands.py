@@ -288,7 +288,7 @@ def predict(arguments: argparse.Namespace) -> int:
         rules.TaskGiven.option if task is not None else arguments.task_id,
         backbone_path=backbone_path,
     )
-    if task is None:
+    if task is None and arguments.task_id is None:
         rule = rules.title(predictor.rule.key)
         print(f"Task identity: {rule}; {predictor.chosen_because}", file=sys.stderr, flush=True)
     write = _writer(arguments)

@@ -391,7 +391,7 @@ def test_tasks_of_any_sizes_are_learned_and_predicted(rule, digits, tmp_path):
     again = learn(config, tmp_path / "run")
     assert [manifest.metrics for manifest in again] == [manifest.metrics for manifest in manifests]
     predictor = Predictor.load(tmp_path / "run", task_id="prototype", batch_size=16)
-    classes, tasks, _ = predictor.predict(digits.test.images)
+    classes, tasks, _, _ = predictor.predict(digits.test.images)
     for task, manifest in enumerate(manifests):
         own = np.isin(digits.test.labels, manifest.classes)
         row = manifests[-1].metrics["per_sample/prototype"][task]

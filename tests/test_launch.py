@@ -172,7 +172,7 @@ def test_a_run_and_its_results(finished):
     assert manifest["config"]["epochs"] == 1
     assert "jax" in manifest["versions"]
     assert not any("backbone" in path.name for path in (workdir / "tasks/000/adapter").iterdir())
-    assert list((workdir / "tensorboard").glob("events*"))
+    assert list((workdir / "tensorboard/task_2").glob("events*"))
 
 
 def test_its_images_are_predicted(finished, launch, tmp_path):

@@ -303,7 +303,7 @@ def test_bad_tasks_are_named(predictors, test_set, task, message):
 
 def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatch):
     with pytest.raises(
-        UserError, match="task_id: 'keys' is unknown; known are prompt, gradient, prototype, oracle"
+        UserError, match="task_id: 'keys' is unknown; known are none, prompt, gradient, prototype"
     ):
         Predictor.load(workdir, task_id="keys")
     with pytest.raises(UserError, match="tasks: 7 is not in .*; there are 0, 1, 2, 3, 4"):
@@ -358,36 +358,40 @@ def test_the_command_answers_what_it_can(workdir, folder, capsys):
         "clear.png",
         "turned.png",
     ]
-    assert all(", task " in line and ", probability 0." in line for line in lines)
+    assert all(" (task " in line and "), probability 0." in line for line in lines)
+    assert "Task identity: CIL per_sample, prototype; the tasks keep statistics for it" in err
     assert "broken.png can't be read as an image" in err
     (folder / "broken.png").unlink()
     status, out, err = command(
-        capsys, workdir, folder, "--json", "--task-id=prototype", "--tasks=0,2"
+        capsys, workdir, folder, "--json", "--task-id=prototype", "--tasks=1,3"
     )
     assert (status, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 4
-    assert {row["task"] for row in rows} <= {0, 2}
-    assert rows[0].keys() == {"file", "class", "class_index", "task", "probability"}
+    assert {row["task"] for row in rows} <= {1, 3}
+    assert rows[0].keys() == {"file", "class", "class_index", "task", "network", "probability"}
     status, out, _ = command(capsys, workdir, folder / "a.png", "--task=4")
     assert status == 0
-    assert ", task 4, " in out
+    assert " (task 4), " in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{folder}/none.png"], "none.png can't be read as an image"),
-        (["{folder}/below/grey.jpg", "--tasks=0,x"], "--tasks: '0,x' is not a list of numbers"),
-        (["{folder}/below/grey.jpg", "--tasks=9"], "tasks: 9 is not in"),
-        (["{folder}/below/grey.jpg", "--task=9"], "task: 9 is not loaded"),
+        (["{folder}/below/grey.jpg", "--tasks=1,x"], "--tasks: 'x' is not a whole number from 1"),
+        (["{folder}/below/grey.jpg", "--tasks=9"], "--tasks: 9 is not a task to choose from"),
+        (["{folder}/below/grey.jpg", "--task=9"], "--task: 9 is not a task to choose from"),
         (["{folder}/empty"], "empty: no image files in this folder"),
     ],
 )
 def test_a_bad_command_is_one_line(workdir, folder, capsys, arguments, message):
     (folder / "empty").mkdir()
     status, out, err = command(
-        capsys, workdir, *(argument.format(folder=folder) for argument in arguments)
+        capsys,
+        workdir,
+        "--task-id=prompt",
+        *(argument.format(folder=folder) for argument in arguments),
     )
     assert (status, out) == (1, "")
     assert message in err

@@ -81,7 +81,6 @@ def test_what_does_not_go_together_is_refused(settings, message):
         ("ft", "cache_queries", True),
         ("ewc", "lwf_strength", 2.0),
         ("softtf", "g_prompt_length", 7),
-        ("l2p", "prototype_features", 100),
         ("dualprompt+softtf", "increment", 20),
         ("dualprompt+softtf", "buffer_size", 300),
     ],
