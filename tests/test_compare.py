@@ -14,7 +14,8 @@ from soft_jax.errors import UserError
 from soft_jax.evaluation import compare, predictions
 from soft_jax.evaluation.predictions import Predictions
 from soft_jax.experiment import settings as settings_lib
-from soft_jax.store.records import RunRecord, TaskManifest
+from soft_jax.store.records import RunRecord
+from tests.manifests import manifest_of
 
 PROMPT, VOTE = "per_sample/prompt_id", "batch_vote/prompt_id"
 GIVEN, FROZEN = "oracle/task_given", "per_sample/frozen_features"
@@ -43,7 +44,7 @@ def made_up(root, by_protocol, index=range(20), files=None, sha256="d", truth=TR
         ]
 
     manifests = [
-        TaskManifest(
+        manifest_of(
             task=task,
             classes=(2 * task, 2 * task + 1),
             class_names=CLASSES[2 * task :][:2],
@@ -52,14 +53,6 @@ def made_up(root, by_protocol, index=range(20), files=None, sha256="d", truth=TR
             config=dataclasses.asdict(config),
             backbone={"name": "vit_ti8_32", "sha256": "b"},
             metrics={key: rows(correct, task + 1) for key, correct in by_protocol.items()},
-            seconds={},
-            parameters={},
-            step_flops=None,
-            bytes={},
-            mask_distance_from_one={},
-            weight_drift={},
-            mask_density={},
-            versions={},
             run=record,
         )
         for task in range(2)

@@ -14,7 +14,7 @@ from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.experiment import loop, planned, sweep
-from soft_jax.store.records import TaskManifest
+from tests.manifests import manifest_of
 
 # ml_collections imports a config file in a way that Python will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
@@ -31,7 +31,7 @@ def manifest(**correct_of_100):
     def rows(correct):
         return [{"correct": correct, "total": 100, "task_correct": 0, "identified": {}}]
 
-    return TaskManifest(
+    return manifest_of(
         task=0,
         classes=(0,),
         class_names=("a",),
@@ -41,14 +41,6 @@ def manifest(**correct_of_100):
         backbone={"name": "vit_b16", "sha256": "0"},
         metrics={key: rows(0) for key in correct_of_100},
         validation={key: rows(correct) for key, correct in correct_of_100.items()},
-        seconds={},
-        parameters={},
-        step_flops=None,
-        bytes={},
-        mask_distance_from_one={},
-        weight_drift={},
-        mask_density={},
-        versions={},
     )
 
 

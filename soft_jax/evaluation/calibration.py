@@ -2,9 +2,9 @@
 
 An answer given with probability p should be right in a share p of the cases. A rule's probabilities
 are its `log_probabilities` divided by a temperature and normalized again
-(`inference.rules.probabilities`; Guo et al., 2017). The
-temperature is fitted on the images held out for validation, and is 1 where none are: training
-images, which the network knows, would make it far too sure.
+(`inference.rules.probabilities`; Guo et al., 2017). The temperature is fitted on the images held
+out for validation, and is 1 where none are: training images, which the network knows, would make it
+far too sure.
 """
 
 from collections.abc import Mapping, Sequence

@@ -129,7 +129,7 @@ def _figures(a: FinishedRun, b: FinishedRun, protocols: Sequence[str]) -> list[s
 
 
 def _cells(figures: Mapping[str, float], protocol: str, sign: str = "") -> list[str]:
-    task_given = protocol.partition("/")[0] == rules.ORACLE
+    task_given = rules.grouping_of(protocol) == rules.ORACLE
     return [
         "–" if name == "task_id_accuracy" and task_given else f"{figures[name]:{sign}.2f}"
         for name in FIGURES
@@ -138,11 +138,7 @@ def _cells(figures: Mapping[str, float], protocol: str, sign: str = "") -> list[
 
 def _is_same_reference(a: FinishedRun, b: FinishedRun, protocol: str) -> bool:
     """Whether a protocol without any network's answer, which no training changes, is alike."""
-    try:
-        trained = rules.class_of(protocol).needs_network
-    except KeyError:  # of a rule that is not registered here
-        trained = True
-    return not trained and all(
+    return rules.is_reference(protocol) and all(
         of_a.metrics.get(protocol) == of_b.metrics.get(protocol)
         for of_a, of_b in zip(a.manifests, b.manifests, strict=False)
     )
@@ -249,7 +245,7 @@ def _mcnemar(a: FinishedRun, b: FinishedRun, protocols: Sequence[str]) -> list[s
             continue
         counts = discordant(of_a, of_b, protocol)
         # Images of a batch are decided together, so they are not separate trials.
-        together = protocol.partition("/")[0] == rules.BATCH_VOTE
+        together = rules.grouping_of(protocol) == rules.BATCH_VOTE
         p_value = "–" if together else _shown(counts.p_value)
         rows.append((rules.title(protocol), str(counts.only_a), str(counts.only_b), p_value))
     text = (

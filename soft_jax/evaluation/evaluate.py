@@ -5,6 +5,7 @@ is run once, whichever rules ask for it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -219,8 +220,9 @@ def count(answers: Answers, labels: np.ndarray, task: int, num_tasks: int) -> di
 class Stage:
     """What every rule makes of one part of the data set after a task, filled task by task.
 
-    By protocol: `rows` of the tasks seen, the `calibration_counts` of their answers, and, where
-    `for_fit`, the `fitted_temperatures`. `predictions` holds the answers to all images.
+    By protocol, `rows` of the tasks seen. Beside them, images held out `for_fit` give the
+    `fitted_temperatures`; of others there are the `predictions`, and by protocol the
+    `calibration_counts` of these.
     """
 
     model: Model
@@ -256,6 +258,7 @@ class Stage:
             few = np.linspace(0, len(labels) - 1, min(len(labels), FITTED_PER_TASK)).astype(int)
             logs = {key: array[few] for key, array in answers.log_probabilities.items()}
             self._fitted_on.append((logs, labels[few]))
+            return
         names, classes, sure = self.model.method.class_names, {}, {}
         for protocol, scores in answers.scores.items():
             chosen = scores.argmax(axis=1)
@@ -268,14 +271,14 @@ class Stage:
         given = np.full(len(labels), task)
         self._parts.append(Predictions(index, tuple(files), given, truth, classes, sure))
 
-    @property
+    @functools.cached_property
     def predictions(self) -> Predictions:
-        """Return the answers to all images so far."""
+        """Return the answers to all images, once the last task is added."""
         return Predictions.concatenate(self._parts)
 
     @property
     def calibration_counts(self) -> dict[str, dict[str, list[float]]]:
-        """Return `calibration.count` of the answers so far, by protocol."""
+        """Return `calibration.count` of the answers, by protocol."""
         answers = self.predictions
         return {
             key: calibration.count(sure, answers.correct(key))

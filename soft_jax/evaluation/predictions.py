@@ -8,6 +8,7 @@ counted from 1. They are written anew after each task, for the tasks seen.
 import csv
 import dataclasses
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,13 +40,13 @@ class Predictions:
     @classmethod
     def concatenate(cls, parts: Sequence["Predictions"]) -> "Predictions":
         """Return the predictions of several tasks as one."""
-        keys = parts[0].answers
+        keys, chain = parts[0].answers, itertools.chain.from_iterable
         return cls(
             np.concatenate([part.index for part in parts]),
-            sum((part.files for part in parts), ()),
+            tuple(chain(part.files for part in parts)),
             np.concatenate([part.tasks for part in parts]),
-            sum((part.truth for part in parts), ()),
-            {key: sum((part.answers[key] for part in parts), ()) for key in keys},
+            tuple(chain(part.truth for part in parts)),
+            {key: tuple(chain(part.answers[key] for part in parts)) for key in keys},
             {key: np.concatenate([part.probabilities[key] for part in parts]) for key in keys},
         )
 

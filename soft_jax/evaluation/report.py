@@ -6,7 +6,7 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,16 +75,18 @@ class Report:
         config: Mapping[str, Any],
         benchmark: str,
         manifests: Manifests = (),
+        tell: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     ):
         """Begin with the `manifests` of the tasks that are finished.
 
-        `root` is the run's folder, `config` its settings, `benchmark` their short name. The run may
+        `root` is the run's folder, `config` its settings, `benchmark` their short name. `tell` is
+        called with the rows of `results.jsonl` of each task, finished ones too. The run may
         have been killed between a task and its lines, or inside a line: where `results.jsonl` is
         not what these manifests make it, it is written anew.
         """
         self._root, self._config, self._benchmark = root, config, benchmark
         self._manifests = list(manifests)
-        self._rows = ResultRows(config, benchmark)
+        self._rows, self._tell = ResultRows(config, benchmark), tell
         self._is_written, self._write_seconds = False, 0.0
         text = "".join(map(self._lines, self._manifests)).encode()
         self._size = len(text)  # bytes in results.jsonl
@@ -131,7 +133,9 @@ class Report:
         self._is_written, self._write_seconds = True, time.monotonic() - start
 
     def _lines(self, manifest: TaskManifest) -> str:
-        return "".join(json.dumps(row) + "\n" for row in self._rows.add(manifest))
+        rows = self._rows.add(manifest)
+        self._tell(rows)
+        return "".join(json.dumps(row) + "\n" for row in rows)
 
     def _append(self, lines: bytes) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW

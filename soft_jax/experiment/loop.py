@@ -82,17 +82,13 @@ def _run_tasks(run: Run, trackers: trackers_lib.Trackers) -> list[TaskManifest]:
         run.console.print(
             f"{len(manifests)} of {scenario.num_tasks} tasks are finished in {run.store.root}"
         )
-    rows = report.ResultRows(dataclasses.asdict(run.config), run.config.benchmark)
-    for manifest in manifests:
-        trackers.results(rows.add(manifest))
     finished = len(manifests)
     table = report.StageTable([rule.key for rule in run.rules], run.console.width)
-    with _report(run, manifests) as add:
+    with _report(run, manifests, trackers) as add:
         for task in range(finished, scenario.num_tasks):
             manifest, shared, memory = _learn_task(run, bank, task, shared, memory)
             manifests.append(manifest)
             add(manifest)
-            trackers.results(rows.add(manifest))
             if task == finished:
                 run.console.print(f"\n{table.heading}", highlight=False)
             run.console.print(table.line(manifest), highlight=False)
@@ -101,13 +97,17 @@ def _run_tasks(run: Run, trackers: trackers_lib.Trackers) -> list[TaskManifest]:
 
 
 @contextmanager
-def _report(run: Run, manifests: list[TaskManifest]) -> Iterator[Callable[[TaskManifest], None]]:
-    """Keep the report up to date, in the first process: yields what takes a new task in."""
+def _report(
+    run: Run, manifests: list[TaskManifest], trackers: trackers_lib.Trackers
+) -> Iterator[Callable[[TaskManifest], None]]:
+    """Keep report and trackers up to date, in the first process: yields what takes a new task."""
     if not distributed.is_primary():
         yield lambda manifest: None
         return
     settings = dataclasses.asdict(run.config)
-    files = report.Report(run.store.root, settings, run.config.benchmark, manifests)
+    files = report.Report(
+        run.store.root, settings, run.config.benchmark, manifests, trackers.results
+    )
     with files:
         yield files.add
 
@@ -122,12 +122,13 @@ def _restore(
     finished = run.store.finished()
     manifests = []
     for task in range(finished):
-        statistics = run.store.stored(task, "statistics", run.statistics_shapes(task))
+        manifest = run.store.load_task_manifest(task)
+        statistics = manifest.stored("statistics", run.statistics_shapes(task))
         templates = {"adapter": bank.row_template, "statistics": statistics}
         if task == finished - 1:
             templates |= {"shared": shared, "memory": memory}
         whole = distributed.replicated(run.mesh)
-        items, manifest = run.store.load_task(task, templates, whole, part=True)
+        items = run.store.load_items(manifest, templates, whole, part=True)
         bank.restore(task, items["adapter"], items["statistics"])
         if task == finished - 1:
             shared, memory = items["shared"], items["memory"]

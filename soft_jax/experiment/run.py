@@ -63,6 +63,7 @@ class Run:
     # By part and task, computed once: q(x) depends on nothing that is trained, and files are
     # decoded for the test but once.
     queries: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict)
+    indices: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict)
     train_queries: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     prepared: dict[tuple[str, int], sources.InMemoryImages] = dataclasses.field(
         default_factory=dict
@@ -95,7 +96,10 @@ class Run:
 
     def index(self, part: str, task: int) -> np.ndarray:
         """Return the rows of task `task`'s images in a part of the data set, int `[N]`."""
-        return self.scenario.members(getattr(self.dataset, part).labels, task)
+        if (part, task) not in self.indices:
+            labels = getattr(self.dataset, part).labels
+            self.indices[part, task] = self.scenario.members(labels, task)
+        return self.indices[part, task]
 
     def files(self, part: str, index: np.ndarray) -> list[str]:
         """Return the names of the images at `index` of a part; "" where they are no files."""
@@ -331,6 +335,18 @@ def _load_images(config: Config, stop: threading.Event) -> sources.Dataset | Non
         return None
 
 
+def _hold_out(config: Config, dataset: sources.Dataset, scenario: Scenario) -> sources.Dataset:
+    """Return the data set with a validation part. Raises UserError where a task has none of it."""
+    dataset = dataset.with_validation(config.validation, config.seed)
+    for task in range(scenario.num_tasks):
+        if not len(scenario.members(dataset.validation.labels, task)):
+            raise UserError(
+                f"validation: a share of {config.validation} holds no training image of task "
+                f"{task + 1} out; take a larger share, or more images a class"
+            )
+    return dataset
+
+
 def prepare(
     config: Config,
     store: Store,
@@ -375,13 +391,7 @@ def prepare(
     for split in (dataset.train, dataset.test):
         scenario.check(split.labels)
     if config.validation:
-        dataset = dataset.with_validation(config.validation, config.seed)
-        for task in range(scenario.num_tasks):
-            if not len(scenario.members(dataset.validation.labels, task)):
-                raise UserError(
-                    f"validation: a share of {config.validation} holds no training image of task "
-                    f"{task + 1} out; take a larger share, or more images a class"
-                )
+        dataset = _hold_out(config, dataset, scenario)
     method = registry.make_method(config, backbone.architecture, dataset.class_names)
     if method.strategy:
         method.strategy.check_classes(scenario.num_learned)

@@ -132,15 +132,14 @@ def _check_protocol(config: Config, protocol: str | None) -> None:
     """Raise UserError for a protocol that is none, that the run has not, or that learns nothing."""
     if protocol is None:
         return
-    try:
-        rule = rules.class_of(protocol)
-    except KeyError:
+    rule = rules.rule_of(protocol)
+    if rule is None:
         keys = [
             f"{rule.grouping}/{rule.name}"
             for rule in rules.RULES.values()
             if isinstance(rule.name, str)
         ]
-        raise UserError(f"protocol: {unknown('protocol', protocol, keys)}") from None
+        raise UserError(f"protocol: {unknown('protocol', protocol, keys)}")
     if not rule.needs_network:
         raise UserError(f"protocol: {protocol!r} is the same for all runs: no training changes it")
     if not rule.applies(registry.parse(config.method)):
@@ -189,11 +188,8 @@ def figure_of(manifests: Sequence[TaskManifest], protocol: str | None) -> Figure
 
 
 def _is_candidate(protocol: str) -> bool:
-    try:
-        rule = rules.class_of(protocol)
-    except KeyError:  # of a run with a rule that is not registered here
-        return False
-    return rule.grouping == rules.PER_SAMPLE and bool(rule.option)
+    rule = rules.rule_of(protocol)
+    return rule is not None and rule.can_stand_alone()
 
 
 def ranked(results: Sequence[Result]) -> list[Result]:

@@ -350,7 +350,7 @@ def _model(
         lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0)
     )
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
-    shared = reader.load_task(latest.task, {"shared": template}, whole)[0]["shared"]
+    shared = reader.load_items(latest, {"shared": template}, whole)["shared"]
     # There is a row for each task of the run; those that are not loaded are never chosen.
     rows = {
         name: np.zeros((latest.num_tasks, *shape), np.float32)
@@ -362,8 +362,8 @@ def _model(
         templates = {"adapter": {name: adapter[name] for name in rows if name in adapter}}
         if collector:
             shapes = rule.statistics_shapes(len(manifest.classes))
-            templates["statistics"] = reader.stored(task, "statistics", shapes)
-        items, _ = reader.load_task(task, templates, whole, part=True)
+            templates["statistics"] = manifest.stored("statistics", shapes)
+        items = reader.load_items(manifest, templates, whole, part=True)
         for name, array in items["adapter"].items():
             rows[name][task] = array
         task_of_class[list(manifest.classes)] = task

@@ -172,6 +172,11 @@ class TaskIdentityRule:
         return method.by_task
 
     @classmethod
+    def can_stand_alone(cls) -> bool:
+        """Whether the rule names the task of one image by itself, for those who name none."""
+        return cls.grouping == PER_SAMPLE and bool(cls.option)
+
+    @classmethod
     def title_of(cls, name: str) -> str | None:
         """Return the title of this class's rule called `name`; None where it has no such rule."""
         return cls.title if name == cls.name else None
@@ -397,21 +402,6 @@ class FrozenFeatures(_Regression):
         return self.log_posterior(images)
 
 
-class FrozenFeaturesGiven(FrozenFeatures):
-    """The regression's answer among the classes of the task that is given."""
-
-    grouping: ClassVar[str] = ORACLE
-    title: ClassVar[str] = "TIL oracle, frozen features"
-
-    def identify(self, images: ImageBatch) -> np.ndarray:
-        """Return the tasks that are given."""
-        return images.given
-
-    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-        """Return log p(class | x) of the task's classes."""
-        return engine.mask_to_task(images.model, self.log_posterior(images), tasks)
-
-
 class _Vote(TaskIdentityRule):
     """A published protocol: a test batch, which holds a single task, decides for its images."""
 
@@ -508,6 +498,19 @@ class TaskGiven(TaskIdentityRule):
         return engine.mask_to_task(images.model, logits, tasks)
 
 
+class FrozenFeaturesGiven(FrozenFeatures):
+    """The regression's answer among the classes of the task that is given."""
+
+    grouping: ClassVar[str] = ORACLE
+    title: ClassVar[str] = "TIL oracle, frozen features"
+
+    identify = TaskGiven.identify
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return log p(class | x) of the task's classes."""
+        return engine.mask_to_task(images.model, self.log_posterior(images), tasks)
+
+
 NoTaskId.voted_by, PromptId.voted_by, GradientId.voted_by = PoolVote, PromptVote, GradientVote
 
 # In the order of reports.
@@ -556,9 +559,9 @@ def choose(
 
     That is the one with the most correct answers on the images held out for validation, whose
     counts `validation` has by protocol and task; without those the prototypes where they are kept,
-    else the first. Only rules that name the task of each image by itself are candidates.
+    else the first. Only rules that can stand alone are candidates.
     """
-    able = [rule for rule in rules if rule.grouping == PER_SAMPLE and rule.option]
+    able = [rule for rule in rules if rule.can_stand_alone()]
     measured = {
         rule.key: float(np.mean([row["correct"] / row["total"] for row in validation[rule.key]]))
         for rule in able
@@ -573,24 +576,33 @@ def choose(
     return able[0], "nothing was held out to choose by"
 
 
-def class_of(key: str) -> type[TaskIdentityRule]:
+def grouping_of(key: str) -> str:
+    """Return the grouping of a protocol's images: "per_sample" of "per_sample/prompt_id"."""
+    return key.partition("/")[0]
+
+
+def rule_of(key: str) -> type[TaskIdentityRule] | None:
     """Return the class of the protocol `key`, such as "per_sample/prompt_id".
 
-    Raises KeyError where no rule has it.
+    It is None where no rule has it: a run may have one that is not registered here.
     """
     grouping, _, name = key.partition("/")
     for rule in RULES.values():
         if rule.grouping == grouping and rule.title_of(name) is not None:
             return rule
-    raise KeyError(key)
+    return None
+
+
+def is_reference(key: str) -> bool:
+    """Whether no network answers under a protocol, so that no method has a part in its figures."""
+    rule = rule_of(key)
+    return rule is not None and not rule.needs_network
 
 
 def title(key: str) -> str:
     """Return a protocol's title for people, the key itself where no rule here has it."""
-    try:
-        return class_of(key).title_of(key.partition("/")[2])
-    except KeyError:  # of a run with a rule that is not registered here
-        return key
+    rule = rule_of(key)
+    return rule.title_of(key.partition("/")[2]) if rule else key
 
 
 def probabilities(log_probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:

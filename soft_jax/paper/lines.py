@@ -55,25 +55,12 @@ class Line:
     @property
     def task_is_given(self) -> bool:
         """Whether the protocol tells the task."""
-        return grouping_of(self.protocol) == rules.ORACLE
+        return rules.grouping_of(self.protocol) == rules.ORACLE
 
     @property
     def seeds(self) -> int:
         """Return the number of seeds."""
         return len(self.each)
-
-
-def rule_of(protocol: str) -> type[rules.TaskIdentityRule] | None:
-    """Return the class of a protocol's task-identity rule, None where none here has it."""
-    try:
-        return rules.class_of(protocol)
-    except KeyError:  # of a run with a rule that is not registered here
-        return None
-
-
-def grouping_of(protocol: str) -> str:
-    """Return the grouping of a protocol's images: "per_sample" of "per_sample/prompt_id"."""
-    return protocol.partition("/")[0]
 
 
 def lines_of(row: Row, seeds: Sequence[Sequence[TaskManifest]]) -> list[Line]:
@@ -90,19 +77,13 @@ def reference_lines(row: Row, seeds: Sequence[Sequence[TaskManifest]]) -> list[L
     and for joint training, which has nothing to tell apart by task.
     """
     last = seeds[0][-1]
-    protocols = [] if last.num_tasks == 1 else [p for p in last.metrics if is_reference(p)]
+    protocols = [] if last.num_tasks == 1 else [p for p in last.metrics if rules.is_reference(p)]
     return [_line(row, protocol, seeds) for protocol in protocols]
 
 
-def is_reference(protocol: str) -> bool:
-    """Whether no network answers under a protocol, so that no method has a part in its figures."""
-    rule = rule_of(protocol)
-    return rule is not None and not rule.needs_network
-
-
 def _is_shown(protocol: str, row: Row, joint: bool) -> bool:
-    rule = rule_of(protocol)
-    if is_reference(protocol):
+    rule = rules.rule_of(protocol)
+    if rules.is_reference(protocol):
         return False
     if joint:  # the other protocols are one of these, with one task
         return rule in EACH_IMAGE or _needs_statistics(protocol)
@@ -112,7 +93,7 @@ def _is_shown(protocol: str, row: Row, joint: bool) -> bool:
 
 
 def _needs_statistics(protocol: str) -> bool:
-    rule = rule_of(protocol)
+    rule = rules.rule_of(protocol)
     return rule is not None and rule.keeps_statistics
 
 
@@ -125,7 +106,7 @@ def _line(row: Row, protocol: str, seeds: Sequence[Sequence[TaskManifest]]) -> L
         if protocol in metrics.counts(manifests[-1], VALIDATION)
     ]
     published = row.published.get(protocol)
-    if not published and rule_of(protocol) in EACH_IMAGE:
+    if not published and rules.rule_of(protocol) in EACH_IMAGE:
         published = row.published.get(rules.PER_SAMPLE)
     return Line(
         number=row.number,

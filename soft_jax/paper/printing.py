@@ -24,8 +24,6 @@ from soft_jax.paper.lines import (
     EACH_IMAGE,
     Line,
     bound,
-    grouping_of,
-    rule_of,
     statistics,
 )
 from soft_jax.paper.rows import Row, fixed
@@ -315,10 +313,10 @@ def _added(lines: Sequence[Line], references: Sequence[Line]) -> list[str]:
     """Say how far each row, by its best rule, is above the frozen features of its backbone."""
     text = []
     for reference in references:
-        grouping, added = grouping_of(reference.protocol), {}
+        grouping, added = rules.grouping_of(reference.protocol), {}
         for line in lines:
             same = line.backbone == reference.backbone and line.seeds == reference.seeds
-            if same and not line.joint and grouping_of(line.protocol) == grouping:
+            if same and not line.joint and rules.grouping_of(line.protocol) == grouping:
                 difference = statistics(np.subtract(line.each, reference.each))
                 added[line.name] = max(added.get(line.name, difference), difference)
         ranked = sorted(added.items(), key=lambda item: item[1], reverse=True)
@@ -338,7 +336,9 @@ def _best_and_worst(found: Found) -> list[str]:
     text = []
     for grouping, title in _GROUPINGS.items():
         these = [
-            (np.mean(x), x, key) for key, x in found.items() if grouping_of(key[1]) == grouping
+            (np.mean(x), x, key)
+            for key, x in found.items()
+            if rules.grouping_of(key[1]) == grouping
         ]
         ranked = sorted(these, reverse=True)
         if len(ranked) > 1:
@@ -386,9 +386,11 @@ def _votes(found: Found) -> list[str]:
     """Say how much is gained when a batch of one task decides in the place of each image."""
     added = {}
     for (name, protocol), each in found.items():
-        rule = rule_of(protocol)
+        rule = rules.rule_of(protocol)
         voted_by = rule and rule.voted_by
-        voted = [p for same, p in found if voted_by and same == name and rule_of(p) is voted_by]
+        voted = [
+            p for same, p in found if voted_by and same == name and rules.rule_of(p) is voted_by
+        ]
         if voted:
             added[f"{name} {voted[0]}"] = np.mean(found[name, voted[0]]) - np.mean(each)
     if not added:

@@ -139,16 +139,19 @@ class Reader:
         `checkpoint.load_items`. Raises UserError when an array is damaged, or the task is missing,
         another one, or of another run.
         """
-        manifest, path = self.load_task_manifest(task), self.task_path(task)
-        return checkpoint.load_items(path, manifest.sha256, templates, sharding, part), manifest
+        manifest = self.load_task_manifest(task)
+        return self.load_items(manifest, templates, sharding, part), manifest
 
-    def stored(self, task: int, item: str, template: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the part of a flat `template` that task `task` has in `item`.
-
-        Tasks of older versions may lack arrays that are kept now.
-        """
-        names = self.load_task_manifest(task).sha256
-        return {name: like for name, like in template.items() if f"{item}/{name}" in names}
+    def load_items(
+        self,
+        manifest: TaskManifest,
+        templates: Mapping[str, Any],
+        sharding: Sharding,
+        part: bool = False,
+    ) -> dict[str, Any]:
+        """Return items of the task of `manifest`, as `load_task`, which reads the manifest too."""
+        path = self.task_path(manifest.task)
+        return checkpoint.load_items(path, manifest.sha256, templates, sharding, part)
 
     def load_task_manifest(self, task: int) -> TaskManifest:
         """Return a finished task's manifest alone. Raises UserError as `load_task`."""

@@ -138,6 +138,13 @@ class TaskManifest:
     run: RunRecord | None = None
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def stored(self, item: str, template: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the part of a flat `template` whose arrays the task has in `item`.
+
+        Tasks of older versions may lack arrays that are kept now.
+        """
+        return {name: like for name, like in template.items() if f"{item}/{name}" in self.sha256}
+
     def to_json(self) -> dict[str, JSON]:
         """Return the manifest as it is written, but for `sha256`, which the checkpoint adds."""
         data = {
