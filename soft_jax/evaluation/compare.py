@@ -94,10 +94,8 @@ def markdown(root_a: Path, root_b: Path) -> str:
 
 def differences(a: RunRecord, b: RunRecord) -> list[str]:
     """List in which settings, weights, images or classes of the tasks two runs differ."""
-    lines = []
-    for line in records.differences(a, b.settings, DEFAULTS):
-        name_and_a, _, of_b = line.removesuffix(" now").rpartition(" there, ")
-        lines.append(f"{name_and_a} in A, {of_b} in B")
+    changes = records.changed(a, b.settings, DEFAULTS)
+    lines = [f"{name}: {of_a} in A, {of_b} in B" for name, of_a, of_b in changes]
     if a.backbone_sha256 != b.backbone_sha256:
         lines.append("the weights of the backbone (by their SHA-256)")
     if a.dataset_sha256 != b.dataset_sha256:

@@ -216,21 +216,35 @@ def differences(
 ) -> list[str]:
     """List in which settings the run `there` differs from one with `settings`, a line each.
 
-    A setting that only one side has counts on the other as its default in `defaults`, which says
-    what runs did before there was such a setting; without a default it is a difference. With
-    `ignore_unused`, settings that are not in `settings` are skipped: a record of format 0 also
-    holds those that its method does not use.
+    They are those of `changed`.
+    """
+    changes = changed(there, settings, defaults, ignore_unused)
+    return [f"{key}: {one} there, {other} now" for key, one, other in changes]
+
+
+def changed(
+    there: RunRecord,
+    settings: Mapping[str, JSON],
+    defaults: Mapping[str, JSON],
+    ignore_unused: bool = False,
+) -> list[tuple[str, str, str]]:
+    """Return the settings in which the run `there` differs from one with `settings`, by name.
+
+    Each is a name and what both have, as it is shown. A setting that only one side has counts on
+    the other as its default in `defaults`, which says what runs did before there was such a
+    setting; without a default it is a difference. With `ignore_unused`, settings that are not in
+    `settings` are skipped: a record of format 0 also holds those that its method does not use.
     """
     now, defaults = as_json(dict(settings)), as_json(dict(defaults))
-    lines = []
+    changes = []
     for key in sorted(there.settings.keys() | now.keys()):
         if ignore_unused and key not in now:
             continue
         default = defaults.get(key, _NOTHING)
         one, other = there.settings.get(key, default), now.get(key, default)
         if one is _NOTHING or other is _NOTHING or one != other:
-            lines.append(f"{key}: {_shown(one)} there, {_shown(other)} now")
-    return lines
+            changes.append((key, _shown(one), _shown(other)))
+    return changes
 
 
 def origin_differences(there: RunRecord, now: RunRecord) -> list[str]:
