@@ -8,7 +8,7 @@ from rich.console import Console
 
 from configs.digits import get_config
 from soft_jax.config import from_config_dict
-from soft_jax.experiment import display, loop
+from soft_jax.experiment import display, loop, sweep
 from soft_jax.experiment import run as run_lib
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.display import Display
@@ -127,6 +127,25 @@ def test_a_run_shows_each_of_its_phases_and_a_line_a_task(tmp_path, log_file, mo
     for row, manifest in zip(rows, manifests, strict=True):
         assert f"  {', '.join(manifest.class_names)}  " in row
     assert max(map(len, text.splitlines()[2:])) <= 80  # the folder's name may be longer
+
+
+@pytest.mark.usefixtures("digits", "fast_compile", "untrained")
+def test_a_sweep_shows_the_phases_of_its_runs_and_no_figure_of_test_images(
+    tmp_path, log_file, monkeypatch
+):
+    """Whoever chooses by validation images must not have seen the others."""
+    monkeypatch.setattr(display, "EVERY", -1.0)  # every line is printed
+    config = tiny_config(method="head", tasks=2, prototype_features=20, validation=0.2)
+    points = sweep.plan(config, ["epochs=3"], None, tmp_path)
+    log_file.width = 200
+    (result,) = sweep.run(points, None, log_file)
+    text = printed(log_file)
+    for task in (1, 2):
+        shown = [line for line in text.splitlines() if line.startswith(f"task {task} of 2: ")]
+        for phase in ("compiling", "training, 1 of 4", "evaluating test images", "saving"):
+            assert any(phase in line for line in shown), phase
+    assert text.index("loading the images") < text.index("loading the backbone")
+    assert re.findall(r"\d+\.\d+", text) == [f"{result.figure.accuracy:.2f}"]
 
 
 @pytest.mark.parametrize("method", ["dualprompt+softtf", "dualprompt", "l2p+softtf", "head", "bic"])

@@ -119,7 +119,7 @@ def workplace(backbone, tmp_path_factory):
                 shutil.copytree(workdir, Path("runs") / copy)
         return first[0] if first else []
 
-    def finished(runs, console, of_run=None):
+    def finished(runs, console, figures=True):
         trained.extend(each.config for each in runs)
         return [first[0] for _ in runs]
 

@@ -38,6 +38,7 @@ def run(
     console: Console | None = None,
     dataset: sources.Dataset | None = None,
     hooks: Hooks | None = None,
+    figures: bool = True,
 ) -> list[TaskManifest]:
     """Train and evaluate every task that `workdir` does not hold yet.
 
@@ -47,6 +48,8 @@ def run(
         console: where progress is printed; None: the terminal.
         dataset: `config`'s as `sources.load` gives it, for a caller who has it; None: it is loaded.
         hooks: functions to call on the way.
+        figures: whether `console` shows what the run reached on test images: a line after each task
+            and the report at the end. The report's files have it in any case.
 
     Returns:
         The manifests of all tasks.
@@ -66,13 +69,14 @@ def run(
         prepared = prepare(config, store, console, stop, dataset=dataset, hooks=hooks)
         with trackers_lib.opened(config, store.root, store.record) as trackers, _memory_named():
             run = dataclasses.replace(prepared, log=trackers.curves, display=display)
-            manifests = _run_tasks(run, trackers)
-    report.show(console, config.benchmark, manifests)
-    console.print(f"Report: {store.root / 'report.md'}")
+            manifests = _run_tasks(run, trackers, figures)
+    if figures:
+        report.show(console, config.benchmark, manifests)
+        console.print(f"Report: {store.root / 'report.md'}")
     return manifests
 
 
-def _run_tasks(run: Run, trackers: trackers_lib.Trackers) -> list[TaskManifest]:
+def _run_tasks(run: Run, trackers: trackers_lib.Trackers, figures: bool) -> list[TaskManifest]:
     scenario, bank = run.scenario, TaskBank(run)
     run.display.begin("taking in the finished tasks")
     shared = run.initial_shared()
@@ -89,9 +93,10 @@ def _run_tasks(run: Run, trackers: trackers_lib.Trackers) -> list[TaskManifest]:
             manifest, shared, memory = _learn_task(run, bank, task, shared, memory)
             manifests.append(manifest)
             add(manifest)
-            if task == finished:
-                run.console.print(f"\n{table.heading}", highlight=False)
-            run.console.print(table.line(manifest), highlight=False)
+            if figures:
+                if task == finished:
+                    run.console.print(f"\n{table.heading}", highlight=False)
+                run.console.print(table.line(manifest), highlight=False)
         run.display.begin("writing the report")
     return manifests
 
@@ -229,7 +234,7 @@ def _reviewed(run: Run, task: int, memory: pytrees.Tree, shared: Shared) -> rehe
     rows = np.concatenate([rehearsal.all_rows_of(memory), candidates])
     features = run.features(rows, shared["weights"]).astype(np.float32)
     head = {"head": jax.tree.map(np.asarray, shared["head"])}
-    logits = np.asarray(run.method.head(head, features))
+    logits = np.asarray(run.method.head(shared["weights"], head, features))
     mask = run.scenario.class_mask(task)
     return rehearsal.Reviewed(rows, labels[rows], features, logits, mask, seen)
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from soft_jax.config import DEFAULTS, Config
 from soft_jax.errors import UserError
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.experiment.display import Display
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
@@ -75,13 +76,13 @@ def finished(planned: PlannedRun) -> list[TaskManifest] | None:
 
 
 def run(
-    planned: Sequence[PlannedRun], console: Console, of_run: Console | None = None
+    planned: Sequence[PlannedRun], console: Console, figures: bool = True
 ) -> Iterator[list[TaskManifest] | UserError]:
     """Yield the manifests of each run, or what was wrong with it.
 
     Runs that are not finished are run, or continued. One data set is held at a time, and seeds of
-    one method share its compiled programs. `console` shows which run it is and what was wrong,
-    `of_run` what the run says of itself; it is `console` too where none is given.
+    one method share its compiled programs. `console` shows which run it is, how far it is and what
+    was wrong; with `figures` also what it reached on test images.
 
     Raises Preempted after a signal to stop.
     """
@@ -92,7 +93,9 @@ def run(
     @functools.lru_cache(maxsize=1)
     def load(name: str, folder: str) -> sources.Dataset | UserError:
         try:
-            return sources.load(name, folder)
+            with Display(console) as display:
+                display.begin("loading the images")
+                return sources.load(name, folder)
         except UserError as error:  # what can't be had is not tried for again
             return error
 
@@ -105,7 +108,7 @@ def run(
                 dataset = load(config.dataset, config.data_dir)
                 if isinstance(dataset, UserError):
                     raise dataset
-                manifests = loop.run(config, each.folder, of_run or console, dataset)
+                manifests = loop.run(config, each.folder, console, dataset, figures=figures)
             outcome = manifests
         except UserError as error:  # hours of other runs may be before and behind it
             console.print(f"error: {error}")

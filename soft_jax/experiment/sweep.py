@@ -149,13 +149,12 @@ def _check_protocol(config: Config, protocol: str | None) -> None:
 def run(points: Sequence[Point], protocol: str | None, console: Console) -> list[Result]:
     """Run what is missing, and return what became of each point, in order.
 
-    Of a run that is not finished, `console` shows its validation figure when it is, and nothing of
-    the test images. Raises Preempted after a signal to stop, and UserError where a run does not
-    have the protocol.
+    `console` shows how far a run is and its validation figure when it is finished, and no figure of
+    test images. Raises Preempted after a signal to stop, and UserError where a run does not have
+    the protocol.
     """
-    quiet, planned = Console(quiet=True), [point.run for point in points]
     results = []
-    outcomes = planned_lib.run(planned, console, of_run=quiet)
+    outcomes = planned_lib.run([point.run for point in points], console, figures=False)
     for point, outcome in zip(points, outcomes, strict=True):
         if isinstance(outcome, UserError):
             results.append(Result(point, None, outcome))
