@@ -140,7 +140,7 @@ class Requests:
         # Keys towards single images, so that tasks share the images out.
         keys = (query.astype(np.float32) - query.mean(axis=0))[np.arange(count) % len(query)]
         classes, settings = method.num_classes, Config(prototype_features=FEATURES)
-        projection = prototypes.projection(settings.seed, method.architecture.dim, FEATURES)
+        projection = prototypes.projection(settings.seed, method.architecture.feature_dim, FEATURES)
         drawn = np.random.default_rng(1).normal(0, 1e-2, (FEATURES, classes)).astype(np.float32)
         classifier = prototypes.Classifier(projection, drawn, np.ones(classes, bool))
         rows = {"key": keys, "prompt": np.stack([a["prompt"] for a in self.adapters])}

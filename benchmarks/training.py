@@ -175,7 +175,7 @@ class Steps:
         )
         self.pool = {"images": images, "labels": labels}
         if cache_queries:
-            query = rng.normal(size=(5000, architecture.dim))
+            query = rng.normal(size=(5000, architecture.feature_dim))
             self.pool["query"] = query.astype(architecture.dtype)
         self.on_device = jax.device_put(self.pool, self.whole)
         self.sampler = batches.BatchSampler(0, 0, 5000, 1000, arguments.batch, self.mesh.size)

@@ -146,9 +146,8 @@ class ToyModule(nn.Module):
         self.patches = nn.Conv(DIM, (4, 4), (4, 4), padding="VALID")
         self.blocks = [ToyBlock() for _ in range(2)]
 
-    def embed(self, images, prompts=None):
-        tokens = self.patches(images).reshape(len(images), -1, DIM)
-        return tokens if prompts is None else jnp.concatenate([prompts, tokens], axis=1)
+    def embed(self, images):
+        return self.patches(images).reshape(len(images), -1, DIM)
 
     def run_blocks(self, tokens, prefix=None, start=0, stop=None, prompts=0):
         for layer in range(2)[start:stop]:
@@ -177,7 +176,7 @@ class ToyFamily(Architecture):
     def module(self):
         return ToyModule()
 
-    def block_path(self, layer):
+    def block_path(self, layer, tower="vision"):
         return f"blocks_{layer}"
 
     def layer_of(self, path):
@@ -186,13 +185,13 @@ class ToyFamily(Architecture):
     def query_layer(self, path):
         return None
 
-    def bottleneck_widths(self, layer):
+    def bottleneck_widths(self, layer, tower="vision"):
         return {}
 
     def init_classifier(self, key, class_names):
         return {"directions": jax.random.normal(key, (len(class_names), DIM), jnp.float32)}
 
-    def classify(self, classifier, features):
+    def classify(self, params, classifier, features):
         directions = classifier["directions"]
         norms = jnp.linalg.norm(directions, axis=1) * 10
         return features @ directions.T / norms[None]

@@ -162,7 +162,7 @@ def test_icarl_classifies_by_the_nearest_mean_and_trains_its_own_classifier(back
         queries[:, None] / np.linalg.norm(queries, axis=1)[:, None, None] - means, axis=2
     ).argmin(axis=1)
     np.testing.assert_array_equal(
-        np.asarray(method.head(served, queries))[:, :4].argmax(axis=1), nearest
+        np.asarray(method.head(backbone, served, queries))[:, :4].argmax(axis=1), nearest
     )
     recalled, start = way.before_task(memory, served)
     for network in (recalled["shared"], start):  # distilled from, and trained on
@@ -178,7 +178,7 @@ def test_a_class_without_images(backbone, rng):
     known = reviewed(rng, [0, 1, 3] * 10, new=[0, 1, 2, 3])
     memory, served = way.update_buffer(way.init(method, shared), shared, known)
     assert np.bincount(known.labels[rehearsal.rows_of(memory)]).tolist() == [2, 2, 0, 2]
-    logits = np.asarray(method.head(served, rng.normal(size=(50, 24)).astype(np.float32)))
+    logits = np.asarray(method.head(backbone, served, rng.normal(size=(50, 24)).astype(np.float32)))
     assert (logits[:, [2, 4, 5]] == -np.inf).all()
     assert np.isfinite(logits[:, [0, 1, 3]]).all()
     method, shared = whole(way := rehearsal.DERpp(buffer_size=8), backbone)
@@ -209,7 +209,7 @@ def test_bic_finds_the_bias_and_corrects_the_classifier_with_it(backbone, rng):
     memory = way.init(method, shared) | {"seen": ~new}
     memory, served = way.update_buffer(memory, shared, known)
     features = rng.normal(size=(7, 24)).astype(np.float32)
-    before, after = (np.asarray(method.head(part, features)) for part in (shared, served))
+    before, after = (np.asarray(method.head(backbone, part, features)) for part in (shared, served))
     np.testing.assert_allclose(after[:, :4], before[:, :4], rtol=1e-6)
     validation = rehearsal.all_rows_of({"rows": memory["validation"]})
     alpha, beta = rehearsal.bias(known, validation)

@@ -218,7 +218,7 @@ class Run:
         }
         if self.step_config.cache_queries:
             architecture = method.architecture
-            batch["query"] = like((rows, architecture.dim), architecture.dtype)
+            batch["query"] = like((rows, architecture.feature_dim), architecture.dtype)
         for name, column in method.columns.items():
             batch[name] = like((rows, *column.shape), column.dtype)
         step = train_step.compile_step(self.step_config, self.mesh)

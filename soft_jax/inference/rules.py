@@ -304,7 +304,7 @@ class _Regression(TaskIdentityRule):
     def from_config(cls, config: Config, method: Method) -> tuple[Self, ...]:
         """Make one rule where statistics are kept."""
         features = config.prototype_features
-        return (cls(config.seed, method.architecture.dim, features),) if features else ()
+        return (cls(config.seed, method.architecture.feature_dim, features),) if features else ()
 
     @property
     def statistics_name(self) -> str:

@@ -98,7 +98,7 @@ class PromptHost:
     # Pools only.
 
     def similarity(self, shared: pytrees.Tree, query: jax.Array) -> jax.Array:
-        """Return cos(q(x), k) of queries `[B, dim]` with the pool's keys: `[B, size]`."""
+        """Return cos(q(x), k), `[B, size]`, of queries `[B, feature_dim]` with the pool's keys."""
         raise NotImplementedError
 
     def select(self, similarity: jax.Array) -> jax.Array:
@@ -285,7 +285,7 @@ class L2P(PromptHost):
     """L2P (Wang et al., 2022): a pool of prompts, of which each image gets those nearest to q(x).
 
     They stand behind the [class] token; features are the mean of theirs. The shared part holds
-    `pool`: `{"key": [size, dim], "prompt": [size, length, dim]}`.
+    `pool`: `{"key": [size, feature_dim], "prompt": [size, length, dim]}`.
     """
 
     settings: ClassVar[tuple[str, ...]] = ("pool_size", "top_k", "e_prompt_length")
@@ -315,13 +315,13 @@ class L2P(PromptHost):
         """Draw the pool from U(-1, 1)."""
         key_key, prompt_key = jax.random.split(key)
         pool = {
-            "key": prompts.uniform(key_key, (self.size, architecture.dim)),
+            "key": prompts.uniform(key_key, (self.size, architecture.feature_dim)),
             "prompt": prompts.uniform(prompt_key, (self.size, self.length, architecture.dim)),
         }
         return {"pool": pool}
 
     def similarity(self, shared: pytrees.Tree, query: jax.Array) -> jax.Array:
-        """Return cos(q(x), k) of queries `[B, dim]` with the pool's keys: `[B, size]`."""
+        """Return cos(q(x), k), `[B, size]`, of queries `[B, feature_dim]` with the pool's keys."""
         keys = shared["pool"]["key"]
         return prompts.similarity(query.astype(keys.dtype), keys)
 

@@ -13,12 +13,12 @@ A config's `method` joins their names: "dualprompt+softtf", "l2p+pgp+softtf", "l
 the classifier alone, "ft" the whole network. Joint training, the upper bound of any method, is the
 method with one task of all classes. `registry` has the grammar.
 
-An adapter is a task's own pytree, `{"key": [dim], "prompt": [layers, 2, length, heads, head_dim],
-"mask": {...}}` ("prompt" for DualPrompt only; the last under the reparametrization's
+An adapter is a task's own pytree, `{"key": [feature_dim], "prompt": [layers, 2, length, heads,
+head_dim], "mask": {...}}` ("prompt" for DualPrompt only; the last under the reparametrization's
 `adapter_key`; empty where a method has nothing of a task's own). The shared part is trained by
-every task in turn: `{"head": {"kernel": [dim, classes], "bias": [classes]}}`, with "g_prompt" for
-DualPrompt, "pool" `{"key": [size, dim], "prompt": [size, length, dim]}` for L2P, and "weights", the
-whole backbone, where that is trained.
+every task in turn: `{"head": {"kernel": [feature_dim, classes], "bias": [classes]}}` or whatever
+classifier the backbone has, with "g_prompt" for DualPrompt, "pool" `{"key": [size, feature_dim],
+"prompt": [size, length, dim]}` for L2P, and "weights", the whole backbone, where that is trained.
 
 What a method forgets comes from two places. With the task given, from the shared part alone: the
 G-prompt, the pool, the weights; the classifier's columns of older classes only where those are
@@ -113,7 +113,7 @@ class Method:
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what is held of every task at once: its key and its E-prompt."""
         return {
-            "key": (self.architecture.dim,),
+            "key": (self.architecture.feature_dim,),
             "prompt": self.host.row_shape(self.architecture),
         }
 
@@ -200,7 +200,7 @@ class Method:
         return pytrees.count([own[name] for name in self.reparametrization.fixed if name in own])
 
     def query(self, backbone: pytrees.Tree, images: jax.Array) -> jax.Array:
-        """Return q(x) `[B, dim]` of images in [0, 1]: the frozen backbone's feature, no prompts."""
+        """Return q(x) `[B, feature_dim]` of images in [0, 1]: the frozen feature, no prompts."""
         return self.architecture.features(backbone, images)
 
     def select(self, shared: Shared, query: jax.Array) -> jax.Array:
@@ -222,7 +222,9 @@ class Method:
         if self.host.pools and selected is None:
             selected = self.select(shared, self.query(backbone, images))
         params, pool = self._whole(backbone, shared), self.host.tokens(shared, selected)
-        tokens = self.architecture.embed(params, images, pool)
+        tokens = self.architecture.embed(params, images)
+        if pool is not None:
+            tokens = self.architecture.insert_prompts(params, tokens, pool)
         prefix, stop = self.host.shared_prefix(shared), self.first_task_layer
         prompts = self.host.prompt_tokens
         return self.architecture.run_blocks(params, tokens, prefix, 0, stop, prompts)
@@ -251,11 +253,14 @@ class Method:
         params, prompts = self._whole(params, shared), self.host.prompt_tokens
         start = self.first_task_layer
         tokens = self.architecture.run_blocks(params, tokens, prefix, start, None, prompts)
-        return self.head(shared, self.architecture.pool(params, tokens, prompts))
+        return self.head(params, shared, self.architecture.pool(params, tokens, prompts))
 
-    def head(self, shared: Shared, features: jax.Array) -> jax.Array:
-        """Return logits `[B, classes]` in float32 or wider of features `[B, dim]`."""
-        return self.architecture.classify(shared["head"], features)
+    def head(self, params: pytrees.Tree, shared: Shared, features: jax.Array) -> jax.Array:
+        """Return logits `[B, classes]` in float32 or wider of features `[B, feature_dim]`.
+
+        `params` are those that the features were computed with.
+        """
+        return self.architecture.classify(params, shared["head"], features)
 
 
 def begin(initial: Adapter, previous: Adapter | None) -> Adapter:

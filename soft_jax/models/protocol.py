@@ -44,18 +44,30 @@ class Architecture(abc.ABC):
 
     # What every family has as a field or a property.
     image_size: int  # pixels along a side
-    dim: int  # width of a token, and of q(x)
+    dim: int  # width of an image's token; `feature_dim` is that of q(x)
     depth: int  # number of layers
     heads: int
     dtype: str  # of the computation; parameters keep their own
     preprocessing: ClassVar[Preprocessing] = Preprocessing()
     # Names that `target_modules` may join, and the dense layers of a block that each stands for.
     modules: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Whether there is a text encoder: `tokenize` and `encode_text`.
+    reads_text: ClassVar[bool] = False
 
     @property
     def head_dim(self) -> int:
         """Return the width of one attention head."""
         return self.dim // self.heads
+
+    @property
+    def feature_dim(self) -> int:
+        """Return the width of q(x) and of what `pool` returns."""
+        return self.dim
+
+    @property
+    def towers(self) -> Mapping[str, int]:
+        """Return the number of layers of each encoder by its name; "vision" reads the images."""
+        return {"vision": self.depth}
 
     # The network.
 
@@ -63,15 +75,20 @@ class Architecture(abc.ABC):
     def module(self) -> nn.Module:
         """Return the Flax module, which has the methods `embed`, `run_blocks` and `pool`."""
 
-    def embed(
-        self, params: pytrees.Tree, images: jax.Array, prompts: jax.Array | None = None
-    ) -> jax.Array:
-        """Embed images in [0, 1] `[B, H, W, 3]` as tokens `[B, 1 + P + patches, dim]`.
-
-        `prompts` `[B, P, dim]` stand behind the first token.
-        """
+    def embed(self, params: pytrees.Tree, images: jax.Array) -> jax.Array:
+        """Embed images in [0, 1] `[B, H, W, 3]` as tokens `[B, N, dim]`."""
         images = self.preprocessing.normalize(images)
-        return self.module().apply({"params": params}, images, prompts, method="embed")
+        return self.module().apply({"params": params}, images, method="embed")
+
+    def insert_prompts(
+        self, params: pytrees.Tree, tokens: jax.Array, prompts: jax.Array
+    ) -> jax.Array:
+        """Put `prompts` `[B or 1, P, dim]` behind the first of embedded tokens `[B, N, dim]`.
+
+        Returns `[B, N + P, dim]`. Prompts get no position; they are trained where they stand.
+        """
+        prompts = jnp.broadcast_to(prompts.astype(tokens.dtype), (len(tokens), *prompts.shape[1:]))
+        return jnp.concatenate([tokens[:, :1], prompts, tokens[:, 1:]], axis=1)
 
     def run_blocks(
         self,
@@ -93,28 +110,55 @@ class Architecture(abc.ABC):
         )
 
     def pool(self, params: pytrees.Tree, tokens: jax.Array, prompts: int = 0) -> jax.Array:
-        """Return features `[B, dim]` of the last layer's tokens; with `prompts`, those tokens'."""
+        """Return features `[B, feature_dim]` of the last layer's tokens.
+
+        With `prompts`, they are of the tokens of that many prompts.
+        """
         return self.module().apply({"params": params}, tokens, prompts, method="pool")
 
     def features(self, params: pytrees.Tree, images: jax.Array) -> jax.Array:
-        """Return q(x) `[B, dim]` of images in [0, 1] `[B, H, W, 3]`: no prompt, no mask."""
+        """Return q(x) `[B, feature_dim]` of images in [0, 1] `[B, H, W, 3]`: no prompt, no mask."""
         return self.pool(params, self.run_blocks(params, self.embed(params, images)))
+
+    # Text, where the family reads any.
+
+    def tokenize(self, texts: Sequence[str], context: int = 0) -> np.ndarray:
+        """Return token ids, int32 `[N, L]`, of texts with room for `context` vectors before each.
+
+        Raises NotImplementedError where `reads_text` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no text")
+
+    def encode_text(
+        self, params: pytrees.Tree, ids: jax.Array, contexts: jax.Array | None = None
+    ) -> jax.Array:
+        """Return text features `[N, feature_dim]`, not normalized, of token ids int `[N, L]`.
+
+        `contexts` `[N or 1, n, width]` stand in the places 1 to n, which `tokenize` has left free.
+        Raises NotImplementedError where `reads_text` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no text")
 
     # Addresses of layers.
 
     @abc.abstractmethod
-    def block_path(self, layer: int) -> str:
-        """Return the path of a layer's block in the parameter tree."""
+    def block_path(self, layer: int, tower: str = "vision") -> str:
+        """Return the path of a tower's layer in the parameter tree."""
 
     @abc.abstractmethod
     def layer_of(self, path: str) -> int | None:
-        """Return the layer that the parameter at `path` belongs to; None: to none of them."""
+        """Return the vision tower's layer that the parameter at `path` is of; None: of none."""
 
-    def kernel_paths(self, modules: Iterable[str], layers: Iterable[int]) -> tuple[str, ...]:
-        """Return the paths of the kernels of `modules` in `layers`. Biases are never among them."""
+    def kernel_paths(
+        self, modules: Iterable[str], layers: Iterable[int], tower: str = "vision"
+    ) -> tuple[str, ...]:
+        """Return the paths of the kernels of `modules` in a tower's `layers`.
+
+        Biases are never among them.
+        """
         names = [name for module in modules for name in self.modules[module]]
         return tuple(
-            f"{self.block_path(layer)}/{name}/kernel" for layer in layers for name in names
+            f"{self.block_path(layer, tower)}/{name}/kernel" for layer in layers for name in names
         )
 
     def fused(self, path: str) -> int:
@@ -129,18 +173,23 @@ class Architecture(abc.ABC):
         """
 
     @abc.abstractmethod
-    def bottleneck_widths(self, layer: int) -> dict[str, int]:
-        """Return where residual bottlenecks may stand in a layer: parameter path to width."""
+    def bottleneck_widths(self, layer: int, tower: str = "vision") -> dict[str, int]:
+        """Return where residual bottlenecks may stand in a tower's layer: path to width."""
 
     # The classifier, which belongs to the family.
 
     def init_classifier(self, key: jax.Array, class_names: Sequence[str]) -> pytrees.Tree:
         """Draw a classifier over `class_names` as timm does: N(0, 0.02²), bias 0."""
-        kernel = 0.02 * jax.random.normal(key, (self.dim, len(class_names)), jnp.float32)
+        kernel = 0.02 * jax.random.normal(key, (self.feature_dim, len(class_names)), jnp.float32)
         return {"kernel": kernel, "bias": jnp.zeros((len(class_names),), jnp.float32)}
 
-    def classify(self, classifier: pytrees.Tree, features: jax.Array) -> jax.Array:
-        """Return logits `[B, classes]` in float32 or wider of features `[B, dim]`."""
+    def classify(
+        self, params: pytrees.Tree, classifier: pytrees.Tree, features: jax.Array
+    ) -> jax.Array:
+        """Return logits `[B, classes]` in float32 or wider of features `[B, feature_dim]`.
+
+        `params` are those that the features were computed with.
+        """
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         kernel, bias = classifier["kernel"], classifier["bias"]
         return jnp.matmul(features, kernel, precision="highest") + bias[None]

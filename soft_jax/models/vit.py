@@ -59,8 +59,8 @@ class ViTConfig(Architecture):
         """Return the Flax module."""
         return ViT(self)
 
-    def block_path(self, layer: int) -> str:
-        """Return the path of a layer's block, such as "blocks_3"."""
+    def block_path(self, layer: int, tower: str = "vision") -> str:
+        """Return the path of a layer's block, such as "blocks_3"; there is one tower."""
         return f"blocks_{layer}"
 
     def layer_of(self, path: str) -> int | None:
@@ -76,9 +76,9 @@ class ViTConfig(Architecture):
         """Return the layer of a fused qkv product."""
         return self.layer_of("/".join(path)) if tuple(path[-2:]) == ("attn", "qkv") else None
 
-    def bottleneck_widths(self, layer: int) -> dict[str, int]:
+    def bottleneck_widths(self, layer: int, tower: str = "vision") -> dict[str, int]:
         """Return the places behind fc1 and behind fc2, where `Mlp` looks for them."""
-        mlp = f"{self.block_path(layer)}/mlp"
+        mlp = f"{self.block_path(layer, tower)}/mlp"
         return {f"{mlp}/adapter1": self.mlp_dim, f"{mlp}/adapter2": self.dim}
 
     def convert(self, arrays: Mapping[str, np.ndarray]) -> tuple[pytrees.Tree, tuple[str, ...]]:
@@ -214,11 +214,10 @@ class ViT(nn.Module):
         self.blocks = [Block(c) for _ in range(c.depth)]
         self.norm = _layer_norm(c, "norm")
 
-    def embed(self, images: jax.Array, prompts: jax.Array | None = None) -> jax.Array:
-        """Embed images in [0, 1] `[B, H, W, 3]` as tokens `[B, 1 + prompts + patches, dim]`.
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Embed normalized images `[B, H, W, 3]` as tokens `[B, 1 + patches, dim]`.
 
-        Tokens are the [class] token, `prompts` `[B, P, dim]`, and the patches, in this order.
-        Prompts get no position; they are trained where they stand.
+        The first is the [class] token.
         """
         c = self.config
         with jax.default_matmul_precision(_precision(c)):
@@ -226,10 +225,7 @@ class ViT(nn.Module):
                 images.shape[0], c.grid**2, c.dim
             )
         cls = jnp.broadcast_to(self.cls_token.astype(c.dtype), (images.shape[0], 1, c.dim))
-        tokens = jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
-        if prompts is None:
-            return tokens
-        return jnp.concatenate([tokens[:, :1], prompts.astype(c.dtype), tokens[:, 1:]], axis=1)
+        return jnp.concatenate([cls, patches], axis=1) + self.pos_embed.astype(c.dtype)
 
     def run_blocks(
         self,
@@ -268,7 +264,7 @@ class ViT(nn.Module):
         )
 
     def __call__(self, images: jax.Array, prefix: Prefix | None = None) -> jax.Array:
-        """Return the features `[B, dim]` of images in [0, 1] `[B, H, W, 3]`."""
+        """Return the features `[B, dim]` of normalized images `[B, H, W, 3]`."""
         return self.pool(self.run_blocks(self.embed(images), prefix))
 
 
