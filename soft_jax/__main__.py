@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from soft_jax.cache import COMPILED
 from soft_jax.errors import UserError
@@ -76,6 +77,23 @@ def console(argv: Sequence[str] | None = None) -> None:
     sys.exit(main(argv))
 
 
+class _Once(argparse.Action):
+    """Takes an argument's value, and of a flag refuses a second one."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._given: list[Any] = []
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        from soft_jax import commands
+
+        self._given.append(values)
+        flag = (self.option_strings or [self.dest])[0]
+        setattr(namespace, self.dest, commands.the_only(flag, self._given))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="soft-jax", description="Train a continual learner, use it, or compare runs."
@@ -107,6 +125,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "probability, and the task whose network answered where it is another one. Tasks are "
         "counted from 1 everywhere. How images find their tasks is printed on the error output.",
     )
+    predict.register("action", None, _Once)
     predict.add_argument("workdir", help="the folder that the run was trained in")
     predict.add_argument(
         "images", nargs="+", help="image files; a folder stands for all in it and below"
@@ -152,6 +171,7 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         description="Run what is missing of a table, continue what was cut off, and print it with "
         "the published figures.",
     )
+    table.register("action", None, _Once)
     table.add_argument("table", help="its number, or one of our own: methods, layers, weights")
     table.add_argument(
         "--workdir",

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 # The flags of `train` and of `sweep`, and what they mean.
 CONFIG_FLAG = (
     "The run's settings: a file, or the name of one that comes along (digits, vit_cil, table), "
-    "with variants by argument (vit_cil:tasks=20); any field by --config.field=value. Default: "
-    "digits."
+    "with variants by argument (vit_cil:tasks=20); any field by --config.field=value, which goes "
+    "before the file and its argument. Default: digits."
 )
 TRAIN_FLAGS = {
     "config": CONFIG_FLAG,
@@ -173,8 +173,8 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
     values = flags.FlagValues()  # its own: a program may read flags more than once
     for flag, meaning in known.items():
         if flag != "config":
-            define = flags.DEFINE_multi_string if flag == "set" else flags.DEFINE_string
-            define(flag, None, meaning, flag_values=values)
+            # Several, so that a second one is seen.
+            flags.DEFINE_multi_string(flag, None, meaning, flag_values=values)
     try:
         argv = ["", f"--config={find_config(name)}", *overrides, *rest]
         # Defining it reads the file and the overrides of its fields.
@@ -192,16 +192,28 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
     if left[1:]:
         flag_names = ", ".join(f"--{flag}" for flag in known)
         raise UserError(f"unexpected argument {left[1]!r}; flags are {flag_names}")
-    config = from_config_dict(values.config)
-    return _Flags(config, name, fields, {flag: values[flag].value for flag in known})
+    given = {flag: values[flag].value for flag in known if flag != "config"}
+    for flag, texts in given.items():
+        if flag != "set" and texts is not None:
+            given[flag] = the_only(f"--{flag}", texts)
+    return _Flags(from_config_dict(values.config), name, fields, given)
+
+
+def the_only(flag: str, texts: Sequence[str]) -> str:
+    """Return the text that a flag was given. Raises UserError where there are several."""
+    if len(texts) > 1:
+        first, second = (repr(text[:_SHOWN]) for text in texts[:2])
+        raise UserError(f"{flag} is given twice, as {first} and as {second}; give it once")
+    return texts[0]
 
 
 def _split(argv: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     """Take the config out of the flags: its name, the texts of its fields, and all other flags.
 
-    Raises UserError for a field that there isn't, naming the nearest.
+    Raises UserError for a field that there isn't, naming the nearest, and for what is set twice.
     """
-    name, fields, rest = "digits", {}, []
+    names, fields, rest = [], {}, []
+    set_by: dict[str, str] = {}
     arguments = iter(argv)
     for argument in arguments:
         found = re.fullmatch(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", argument, re.DOTALL)
@@ -218,10 +230,21 @@ def _split(argv: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
         if text is None or (negated and not isinstance(DEFAULTS[field], bool)):
             raise UserError(f"{argument}: write --config{'.' + field if field else ''}=VALUE")
         if field is None:
-            name = text
-        else:
-            fields[field] = text
-    return name, fields, rest
+            names.append(text)
+            continue
+        if field in fields:
+            the_only(f"--config.{field}", [fields[field], text])
+        for each in _fields_of(field):
+            if each in set_by:
+                raise UserError(f"--config.{set_by[each]} and --config.{field} both set {each}")
+            set_by[each] = field
+        fields[field] = text
+    return the_only("--config", names or ["digits"]), fields, rest
+
+
+def _fields_of(name: str) -> tuple[str, ...]:
+    """Return the fields that a flag `--config.NAME` sets."""
+    return ("e_prompt_layers", "mask_layers") if name == "layers" else (name,)
 
 
 def _as_flags(field: str, text: str) -> list[str]:
@@ -238,8 +261,7 @@ def _as_flags(field: str, text: str) -> list[str]:
                 for name, value in parse_argument(f"{field}={text}").items()
             }
         except UserError:  # "10,11,12", or nothing that can be read
-            names = ("e_prompt_layers", "mask_layers") if field == "layers" else (field,)
-            settings = dict.fromkeys(names, text)
+            settings = dict.fromkeys(_fields_of(field), text)
     for name, each in settings.items():
         try:
             check_flag(name, each)
@@ -503,7 +525,8 @@ def sweep(argv: Sequence[str]) -> int:
 
 def _train_words(given: _Flags, chosen: Mapping[str, str]) -> list[str]:
     """Return the flags that train a run with the `chosen` settings on all training images."""
-    fields = {**given.overrides, **chosen, "validation": "0"}
+    flags = {**given.overrides, **chosen, "validation": "0"}
+    fields = {field: text for name, text in flags.items() for field in _fields_of(name)}
     return [f"--config={given.name}", *(f"--config.{name}={text}" for name, text in fields.items())]
 
 

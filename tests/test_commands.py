@@ -94,7 +94,7 @@ def test_an_installed_package_finds_its_own_configs(tmp_path, monkeypatch):
     [
         ["--config=vit_cil:tasks=20", "--config.epochs=3"],
         ["--config", "vit_cil:tasks=20", "--config.epochs", "3"],
-        ["--config.epochs=2", "-config.epochs=3", "--config=vit_cil:tasks=20"],  # the last counts
+        ["-config.epochs=3", "--config=vit_cil:tasks=20,epochs=2"],  # before the argument's
     ],
 )
 def test_flags_are_those_of_the_call(arguments):
@@ -144,6 +144,25 @@ def test_flags_are_read_twice_in_one_program():
     assert [read_config("--config=digits:epochs=3").epochs for _ in range(2)] == [3, 3]
 
 
+@reads_a_config
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir=a", "--workdir=b"], "--workdir is given twice, as 'a' and as 'b'"),
+        (["--config=digits", "--config", "vit_cil"], "--config is given twice, as 'digits' and as"),
+        (["--config.flip", "--noconfig.flip"], "--config.flip is given twice, as 'true' and as 'f"),
+        (["--config.seed=1", "--config.seed=1"], "--config.seed is given twice, as '1' and as '1'"),
+        (
+            ["--config.layers=3", "--config.mask_layers=4"],
+            "--config.layers and --config.mask_layers both set mask_layers",
+        ),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_refused(flags, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        read_config(*flags)
+
+
 def test_help_for_train_names_its_flags_and_every_setting():
     done = python("-m", "soft_jax", "train", "--help")
     assert done.returncode == 0, done.stderr
@@ -184,6 +203,11 @@ def test_all_that_is_installed_is_listed():
         (["train", "--config.mask_layers=3-x"], 1, "is not one or more whole numbers, such as 10-"),
         (["train", "--config.layers=3-x"], 1, "flag --config.layers=3-x: '3-x' is not one or more"),
         (["train", "--config.epochs"], 1, "error: --config.epochs: write --config.epochs=VALUE"),
+        (
+            ["train", "--config.tasks=5", "--config.tasks", "2"],
+            1,
+            "error: --config.tasks is given twice, as '5' and as '2'; give it once",
+        ),
         (["train", "--config=gs://b/c.py"], 1, "--config: file: 'gs://b/c.py' is a URL"),
         (["train", "--workdir=gs://b/run"], 1, "error: --workdir: 'gs://b/run' is a URL"),
         (["sweep", "--config.epoch=3"], 1, "setting 'epoch' is unknown; did you mean 'epochs'?"),
@@ -381,6 +405,7 @@ def test_tasks_are_given_counted_from_1(predict):
         (["--task=²"], "--task: '²' is not a whole number from 1 on"),
         (["--top=0"], "--top: '0' is not a whole number from 1 on"),
         (["--json", "--csv"], "--json, --csv: take one of them"),
+        (["--top=1", "--top=2"], "--top is given twice, as '1' and as '2'; give it once"),
         (["--task-id=oracle"], "--task-id: 'oracle' needs --task, the task of all images"),
         (["--backbone-path=gs://b/x.npz"], "--backbone-path: 'gs://b/x.npz' is a URL"),
     ],

@@ -159,6 +159,16 @@ def test_the_table_is_sorted_and_its_best_row_is_a_command(world):
     assert (config.clip_norm, config.validation) == (2.0, 0.0)
 
 
+def test_the_command_of_the_best_row_sets_nothing_twice(world):
+    """`layers` are two settings, of which a sweep may choose one."""
+    _, printed = swept(
+        "--config.layers=3-5", "--set=mask_layers=2", outcomes=[[manifest(**{PROMPT: 30})]], **world
+    )
+    (command,) = re.findall("^    (soft-jax train .*)", printed.out, re.MULTILINE)
+    config = commands._read_flags(shlex.split(command)[2:], commands.TRAIN_FLAGS).config
+    assert (config.e_prompt_layers, config.mask_layers) == ((3, 4, 5), (2,))
+
+
 def test_a_share_that_nobody_asked_for_is_said(world):
     outcomes = [[manifest(**{PROMPT: 30})]]
     _, printed = swept("--set=epochs=1", outcomes=outcomes, **world)
