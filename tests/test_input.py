@@ -24,7 +24,7 @@ from PIL import Image
 from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.data import cifar100, images, preparation, scenarios, sources
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 
 
 def write(path, level=0, size=(8, 8)):
@@ -714,7 +714,7 @@ def test_a_download_can_be_stopped(tmp_path, proxy):
 
     thread = threading.Thread(target=answer)
     thread.start()
-    with pytest.raises(preparation.Stopped):
+    with pytest.raises(Stopped):
         sources.load("cifar100", str(tmp_path), stop)
     thread.join()  # the connection is closed
     assert b"".join(asked).startswith(b"CONNECT www.cs.toronto.edu:443")

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from soft_jax import pytrees
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 from soft_jax.models import backbones, vit_checkpoints
 from soft_jax.models.vit import ViTConfig
 from tests.conftest import TINY
@@ -354,6 +354,17 @@ def test_ctrl_c_ends_a_download(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones._Transfer, "finish", finish)
     with pytest.raises(KeyboardInterrupt):
         backbones.load("vit_far")
+    assert not Hub.go_on.is_set()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_download_can_be_stopped(hub, tmp_path, monkeypatch):
+    """As a signal to a run does it: at once, and no partial file stays."""
+    change_far(monkeypatch, url=f"{hub}/stalled")
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(Stopped):
+        backbones.load("vit_far", stop=stop)
     assert not Hub.go_on.is_set()
     assert list((tmp_path / "cache").iterdir()) == []
 

@@ -14,6 +14,8 @@ import threading
 from typing import Any
 from urllib.parse import urlsplit
 
+from soft_jax.errors import Stopped
+
 FIRST_ANSWER = 15.0  # seconds that a host has for its first answer
 SILENCE = 60.0  # seconds that it may be silent later
 POLL = 0.2  # seconds between looks at the process, and at whether it shall stop
@@ -21,10 +23,6 @@ POLL = 0.2  # seconds between looks at the process, and at whether it shall stop
 
 class PreparationError(Exception):
     """What went wrong in the other process: its exception's type and first line."""
-
-
-class Stopped(Exception):
-    """Loading was stopped by the caller's event; what was downloaded whole is kept."""
 
 
 def in_another_process(name: str, data_dir: str, stop: threading.Event | None = None) -> None:

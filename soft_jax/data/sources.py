@@ -25,7 +25,7 @@ from soft_jax import paths, pytrees
 from soft_jax.data import images as images_lib
 from soft_jax.data import preparation, scenarios
 from soft_jax.data.augmentation import prepare_test
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -180,7 +180,7 @@ def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> 
 
     Raises:
         UserError: there is no such set, it is neither prepared nor can be, or it does not fit.
-        preparation.Stopped: `stop` was set during a download.
+        Stopped: `stop` was set during a download.
     """
     return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir, stop)
 
@@ -566,7 +566,7 @@ def _prepare(
     """Download and prepare a set: by another process if it comes with TFDS, else in this one.
 
     A set that is defined elsewhere is known here only, and `stop` is not looked at meanwhile.
-    Raises UserError where it can't be done, and preparation.Stopped.
+    Raises UserError where it can't be done, and Stopped.
     """
     try:
         if type(builder).__module__.startswith("tensorflow_datasets."):
@@ -574,7 +574,7 @@ def _prepare(
         else:
             preparation.in_this_process(name, data_dir)
         return _builder(name, data_dir)
-    except (preparation.Stopped, UserError):
+    except (Stopped, UserError):
         raise
     except Exception as error:  # whatever TFDS, its download manager or a missing TensorFlow raises
         told = isinstance(error, preparation.PreparationError)

@@ -29,7 +29,7 @@ import safetensors
 
 from soft_jax import paths, pytrees
 from soft_jax.cache import CACHE
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 from soft_jax.models import timm_config, vit_checkpoints
 from soft_jax.models.protocol import Architecture
 from soft_jax.models.vit import ViTConfig
@@ -112,13 +112,20 @@ class Backbone:
     notes: tuple[str, ...] = ()
 
 
-def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32") -> Backbone:
+def load(
+    name: str,
+    path: str = "",
+    image_size: int = 0,
+    dtype: str = "float32",
+    stop: threading.Event | None = None,
+) -> Backbone:
     """Load backbone `name` for images of `image_size` pixels (0: its own size).
 
-    `path` is its file or the folder of it. Raises UserError when the file cannot be had, is
-    damaged, is not what it was at its first download, or does not fit the backbone.
+    `path` is its file or the folder of it; `stop` ends a download when it is set. Raises UserError
+    when the file cannot be had, is damaged, is not what it was at its first download, or does not
+    fit the backbone, and Stopped.
     """
-    file = locate(name, path)
+    file = locate(name, path, stop)
     try:
         raw = paths.read_bytes(file)
     except OSError as error:
@@ -147,12 +154,12 @@ def load(name: str, path: str = "", image_size: int = 0, dtype: str = "float32")
     return Backbone(name, architecture, params, fingerprint, left_out, notes)
 
 
-def locate(name: str, path: str = "") -> Path:
+def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Path:
     """Find the file of backbone `name`: `path`, a bundled or cached copy, or a download.
 
     `path`, a file or a folder, is taken if it is given; else the copy, and a download where there
-    is no copy. Raises UserError when `name` is unknown, there is no file at `path`, or the download
-    fails.
+    is no copy, which `stop` ends when it is set. Raises UserError when `name` is unknown, there is
+    no file at `path`, or the download fails, and Stopped.
     """
     source = BACKBONES.get(name)
     if path:
@@ -167,7 +174,7 @@ def locate(name: str, path: str = "") -> Path:
     if not source.url:
         return Path(str(resources.files("soft_jax") / "assets" / source.file))
     cached = CACHE / source.file
-    return cached if cached.is_file() else _download(source, cached)
+    return cached if cached.is_file() else _download(source, cached, stop)
 
 
 def _unknown(name: str) -> str:
@@ -310,12 +317,12 @@ def _from_npz(raw: bytes) -> dict[str, np.ndarray]:
 # Downloads.
 
 
-def _download(source: Source, target: Path) -> Path:
+def _download(source: Source, target: Path, stop: threading.Event | None) -> Path:
     partial = target.with_name(f"{target.name}.partial{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"Downloading {source.url} to {target}")
-        transfer = _Transfer(source.url, partial)
+        transfer = _Transfer(source.url, partial, stop)
         transfer.finish()
         _check_sha256(source, target, transfer.sha256, transfer.published_sha256)
         partial.replace(target)
@@ -368,19 +375,21 @@ class _Transfer(urllib.request.HTTPRedirectHandler):
     SHA-256 that the Hugging Face Hub gives with the one to its storage.
     """
 
-    def __init__(self, url: str, target: Path):
-        self.url, self.target = url, target
+    def __init__(self, url: str, target: Path, stop: threading.Event | None):
+        self.url, self.target, self._stop = url, target, stop
         self.sha256, self.published_sha256 = "", ""
         self._error: Exception | None = None
         self._heard, self._given_up = time.monotonic(), False
 
     def finish(self) -> None:
-        """Wait for the file. Raises OSError or HTTPException when it can't be had."""
+        """Wait for the file. Raises OSError or HTTPException when it can't be had, and Stopped."""
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
             while thread.is_alive():
                 thread.join(0.05)
+                if self._stop is not None and self._stop.is_set():
+                    raise Stopped
                 if thread.is_alive() and time.monotonic() - self._heard > PATIENCE:
                     raise TimeoutError(f"no answer for {PATIENCE:g} seconds")
         finally:
