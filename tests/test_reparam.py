@@ -10,7 +10,7 @@ from soft_jax import pytrees
 from soft_jax.config import Config
 from soft_jax.methods import low_rank, masks, registry
 from soft_jax.models.backbones import BACKBONES
-from soft_jax.models.vit import Mlp
+from soft_jax.models.transformer import Mlp
 from tests.conftest import TINY, soft_masks
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
