@@ -633,6 +633,21 @@ def test_grey_sets_of_tfds_are_read_in_colour(tmp_path, builder):
         assert there == set(range(count))
 
 
+def test_the_preparation_of_a_set_that_is_defined_here_can_be_stopped(tmp_path, monkeypatch):
+    stop, go_on = threading.Event(), threading.Event()
+
+    def generate(self, count):
+        stop.set()
+        go_on.wait(30)
+        raise KeyError  # it ends without having written anything
+
+    monkeypatch.setattr(TinyGrey, "_generate_examples", generate)
+    with pytest.raises(Stopped):
+        sources.load("tiny_grey", str(tmp_path), stop)
+    assert not go_on.is_set()
+    go_on.set()
+
+
 def test_grey_sets_do_not_hold_more_than_they_may(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "HELD_BYTES", 4 * 8 * 8 * 3 - 1)
     assert isinstance(sources.load("tiny_grey", str(tmp_path)).train, sources.EncodedImages)

@@ -1,7 +1,8 @@
 """TFDS sets that are not prepared yet: they are downloaded and prepared by a process of its own.
 
 That process can be ended at once, also while it waits for a network that does not answer. And
-TensorFlow, which most sets need for being prepared only, stays out of the process that trains.
+TensorFlow, which most sets need for being prepared only, stays out of the process that trains. Sets
+that only this process knows are prepared in it, by a thread.
 """
 
 import contextlib
@@ -51,11 +52,31 @@ def in_another_process(name: str, data_dir: str, stop: threading.Event | None = 
         raise PreparationError(report or f"the process ended with status {process.returncode}")
 
 
-def in_this_process(name: str, data_dir: str) -> None:
+def in_this_process(name: str, data_dir: str, stop: threading.Event | None = None) -> None:
     """Do what `in_another_process` does here, also for sets that are defined in this process.
 
-    Raises whatever TFDS, its download manager or a missing TensorFlow raises.
+    Raises whatever TFDS, its download manager or a missing TensorFlow raises, and Stopped. The
+    preparation can't be ended then: it goes on until the process ends.
     """
+    problems: list[Exception] = []
+
+    def prepare() -> None:
+        try:
+            _prepare(name, data_dir)
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=prepare, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        if stop is not None and stop.is_set():
+            raise Stopped
+        thread.join(POLL)
+    if problems:
+        raise problems[0]
+
+
+def _prepare(name: str, data_dir: str) -> None:
     import tensorflow_datasets as tfds
 
     if name == "cifar100":

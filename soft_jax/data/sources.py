@@ -565,14 +565,14 @@ def _prepare(
 ) -> "tfds.core.DatasetBuilder":
     """Download and prepare a set: by another process if it comes with TFDS, else in this one.
 
-    A set that is defined elsewhere is known here only, and `stop` is not looked at meanwhile.
-    Raises UserError where it can't be done, and Stopped.
+    A set that is defined elsewhere is known here only. Raises UserError where it can't be done, and
+    Stopped.
     """
     try:
         if type(builder).__module__.startswith("tensorflow_datasets."):
             preparation.in_another_process(name, data_dir, stop)
         else:
-            preparation.in_this_process(name, data_dir)
+            preparation.in_this_process(name, data_dir, stop)
         return _builder(name, data_dir)
     except (Stopped, UserError):
         raise
