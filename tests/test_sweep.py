@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import os
 import re
 import shlex
+import signal
 
 import pytest
 from rich.console import Console
@@ -12,8 +14,9 @@ from soft_jax import __main__ as command_line
 from soft_jax import commands
 from soft_jax.config import Config
 from soft_jax.data import sources
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 from soft_jax.experiment import loop, planned, sweep
+from soft_jax.experiment.stopping import Preempted
 from tests.manifests import manifest_of
 
 # ml_collections imports a config file in a way that Python will drop.
@@ -227,6 +230,25 @@ def test_only_what_is_not_finished_is_run(tmp_path, monkeypatch):
     assert [result.figure.accuracy for result in results] == [20.0, 40.0]
     assert "2 of 2: learning_rate=0.3" in output.getvalue()
     assert "learning_rate=0.3: 40.00 on validation images" in output.getvalue()
+
+
+@pytest.mark.parametrize("during", ["a download", "reading"])
+def test_a_signal_while_images_are_loaded_stops_the_sweep(tmp_path, monkeypatch, during):
+    """None of its runs begins, and the signal is told."""
+
+    def load(name, folder, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(10)
+        if during == "a download":
+            raise Stopped
+        return "the images"
+
+    monkeypatch.setattr(sources, "load", load)
+    monkeypatch.setattr(loop, "run", None)
+    points = sweep.plan(Config(), ["epochs=1,2"], None, tmp_path)
+    with pytest.raises(Preempted, match="Stopped while reading images; the same com") as stopped:
+        sweep.run(points, None, Console(quiet=True))
+    assert stopped.value.signum == signal.SIGTERM
 
 
 def test_equal_runs_stay_in_the_order_of_the_grid(tmp_path):

@@ -15,9 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from soft_jax.config import DEFAULTS, Config
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.display import Display
+from soft_jax.experiment.stopping import Preempted, stop_at_signals
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
@@ -92,12 +93,17 @@ def run(
 
     @functools.lru_cache(maxsize=1)
     def load(name: str, folder: str) -> sources.Dataset | UserError:
-        try:
-            with Display(console) as display:
-                display.begin("loading the images")
-                return sources.load(name, folder)
-        except UserError as error:  # what can't be had is not tried for again
-            return error
+        with stop_at_signals() as stop, Display(console) as display:
+            display.begin("loading the images")
+            try:
+                dataset = sources.load(name, folder, stop)
+            except UserError as error:  # what can't be had is not tried for again
+                dataset = error
+            except Stopped:
+                dataset = None
+            if stop.is_set():
+                raise Preempted("Stopped while reading images")
+        return dataset
 
     for number, each in enumerate(planned, 1):
         config = each.config
