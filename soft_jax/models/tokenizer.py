@@ -11,7 +11,7 @@ import html
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -37,8 +37,8 @@ TEMPLATES = (
 )
 
 _SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
-# CLIP's pattern. `re` has no \p{L} and \p{N}: here a letter or a digit is [^\W_], and `_words` parts
-# the digits. str.isalpha tells letters (categories L*) and str.isalnum adds digits (N*).
+# CLIP's pattern. `re` has no \p{L} and \p{N}: [^\W_] is a letter or a digit, and `_words` parts the
+# digits. str.isalpha tells letters (categories L*), and str.isalnum adds digits (N*).
 _WORDS = re.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\s\w]|_)+",
     re.IGNORECASE,
@@ -72,11 +72,13 @@ def encode(text: str) -> list[int]:
     """Return the ids of a text, without START and END.
 
     Upper and lower case, lengths of white space and HTML's character references make no
-    difference, as in CLIP. CLIP also lets ftfy mend the text first, which leaves ASCII without
-    control characters as it is. Of ftfy's changes this makes those that have one answer: NFC,
-    straight quotation marks, plain forms of wide and narrow letters and of Latin ligatures, and
-    no control characters. It doesn't guess the encoding that garbled text (`Ã©` for `é`) was read
-    in, leaves the rest of a terminal's color codes, and undoes two layers of character references.
+    difference, as in CLIP. CLIP also lets ftfy mend the text first, which changes nothing in plain
+    ASCII. Of what ftfy does, this makes the replacements that take no guess: NFC, straight
+    quotation marks, plain forms of wide and narrow letters and of Latin ligatures, U+FFFD for
+    surrogates, and no control characters. Not done, so that the ids may differ: garbled text
+    (`cafÃ©`, or U+0080 to U+009F) stays garbled, a terminal's color codes lose their escape
+    character alone, character references in capitals (`&EACUTE;`) and below two layers of `&amp;`
+    stay, `&rsquo;` is straight also where the text has a `<`, and the ligature `ﬅ` becomes `st`.
     """
     ids = []
     for word in _words(_clean(text)):
