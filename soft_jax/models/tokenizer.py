@@ -72,13 +72,14 @@ def encode(text: str) -> list[int]:
     """Return the ids of a text, without START and END.
 
     Upper and lower case, lengths of white space and HTML's character references make no
-    difference, as in CLIP. CLIP also lets ftfy mend the text first, which changes nothing in plain
-    ASCII. Of what ftfy does, this makes the replacements that take no guess: NFC, straight
-    quotation marks, plain forms of wide and narrow letters and of Latin ligatures, U+FFFD for
-    surrogates, and no control characters. Not done, so that the ids may differ: garbled text
-    (`cafÃ©`, or U+0080 to U+009F) stays garbled, a terminal's color codes lose their escape
-    character alone, character references in capitals (`&EACUTE;`) and below two layers of `&amp;`
-    stay, `&rsquo;` is straight also where the text has a `<`, and the ligature `ﬅ` becomes `st`.
+    difference, as in CLIP. CLIP also lets ftfy mend the text first, which changes nothing in ASCII
+    without `&` and control characters. Of what ftfy does, this makes the replacements that take no
+    guess: NFC, straight quotation marks, plain forms of wide and narrow letters and of Latin
+    ligatures, U+FFFD for surrogates, and no control characters. Not done, so that the ids may
+    differ: garbled text (`cafÃ©`, or U+0080 to U+009F) stays garbled, a terminal's color codes lose
+    their escape character alone, character references in capitals (`&EACUTE;`) and below two layers
+    of `&amp;` stay, `&rsquo;` is straight also where the text has a `<`, and the ligature `ﬅ`
+    becomes `st`.
     """
     ids = []
     for word in _words(_clean(text)):
