@@ -209,7 +209,7 @@ def test_a_bottleneck_is_the_published_residual(backbone, rng):
 
     hidden = residual("adapter1", dense("fc1", x))
     expected = residual("adapter2", dense("fc2", jax.nn.gelu(hidden, approximate=False)))
-    np.testing.assert_allclose(Mlp(TINY).apply(mlp, x), expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(Mlp(TINY.layer).apply(mlp, x), expected, rtol=1e-4, atol=1e-3)
     touched = {
         path.split("/")[0]
         for path in traverse_util.flatten_dict(kind.weights(backbone, own), sep="/")

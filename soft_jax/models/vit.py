@@ -18,7 +18,7 @@ import numpy as np
 from soft_jax import pytrees
 from soft_jax.models import vit_checkpoints
 from soft_jax.models.protocol import Architecture, Prefix, Preprocessing
-from soft_jax.models.transformer import Block, layer_norm, precision
+from soft_jax.models.transformer import Block, LayerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,11 @@ class ViTConfig(Architecture):
             )
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+
+    @property
+    def layer(self) -> LayerConfig:
+        """Return what its layers have in common."""
+        return LayerConfig(self.dim, self.heads, self.mlp_dim, self.dtype)
 
     def module(self) -> "ViT":
         """Return the Flax module."""
@@ -118,8 +123,8 @@ class ViT(nn.Module):
         self.pos_embed = self.param(
             "pos_embed", nn.initializers.normal(0.02), (1, c.grid**2 + 1, c.dim)
         )
-        self.blocks = [Block(c) for _ in range(c.depth)]
-        self.norm = layer_norm(c, "norm")
+        self.blocks = [Block(c.layer) for _ in range(c.depth)]
+        self.norm = c.layer.layer_norm("norm")
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Embed normalized images `[B, H, W, 3]` as tokens `[B, 1 + patches, dim]`.
@@ -127,7 +132,7 @@ class ViT(nn.Module):
         The first is the [class] token.
         """
         c = self.config
-        with jax.default_matmul_precision(precision(c)):
+        with jax.default_matmul_precision(c.layer.precision):
             patches = self.patch_embed(images.astype(c.dtype)).reshape(
                 images.shape[0], c.grid**2, c.dim
             )
@@ -149,7 +154,7 @@ class ViT(nn.Module):
         then values.
         """
         prefix = prefix or {}
-        with jax.default_matmul_precision(precision(self.config)):
+        with jax.default_matmul_precision(self.config.layer.precision):
             for layer in range(self.config.depth)[start:stop]:
                 # Nothing reads the other tokens of the last layer.
                 tokens = self.blocks[layer](
