@@ -43,6 +43,12 @@ RIVALS = {
         "DualPrompt-Adapter r=4",
     ),
     "Soft-TF": ("head", "LoRA r=4"),
+    "CLIP-Prompt-Soft-TF-L[10,11,12]": (
+        "CLIP-Prompt-WSN c=90%",
+        "CLIP-Prompt-SoftNet c=90%",
+        "CLIP-Prompt-LoRA r=4",
+        "CLIP-Prompt-Adapter r=4",
+    ),
 }
 
 # The protocols that two methods are compared under: rules that stand for the same with either.
@@ -241,9 +247,11 @@ def published_cell(figures: Mapping[str, Any] | None) -> str:
         return "–"
     if "train" in figures:
         return f"training {figures['train']} s, test {figures['test']} s on a {figures['device']}"
-    return " / ".join(
+    text = " / ".join(
         f"{figures[key]:.2f}" for key in ("accuracy", "forgetting") if figures.get(key) is not None
     )
+    again = figures.get("reproduced")
+    return f"{text} (reproduced {published_cell(again)})" if again else text
 
 
 def _without_lines(rows: Sequence[Row], failed: Mapping[int, UserError]) -> list[list[str]]:
@@ -352,11 +360,15 @@ def _best_and_worst(found: Found) -> list[str]:
     return text
 
 
+# What makes a row of a host one with masks, in the row's name.
+_SOFT_TF = re.compile(r"-Soft-TF(-L\[[\d,-]+\])?( q,k,v(,proj)?)?( (and )?in the text tower)?")
+
+
 def _comparisons(found: Found) -> list[str]:
     pairs = [
         (name, host)
         for name in dict.fromkeys(name for name, _ in found)
-        if (host := re.sub(r"-Soft-TF(-L\[[\d,]+\])?( q,k,v(,proj)?)?", "", name)) != name
+        if (host := _SOFT_TF.sub("", name)) != name
     ]
     pairs += [(one, other) for one, others in RIVALS.items() for other in others]
     return [
