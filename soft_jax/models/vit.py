@@ -108,6 +108,7 @@ class ViT(nn.Module):
     """
 
     config: ViTConfig
+    patch_bias: bool = True
 
     def setup(self):
         """Name the parameters: patch_embed, cls_token, pos_embed, blocks_0 and on, norm."""
@@ -117,6 +118,7 @@ class ViT(nn.Module):
             (c.patch_size, c.patch_size),
             (c.patch_size, c.patch_size),
             padding="VALID",
+            use_bias=self.patch_bias,
             dtype=c.dtype,
         )
         self.cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, c.dim))

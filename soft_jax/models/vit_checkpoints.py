@@ -16,11 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import pytrees
+from soft_jax.models.arrays import (
+    Taken,
+    at_least_float32,
+    check_values,
+    refuse_foreign,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from soft_jax.models.vit import ViTConfig
-
-FLOATS = tuple(np.dtype(kind) for kind in ("float32", "float16", jnp.bfloat16, "float64"))
 
 # Behind the features: the pre-trained classifier, what stands between it and the features, and the
 # classifier of a distillation token.
@@ -52,15 +57,15 @@ def convert(
     out. Raises ValueError naming an array that is missing, of the wrong shape or type, not finite,
     or of a model that computes something else.
     """
-    _refuse_foreign(arrays)
-    _check_values(arrays)
+    refuse_foreign(arrays, _FOREIGN, "ViT")
+    check_values(arrays)
     naming = _from_google if _is_google(arrays) else _from_timm
     leaves, used = naming(arrays, vit)
     left_out = sorted(set(arrays) - used)
     for key in left_out:
         if not _CLASSIFIER.match(key):
             raise ValueError(f"array {key!r} has no place in this ViT, and may change its features")
-    tree = pytrees.unflatten({path: _at_least_float32(leaf) for path, leaf in leaves.items()})
+    tree = pytrees.unflatten({path: at_least_float32(leaf) for path, leaf in leaves.items()})
     return tree, tuple(left_out)
 
 
@@ -68,56 +73,10 @@ def _is_google(arrays: Mapping[str, np.ndarray]) -> bool:
     return any(key.startswith("Transformer/") for key in arrays)
 
 
-def _refuse_foreign(arrays: Mapping[str, np.ndarray]) -> None:
-    for key in sorted(arrays):
-        for pattern, meaning in _FOREIGN.items():
-            if re.fullmatch(pattern, key):
-                raise ValueError(
-                    f"array {key!r} is {meaning}: the model computes something that this ViT does "
-                    "not, so take one without"
-                )
-
-
-def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError naming an array that is no array of finite floats, or is empty."""
-    for key, array in arrays.items():
-        if array.dtype.newbyteorder("=") not in FLOATS:
-            kinds = ", ".join(kind.name for kind in FLOATS)
-            raise ValueError(f"array {key!r} is of the type {array.dtype}, expected {kinds}")
-        if not array.size:
-            raise ValueError(f"array {key!r} is empty: its shape is {array.shape}")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is found
-            finite = np.isfinite(np.asarray(array, np.float32)).all()
-        if not finite:
-            raise ValueError(f"array {key!r} holds NaN or infinite numbers")
-
-
-def _at_least_float32(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, np.float64 if array.dtype == np.float64 else np.float32)
-
-
-class _Taken(dict):
-    """Arrays of a file, remembering which were asked for."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        super().__init__(arrays)
-        self.used: set[str] = set()
-
-    def __missing__(self, key: str):
-        raise ValueError(f"array {key!r} is missing")
-
-    def take(self, key: str, *shape: int) -> np.ndarray:
-        array = self[key]
-        self.used.add(key)
-        if array.shape != shape:
-            raise ValueError(f"array {key!r} is {array.shape}, expected {shape}")
-        return array
-
-
 def _from_timm(
     arrays: Mapping[str, np.ndarray], vit: "ViTConfig"
 ) -> tuple[dict[str, np.ndarray], set[str]]:
-    taken = _Taken(arrays)
+    taken = Taken(arrays)
     d, mlp, patch, patches = vit.dim, vit.mlp_dim, vit.patch_size, vit.grid**2
     leaves = {
         "cls_token": taken.take("cls_token", 1, 1, d),
@@ -161,7 +120,7 @@ def _from_timm(
 def _from_google(
     arrays: Mapping[str, np.ndarray], vit: "ViTConfig"
 ) -> tuple[dict[str, np.ndarray], set[str]]:
-    taken = _Taken(arrays)
+    taken = Taken(arrays)
     d, heads, patch = vit.dim, (vit.heads, vit.head_dim), vit.patch_size
     leaves = {
         "cls_token": taken.take("cls", 1, 1, d),
@@ -230,26 +189,28 @@ def read_sizes(arrays: Mapping[str, np.ndarray]) -> Sizes:
 
     Raises ValueError naming an array that is missing or not shaped as a ViT's.
     """
-    _refuse_foreign(arrays)
+    refuse_foreign(arrays, _FOREIGN, "ViT")
     heads = 0
     if _is_google(arrays):
         block = "Transformer/encoderblock_0"
-        patch, columns, colours, dim = _shape(arrays, "embedding/kernel", "(patch, patch, 3, dim)")
-        (mlp_dim,) = _shape(arrays, f"{block}/MlpBlock_[03]/Dense_0/bias", "(mlp_dim,)")
+        patch, columns, colours, dim = shape_of(
+            arrays, "embedding/kernel", "(patch, patch, 3, dim)"
+        )
+        (mlp_dim,) = shape_of(arrays, f"{block}/MlpBlock_[03]/Dense_0/bias", "(mlp_dim,)")
         query = f"{block}/MultiHeadDotProductAttention_[01]/query/bias"
-        heads, _ = _shape(arrays, query, "(heads, head_dim)")
+        heads, _ = shape_of(arrays, query, "(heads, head_dim)")
         positions = "Transformer/posembed_input/pos_embedding"
     else:
         kernel = r"patch_embed\.proj\.weight"
-        dim, colours, patch, columns = _shape(arrays, kernel, "(dim, 3, patch, patch)")
-        (mlp_dim,) = _shape(arrays, r"blocks\.0\.mlp\.fc1\.bias", "(mlp_dim,)")
+        dim, colours, patch, columns = shape_of(arrays, kernel, "(dim, 3, patch, patch)")
+        (mlp_dim,) = shape_of(arrays, r"blocks\.0\.mlp\.fc1\.bias", "(mlp_dim,)")
         positions = "pos_embed"
     if patch != columns or colours != 3:
         raise ValueError(
             f"its patches are of {patch} × {columns} pixels of {colours} colours, expected squares "
             "of 3 colours"
         )
-    _, tokens, _ = _shape(arrays, positions, "(1, 1 + patches, dim)")
+    _, tokens, _ = shape_of(arrays, positions, "(1, 1 + patches, dim)")
     # With a position of the [class] token or, as timm's no_embed_class has it, without.
     grid = next((math.isqrt(n) for n in (tokens - 1, tokens) if n and math.isqrt(n) ** 2 == n), 0)
     if not grid:
@@ -258,18 +219,6 @@ def read_sizes(arrays: Mapping[str, np.ndarray]) -> Sizes:
             "a square of patches"
         )
     return Sizes(grid * patch, patch, dim, _depth(arrays), mlp_dim, heads)
-
-
-def _shape(arrays: Mapping[str, np.ndarray], pattern: str, expected: str) -> tuple[int, ...]:
-    """Return the shape of the array that `pattern` names, with as many axes as `expected` has."""
-    key = next((key for key in arrays if re.fullmatch(pattern, key)), None)
-    if key is None:
-        name = re.sub(r"\[(\d)\d\]", r"\1", pattern.replace("\\", ""))
-        raise ValueError(f"array {name!r} is missing")
-    shape = arrays[key].shape
-    if len(shape) != len(expected.rstrip(",)").split(",")) or not all(shape):
-        raise ValueError(f"array {key!r} is {shape}, expected {expected}")
-    return shape
 
 
 def interpolate_positions(pos_embed: np.ndarray, grid: int) -> np.ndarray:
