@@ -13,6 +13,9 @@ from soft_jax.errors import UserError
 from soft_jax.evaluation.published import has_figures, published, published_rows, row_name
 from soft_jax.experiment import planned
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.inference import rules
+from soft_jax.methods import registry
+from soft_jax.paper import lines as lines_lib
 from soft_jax.paper import printing
 from soft_jax.paper import rows as rows_lib
 
@@ -162,6 +165,12 @@ def test_table_3_names_the_hosts_and_the_published_protocols():
     ]
 
 
+def test_the_published_protocols_of_clip_apply_to_its_rows():
+    for row in rows_lib.rows_of("3", "c100_10"):
+        parts = registry.parse(row.settings["method"])
+        assert all(rules.rule_of(key).applies(parts) for key in row.published)
+
+
 def test_what_the_authors_reproduced_stands_beside_what_they_cite():
     clip = row_of("3", "CLIP").published
     assert printing.published_cell(clip["batch_vote/cut_off"]) == (
@@ -232,6 +241,65 @@ def test_masks_of_clip_are_compared_with_their_host():
     for name, host in names.items():
         added = len(name) - len(host)
         assert f"- {name} beside {host}: oracle/task_given +{added:.2f} points." in text
+
+
+def line(name, accuracy, protocol, joint=False):
+    figures = {"final_average": (accuracy, 0.0), "forgetting": (1.0, 0.0)}
+    figures |= {"task_id_accuracy": (0.0, 0.0)}
+    costs = ("own", "shared", "own_bytes", "shared_bytes", "memory_bytes", "statistics_bytes")
+    cost = dict.fromkeys((*costs, "train", "statistics", "evaluate"), 1) | {"gflops": None}
+    return lines_lib.Line(1, name, protocol, figures, None, cost, joint, [accuracy], "clip_vit_b16")
+
+
+def test_rows_of_clip_are_compared_with_zero_shot_and_with_frozen_features():
+    references = [
+        line("", accuracy, protocol)
+        for protocol, accuracy in {
+            "per_sample/frozen_features": 74.0,
+            "per_sample/zero_shot": 66.0,
+            "oracle/zero_shot": 90.0,
+        }.items()
+    ]
+    lines = [
+        line("CLIP", 70.0, "per_sample/no_task_id"),
+        line("CLIP", 95.0, "oracle/task_given"),
+    ]
+    text = printing.markdown("T", "make it", [], lines, "so", references=references)
+    told = [part for part in text.splitlines() if part.startswith("- Beside")]
+    assert told == [
+        "- Beside the frozen features of clip_vit_b16, with each image by itself, by each row's "
+        "best rule: CLIP -4.00 points.",
+        "- Beside the zero-shot answers of clip_vit_b16, with each image by itself, by each row's "
+        "best rule: CLIP +4.00 points.",
+        "- Beside the zero-shot answers of clip_vit_b16, with the task given, by each row's best "
+        "rule: CLIP +5.00 points.",
+    ]
+    assert "names. They are the same for every row, and what a row has above them" in text
+    one = printing.markdown("T", "make it", [], lines, "so", references=references[:1])
+    assert "closed form. They are the same for every row" in one
+
+
+def test_a_rule_of_ones_own_can_be_a_reference(monkeypatch):
+    class Constant(rules.NoTaskId):
+        name = "constant"
+        title = "CIL per_sample, constant"
+        needs_network = False
+
+    monkeypatch.setitem(rules.RULES, "constant", Constant)
+    reference = line("", 10.0, "per_sample/constant")
+    text = "\n".join(printing.reading([line("CLIP", 70.0, "per_sample/no_task_id")], [reference]))
+    assert "- Beside the answers under 'CIL per_sample, constant' of clip_vit_b16" in text
+
+
+def test_centres_are_bounded_as_what_has_no_prototypes():
+    """They name a task, and a network answers."""
+    plain = line("all", 60.0, "per_sample/prompt_id", joint=True)
+    prototypes = line("all", 80.0, "per_sample/prototype", joint=True)
+    bounds = [
+        lines_lib.bound(line("one", 70.0, f"per_sample/{name}"), [plain, prototypes])
+        for name in ("k_means", "prompt_id", "prototype")
+    ]
+    assert bounds == [60.0, 60.0, 80.0]
 
 
 def get_config(argument=None):

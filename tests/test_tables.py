@@ -699,7 +699,11 @@ def test_a_table_runs_what_is_missing_and_says_what_is_above_the_bound(
     # keep the others from it.
     run = loop.run
     monkeypatch.setattr(
-        loop, "run", lambda config, *rest: run(config, *rest) if "lora" in config.method else None
+        loop,
+        "run",
+        lambda config, *rest, **options: (
+            run(config, *rest, **options) if "lora" in config.method else None
+        ),
     )
     rows = {"wide": {"method": "dualprompt+lora", "rank": 99}, "head": {"method": "head"}}
     monkeypatch.setitem(rows_lib.OWN, "two", ("Two", rows))

@@ -86,15 +86,14 @@ def _is_shown(protocol: str, row: Row, joint: bool) -> bool:
     if rules.is_reference(protocol):
         return False
     if joint:  # the other protocols are one of these, with one task
-        return rule in EACH_IMAGE or _needs_statistics(protocol)
+        return rule in EACH_IMAGE or _is_prototype(protocol)
     if rule is rules.GradientVote and row.shots:  # the other shots are another table's
         return protocol in [rules.GradientVote(shots).key for shots in row.shots]
     return True
 
 
-def _needs_statistics(protocol: str) -> bool:
-    rule = rules.rule_of(protocol)
-    return rule is not None and rule.keeps_statistics
+def _is_prototype(protocol: str) -> bool:
+    return rules.rule_of(protocol) is rules.Prototype
 
 
 def _line(row: Row, protocol: str, seeds: Sequence[Sequence[TaskManifest]]) -> Line:
@@ -188,7 +187,7 @@ def bound(line: Line, lines: Sequence[Line]) -> float | None:
         return None
 
     def kind(one: Line) -> tuple[str, bool]:
-        return one.backbone, _needs_statistics(one.protocol)
+        return one.backbone, _is_prototype(one.protocol)
 
     joint = [
         one.figures["final_average"][0] for one in lines if one.joint and kind(one) == kind(line)

@@ -99,7 +99,7 @@ def markdown(
         "deviation over seeds; published: accuracy / forgetting, on ViT-B/16.",
         "",
         *(_VALIDATION_LEGEND if held_out else ()),
-        *(_REFERENCE_LEGEND if references else ()),
+        *_reference_legend(references),
         _legend(lines, bounds, any(line.joint for line in measured)),
         "",
         "## What it costs",
@@ -121,11 +121,34 @@ _VALIDATION_LEGEND = (
     "by test images.",
     "",
 )
-_REFERENCE_LEGEND = (
-    "Frozen features: classes by a regression on the frozen backbone's features, in closed form. "
-    "They are the same for every row, and what a row has above them is what its training added.",
-    "",
-)
+# What is the same for every row: how it is called, and what it is.
+_REFERENCES = {
+    rules.FrozenFeatures: (
+        "the frozen features",
+        "Frozen features: classes by a regression on the frozen backbone's features, in closed "
+        "form.",
+    ),
+    rules.ZeroShot: (
+        "the zero-shot answers",
+        "Zero-shot: classes by the frozen text features of their names.",
+    ),
+}
+
+
+def _reference(line: Line) -> tuple[str, str]:
+    rule, title = rules.rule_of(line.protocol), rules.title(line.protocol)
+    other = (f"the answers under {title!r}", f"{title}: no trained network answers.")
+    return next((text for each, text in _REFERENCES.items() if issubclass(rule, each)), other)
+
+
+def _reference_legend(references: Sequence[Line]) -> tuple[str, ...]:
+    if not references:
+        return ()
+    return (
+        f"{' '.join(dict.fromkeys(_reference(line)[1] for line in references))} They are the same "
+        "for every row, and what a row has above them is what its training added.",
+        "",
+    )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -294,7 +317,7 @@ Found = Mapping[tuple[str, str], Sequence[float]]  # accuracy of each seed, by r
 def reading(lines: Sequence[Line], references: Sequence[Line] = ()) -> list[str]:
     """Return what the figures say, as Markdown.
 
-    That is: the best rows, what each adds to the frozen features of `references`, how Soft-TF
+    That is: the best rows, what each adds to the frozen backbones of `references`, how Soft-TF
     compares with each method, and how much the vote over single-task batches adds.
     """
     found = {(line.name, line.protocol): line.each for line in lines if not line.joint}
@@ -318,7 +341,7 @@ _GROUPINGS = {rules.PER_SAMPLE: "each image by itself", rules.ORACLE: "the task 
 
 
 def _added(lines: Sequence[Line], references: Sequence[Line]) -> list[str]:
-    """Say how far each row, by its best rule, is above the frozen features of its backbone."""
+    """Say how far each row, by its best rule, is above its frozen backbone."""
     text = []
     for reference in references:
         grouping, added = rules.grouping_of(reference.protocol), {}
@@ -334,7 +357,7 @@ def _added(lines: Sequence[Line], references: Sequence[Line]) -> list[str]:
                 for name, (mean, deviation) in ranked
             )
             text.append(
-                f"- Beside the frozen features of {reference.backbone}, with "
+                f"- Beside {_reference(reference)[0]} of {reference.backbone}, with "
                 f"{_GROUPINGS[grouping]}, by each row's best rule: {', '.join(parts)} points."
             )
     return text

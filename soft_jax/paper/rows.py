@@ -81,8 +81,6 @@ CLIP = {
 }
 # Of CLIP's published rows; ours take the normalization that CLIP was trained with.
 CLIP_HOST = {"normalization": "cifar100"}
-# The protocol of the host's class-incremental figures.
-CUT_OFF = "batch_vote/cut_off"
 # How Table 3 calls its second figures of a row.
 _REPRODUCED = " (reproduced by the authors)"
 # How a row is run, and not what it is about.
@@ -281,7 +279,7 @@ def protocol_of(row: Mapping[str, Any]) -> str:
     if row["task_id"].startswith("gradient"):
         return rules.GradientVote(_shots(row)).key
     if row["method"].startswith("CLIP") and not row["method"].startswith("CLIP-Prompt"):
-        return CUT_OFF
+        return rules.CutOff().key
     pooled = row["method"].startswith("L2P") and "Soft-TF" not in row["method"]
     return (rules.PoolVote() if pooled else rules.PromptVote()).key
 
