@@ -3,10 +3,11 @@
 A backbone is one of `BACKBONES`, or any plain Vision Transformer of timm by its name, with the path
 of its file (or of a folder as the Hugging Face Hub has it). Files are `.npz` or `.safetensors`, and
 their arrays are named as Google's ViT releases do it (`Transformer/encoderblock_0/...`) or timm's
-models (`blocks.0.attn.qkv.weight`).
+models (`blocks.0.attn.qkv.weight`). A CLIP is one of `BACKBONES` too, or has any name and a config
+beside its file, `.safetensors` in open_clip's naming or Hugging Face's.
 
-Those of `BACKBONES` get pixels in [0, 1], as the published code feeds them; those by a timm name
-get them normalized by the mean and standard deviation that they were trained with.
+The ViTs of `BACKBONES` get pixels in [0, 1], as the published code feeds them; those by a timm name
+and CLIPs get them normalized by the mean and standard deviation that they were trained with.
 """
 
 import contextlib
@@ -30,7 +31,8 @@ import safetensors
 from soft_jax import paths, pytrees
 from soft_jax.cache import CACHE
 from soft_jax.errors import Stopped, UserError
-from soft_jax.models import timm_config, vit_checkpoints
+from soft_jax.models import clip_checkpoints, clip_config, timm_config, vit_checkpoints
+from soft_jax.models.clip import CLIPConfig
 from soft_jax.models.protocol import Architecture
 from soft_jax.models.vit import ViTConfig
 
@@ -56,6 +58,30 @@ def _vit(image_size: int, patch_size: int, dim: int, depth: int, heads: int) -> 
     return ViTConfig(image_size, patch_size, dim, depth, heads, mlp_dim=4 * dim)
 
 
+def _clip(patch_size: int, large: bool = False, quick_gelu: bool = True) -> CLIPConfig:
+    """Return the sizes of the CLIPs with a ViT-B or ViT-L for images of 224 pixels."""
+    dim, depth, text_dim = (1024, 24, 768) if large else (768, 12, 512)
+    return CLIPConfig(
+        image_size=224,
+        patch_size=patch_size,
+        dim=dim,
+        depth=depth,
+        heads=dim // 64,
+        mlp_dim=4 * dim,
+        text_dim=text_dim,
+        text_depth=12,
+        text_heads=text_dim // 64,
+        text_mlp_dim=4 * text_dim,
+        embed_dim=text_dim,
+        quick_gelu=quick_gelu,
+    )
+
+
+def _hub(repository: str, file: str = "model.safetensors") -> str:
+    return f"https://huggingface.co/timm/{repository}/resolve/main/{file}"
+
+
+_OPEN_CLIP_FILE = "open_clip_model.safetensors"
 BUCKET = "https://storage.googleapis.com/vit_models/"
 _AUGREG = "augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz"
 BACKBONES = {
@@ -81,7 +107,7 @@ BACKBONES = {
     "vit_b16_dino": Source(
         _vit(224, 16, 768, 12, 12),
         "ViT-B_16-dino.safetensors",
-        "https://huggingface.co/timm/vit_base_patch16_224.dino/resolve/main/model.safetensors",
+        _hub("vit_base_patch16_224.dino"),
     ),
     # Supervised on Tiny-ImageNet at 32 pixels, 17.6% top-1: weak, but pre-trained; it ships with
     # the package.
@@ -90,6 +116,28 @@ BACKBONES = {
         "vit_ti8_32.npz",
         sha256="222bec5caee26212771e6aa3754dd06608afa4fd23dcf792b1be87d20ada43de",
     ),
+    # OpenAI's CLIPs (Radford et al., 2021), as open_clip has them; the first is Table 3's.
+    "clip_vit_b16": Source(
+        _clip(16),
+        "CLIP-ViT-B-16-openai.safetensors",
+        _hub("vit_base_patch16_clip_224.openai", _OPEN_CLIP_FILE),
+    ),
+    "clip_vit_b32": Source(
+        _clip(32),
+        "CLIP-ViT-B-32-openai.safetensors",
+        _hub("vit_base_patch32_clip_224.openai", _OPEN_CLIP_FILE),
+    ),
+    "clip_vit_l14": Source(
+        _clip(14, large=True),
+        "CLIP-ViT-L-14-openai.safetensors",
+        _hub("vit_large_patch14_clip_224.openai", _OPEN_CLIP_FILE),
+    ),
+    # open_clip's own, trained on LAION-400M with the erf GELU.
+    "clip_vit_b16_laion400m": Source(
+        _clip(16, quick_gelu=False),
+        "CLIP-ViT-B-16-laion400m.safetensors",
+        _hub("vit_base_patch16_clip_224.laion400m_e32", _OPEN_CLIP_FILE),
+    ),
 }
 
 
@@ -97,11 +145,11 @@ BACKBONES = {
 class Backbone:
     """Frozen parameters with what identifies them.
 
-    `params` is the float32 tree of `ViT`. `fingerprint` is the hex SHA-256 of the file (what
-    `sha256sum` prints) for those of `BACKBONES`; for those by a timm name it is one of that and of
-    what the arrays don't show (heads, mean, standard deviation). `left_out` are the arrays of the
-    file that the features don't need, `notes` sentences for the user on what of its `config.json`
-    is not followed.
+    `params` is the float32 tree of the architecture's module. `fingerprint` is the hex SHA-256 of
+    the file (what `sha256sum` prints) for those of `BACKBONES`; for others it is one of that and of
+    what the arrays don't show (heads, activation, mean, standard deviation). `left_out` are the
+    arrays of the file that the features don't need, `notes` sentences for the user on what of its
+    `config.json` is not followed.
     """
 
     name: str
@@ -134,14 +182,19 @@ def load(
     source = BACKBONES.get(name)
     if source and not path:
         _check_sha256(source, file, fingerprint)
-    arrays = _arrays(file, raw)
+    arrays = _arrays(file, raw, source)
     try:
         if source:
-            native, notes = source.architecture, _notes(source, file)
+            native, notes = source.architecture, _notes(source, file, arrays)
+        elif clip_checkpoints.is_clip(arrays):
+            native, notes = _clip_architecture(name, file, arrays)
+            fingerprint = _with_unseen(
+                fingerprint,
+                *(native.heads, native.text_heads, native.quick_gelu, native.preprocessing),
+            )
         else:
             native, notes = _timm_architecture(name, file, arrays, image_size)
-            unseen = f"{native.heads} {native.preprocessing}"
-            fingerprint = hashlib.sha256(f"{fingerprint} {unseen}".encode()).hexdigest()
+            fingerprint = _with_unseen(fingerprint, native.heads, native.preprocessing)
         native = dataclasses.replace(native, dtype=dtype)
         params, left_out = native.convert(arrays)
     except ValueError as error:
@@ -152,6 +205,11 @@ def load(
         raise UserError(f"image_size: {error}") from error
     params = architecture.fit_size(params)
     return Backbone(name, architecture, params, fingerprint, left_out, notes)
+
+
+def _with_unseen(fingerprint: str, *unseen: object) -> str:
+    """Return a fingerprint of a file's and of what its arrays don't show."""
+    return hashlib.sha256(" ".join(map(str, (fingerprint, *unseen))).encode()).hexdigest()
 
 
 def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Path:
@@ -180,7 +238,8 @@ def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Pa
 def _unknown(name: str) -> str:
     return (
         f"backbone: {name!r} is unknown; known are {', '.join(BACKBONES)} and, with backbone_path, "
-        "timm's names of plain Vision Transformers, such as vit_small_patch16_224"
+        "timm's names of plain Vision Transformers, such as vit_small_patch16_224, and any name "
+        "for a CLIP"
     )
 
 
@@ -192,12 +251,17 @@ def _at_path(path: Path, name: str, source: Source | None) -> Path:
     )
     if source and source.file.endswith(".safetensors"):
         wanted.append("model.safetensors")  # as the Hugging Face Hub calls it
-    for file in wanted if path.is_dir() else ():
+    if isinstance(source.architecture, CLIPConfig) if source else not timm_config.is_known(name):
+        # First: beside it, model.safetensors is timm's ViT of the same CLIP.
+        order = [_OPEN_CLIP_FILE, *wanted]
+    else:
+        order = wanted
+    for file in order if path.is_dir() else ():
         if (path / file).is_file():
             return path / file
     for pickled in sorted(path.glob("*")) if path.is_dir() else ():
         if pickled.suffix in _PICKLES:
-            raise UserError(_is_pickle(pickled))
+            raise UserError(_is_pickle(pickled, source))
     where = path / wanted[0] if path.is_dir() else path
     raise UserError(
         f"backbone_path: no file at {where}; give the path of {wanted[0]} or of the folder it is in"
@@ -219,6 +283,24 @@ def _timm_architecture(
     return ViTConfig(**fields), notes
 
 
+def _clip_architecture(
+    name: str, file: Path, arrays: dict[str, np.ndarray]
+) -> tuple[CLIPConfig, tuple[str, ...]]:
+    if timm_config.is_known(name):
+        raise ValueError("it is a CLIP, and that is timm's name of a plain ViT; say my_clip")
+    sizes = clip_checkpoints.read_sizes(arrays)
+    described = clip_config.read(file.parent, clip_checkpoints.is_hugging_face(arrays))
+    if not described:
+        listed = [name for name in BACKBONES if name.startswith("clip_")]
+        raise ValueError(
+            "it is a CLIP, and its arrays don't show its heads and whether its GELU is the quick "
+            f"one: put {clip_config.OPEN_CLIP}, or Hugging Face's {clip_config.HUGGING_FACE}, "
+            f"beside it, or name it {', '.join(listed)} if it is one of those"
+        )
+    fields, notes = clip_config.clip_fields(sizes, described)
+    return CLIPConfig(**fields), notes
+
+
 def _parse_config(file: Path) -> timm_config.TimmConfig:
     try:
         return timm_config.parse(file.read_text("utf-8"))
@@ -228,8 +310,16 @@ def _parse_config(file: Path) -> timm_config.TimmConfig:
         ) from error
 
 
-def _notes(source: Source, file: Path) -> tuple[str, ...]:
-    """Return what a `config.json` beside the file of one of `BACKBONES` says in vain."""
+def _notes(source: Source, file: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Return what a `config.json` beside the file of one of `BACKBONES` says in vain.
+
+    Raises ValueError where it says that the file is of another CLIP.
+    """
+    if isinstance(source.architecture, CLIPConfig):
+        described = clip_config.read(file.parent, clip_checkpoints.is_hugging_face(arrays))
+        if described:
+            clip_config.check_listed(source.architecture, described)
+        return ()
     try:
         config = timm_config.parse((file.parent / "config.json").read_text("utf-8"))
     except (OSError, ValueError):  # none, or not one of timm's
@@ -258,18 +348,21 @@ _SAFETENSORS_TYPES = {
 }
 
 
-def _is_pickle(file: Path) -> str:
+def _is_pickle(file: Path, source: Source | None) -> str:
+    take = f"model.safetensors of the same model ({_OPEN_CLIP_FILE} of a CLIP)"
+    if source and source.url.endswith(".safetensors"):
+        take = source.url
     return (
-        f"backbone: {file} is a PyTorch pickle, which can't be read without PyTorch; take "
-        "model.safetensors of the same model, or save its state_dict with safetensors"
+        f"backbone: {file} is a PyTorch pickle, which can't be read without PyTorch; take {take}, "
+        "or save its state_dict with safetensors"
     )
 
 
-def _arrays(file: Path, raw: bytes) -> dict[str, np.ndarray]:
+def _arrays(file: Path, raw: bytes, source: Source | None) -> dict[str, np.ndarray]:
     """Return the arrays of a file by name. Raises UserError where it can't be read."""
     # A new .pth is a zip archive as .npz is, an old one a bare pickle.
     if file.suffix in _PICKLES or raw[:1] == b"\x80" or b"/data.pkl" in raw[:256]:
-        raise UserError(_is_pickle(file))
+        raise UserError(_is_pickle(file, source))
     safe = file.suffix == ".safetensors"
     try:
         return _from_safetensors(raw) if safe else _from_npz(raw)

@@ -68,7 +68,7 @@ class CLIPConfig(Architecture):
             ("vision", self.dim, self.heads),
             ("text", self.text_dim, self.text_heads),
         ):
-            if dim % heads:
+            if heads < 1 or dim % heads:
                 raise ValueError(
                     f"the {name} tower's width {dim} is not a multiple of heads {heads}"
                 )

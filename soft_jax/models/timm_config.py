@@ -85,36 +85,38 @@ def parse(text: str) -> TimmConfig:
         raise ValueError(f"it holds {whole!r}, expected an object with timm's fields")
     if not isinstance(architecture := whole.get("architecture"), str) or not architecture:
         raise ValueError("architecture is missing: it was not written by timm")
-    pretrained = _field(whole, "pretrained_cfg", _is_object, "an object") or whole
-    mean = _field(pretrained, "mean", _is_colour, "three numbers")
-    std = _field(pretrained, "std", lambda v: _is_colour(v) and min(v) > 0, "three numbers above 0")
+    pretrained = field(whole, "pretrained_cfg", is_object, "an object") or whole
+    mean = field(pretrained, "mean", is_colour, "three numbers")
+    std = field(pretrained, "std", lambda v: is_colour(v) and min(v) > 0, "three numbers above 0")
     for name, value in (("mean", mean), ("std", std)):
         if value is None:
             raise ValueError(f"{name} is missing: pixels can't be normalized as they were")
-    size = _field(pretrained, "input_size", _is_square, "[3, size, size]")
+    size = field(pretrained, "input_size", _is_square, "[3, size, size]")
     architecture, _, tag = architecture.partition(".")
     return TimmConfig(
         architecture=architecture,
-        tag=_field(pretrained, "tag", _is_text, "a name") or tag or None,
-        model_args=_field(whole, "model_args", _is_object, "an object") or {},
+        tag=field(pretrained, "tag", _is_text, "a name") or tag or None,
+        model_args=field(whole, "model_args", is_object, "an object") or {},
         preprocessing=Preprocessing(tuple(map(float, mean)), tuple(map(float, std))),
         image_size=size[1] if size else None,
-        global_pool=_field(whole, "global_pool", _is_text, "a name"),
-        crop_pct=_field(pretrained, "crop_pct", _is_number, "a number"),
-        interpolation=_field(pretrained, "interpolation", _is_text, "a name"),
+        global_pool=field(whole, "global_pool", _is_text, "a name"),
+        crop_pct=field(pretrained, "crop_pct", _is_number, "a number"),
+        interpolation=field(pretrained, "interpolation", _is_text, "a name"),
     )
 
 
-def _field(
+def field(
     fields: Mapping[str, Any], name: str, fits: Callable[[Any], bool], expected: str
 ) -> Any | None:
+    """Return a field of a config, or None. Raises ValueError where its value does not fit."""
     value = fields.get(name)
     if value is not None and not fits(value):
         raise ValueError(f"{name} is {value!r}, expected {expected}")
     return value
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
+    """Return whether a value of a config is an object."""
     return isinstance(value, dict)
 
 
@@ -126,7 +128,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _is_colour(value: Any) -> bool:
+def is_colour(value: Any) -> bool:
+    """Return whether a value of a config is a list of three finite numbers."""
     return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
 
 
