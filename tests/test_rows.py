@@ -226,15 +226,18 @@ def test_the_table_of_clip_is_at_equal_settings():
     rows = rows_lib.rows_of("clip", "imr_10")
     configs = {row.name: rows_lib.config_of(row, "imr_10", {}, 0) for row in rows}
     assert {
-        (c.backbone, c.epochs, c.batch_size, c.learning_rate, c.normalization, c.tasks)
+        (c.backbone, c.epochs, c.batch_size, c.learning_rate, c.normalization)
         for c in configs.values()
-    } == {("clip_vit_b16", 5, 32, rows_lib.CLIP_LEARNING_RATE, "backbone", 10)}
+    } == {("clip_vit_b16", 5, 32, rows_lib.CLIP_LEARNING_RATE, "backbone")}
+    assert [name for name, c in configs.items() if c.tasks == 1] == [
+        *("Upper bound of CLIP-Prompt", "Upper bound of CLIP-Prompt-Soft-TF-L[10,11,12]"),
+    ]
     assert {c.mask_layers for c in configs.values()} == {(10, 11, 12)}
     assert [c.mask_towers for name, c in configs.items() if "text tower" in name] == [
         *("text", "vision+text"),
     ]
     assert configs["S-liPrompts"].text_context == "task"
-    assert len({planned.folder_of(c) for c in configs.values()}) == len(rows) == 12
+    assert len({planned.folder_of(c) for c in configs.values()}) == len(rows) == 14
 
 
 def test_masks_of_clip_are_compared_with_their_host():
@@ -298,6 +301,15 @@ def test_a_rule_of_ones_own_can_be_a_reference(monkeypatch):
     reference = line("", 10.0, "per_sample/constant")
     text = "\n".join(printing.reading([line("CLIP", 70.0, "per_sample/no_task_id")], [reference]))
     assert "- Beside the answers under 'CIL per_sample, constant' of clip_vit_b16" in text
+
+
+def test_joint_training_of_clip_bounds_any_table_on_it(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(planned, "finished", lambda run: asked.append(run.config))
+    lines_lib.joint_lines("c100_10", {"epochs": 2}, 1, tmp_path, ["clip_ti8_32"])
+    found = {config.method for config in asked if config.epochs == 2 and config.tasks == 1}
+    assert {"clipprompt", "clipprompt+softtf"} <= found
+    assert {config.backbone for config in asked} == {"clip_ti8_32"}
 
 
 def test_centres_are_bounded_as_what_has_no_prototypes():

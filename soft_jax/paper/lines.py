@@ -14,7 +14,7 @@ from soft_jax.evaluation.published import published_rows
 from soft_jax.experiment import planned as planned_lib
 from soft_jax.inference import rules
 from soft_jax.paper import runs
-from soft_jax.paper.rows import METHODS, Row, row_settings
+from soft_jax.paper.rows import CLIP_METHODS, METHODS, Row, row_settings
 from soft_jax.store.records import TaskManifest
 
 # Each image by itself, in the way that a method has: one that names no task stands beside the
@@ -162,7 +162,7 @@ def joint_lines(
         if row["method"].startswith("Upper bound")
     }
     lines = []
-    for name, settings in [*METHODS.items(), *upper_bounds.items()]:
+    for name, settings in [*METHODS.items(), *CLIP_METHODS.items(), *upper_bounds.items()]:
         if settings.get("tasks") != 1:
             continue
         for backbone in backbones:

@@ -296,7 +296,7 @@ def _legend(lines: Sequence[Line], bounds: Sequence[float | None], has_joint: bo
         return (
             "Joint training on all classes is not measured under these settings, so no row "
             "is marked as above it (▲); "
-            "`table methods` has it in its last rows."
+            "`table methods`, and on CLIP `table clip`, has it in its last rows."
         )
     legend = (
         "▲: above joint training on all classes, as measured here on the same backbone "

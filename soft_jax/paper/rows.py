@@ -148,6 +148,8 @@ CLIP_METHODS: dict[str, dict[str, Any]] = {
     "CLIP-Prompt-LoRA r=4": _CLIP_MASKED | _CLIP_LORA,
     "CLIP-Prompt-Adapter r=4": _CLIP_MASKED | {"method": "clipprompt+adapter", "rank": 4},
     "S-liPrompts": CLIP | {"method": "clipprompt", "text_context": "task"},
+    "Upper bound of CLIP-Prompt": CLIP | {"method": "clipprompt", "tasks": 1},
+    "Upper bound of CLIP-Prompt-Soft-TF-L[10,11,12]": _CLIP_SOFTTF | {"tasks": 1},
 }
 
 # Tables that the paper does not number: title, and settings by row.
