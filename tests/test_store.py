@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import json
+import logging
 import os
 import re
 import resource
@@ -139,16 +141,20 @@ def test_every_flipped_bit_is_found(opened, sharding):
     load(opened, sharding)
 
 
-def test_truncated_and_missing_files(opened, sharding):
+def test_truncated_empty_and_missing_files(opened, sharding, capfd):
+    """One error, and nothing is printed beside it, now or when what failed is collected."""
     path = keep(opened)
     file = chunk(path)
     good = file.read_bytes()
-    file.write_bytes(good[: len(good) // 2])
-    with pytest.raises(UserError, match=r"000: array adapter/mask.blocks_0.kernel"):
-        load(opened, sharding)
-    file.unlink()
-    with pytest.raises(UserError, match=r"000: array adapter/mask.blocks_0.kernel"):
-        load(opened, sharding)
+    capfd.readouterr()
+    for content in (good[: len(good) // 2], b"", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(UserError, match=r"000: array adapter/mask.blocks_0.kernel") as raised:
+            load(opened, sharding)
+        assert len(str(raised.value).splitlines()) == 1
+        del raised
+        gc.collect()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_damaged_manifest(opened, sharding):
@@ -207,9 +213,9 @@ def test_names_that_are_no_tasks(opened):
     assert opened.present() == [0, 1000]
 
 
-def test_a_full_disk_loses_nothing(opened, sharding):
-    """A save that runs out of room: one error, the task before it intact, nothing half-written
-    left.
+def test_a_full_disk_loses_nothing(opened, sharding, caplog, capfd):
+    """A save that runs out of room: one error and nothing beside it, the task before it intact,
+    nothing half-written left.
     """
     keep(opened)
     large = {"key": jax.random.normal(jax.random.key(1), (300_000,))}
@@ -222,9 +228,19 @@ def test_a_full_disk_loses_nothing(opened, sharding):
             opened.save_task(1, TREES | {"adapter": large}, dataclasses.replace(MANIFEST, task=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (caplog.records, capfd.readouterr()) == ([], ("", ""))
     assert [path.name for path in opened.tasks.iterdir()] == ["000"]
     assert opened.finished() == 1
     load(opened, sharding)
+
+
+def test_what_orbax_logs_is_there_for_those_who_ask(opened, caplog):
+    """By absl's verbosity or by Python's levels; else nothing of it is."""
+    keep(opened)
+    assert caplog.records == []
+    with caplog.at_level(logging.INFO):
+        keep(opened, 1)
+    assert any("orbax" in record.pathname for record in caplog.records)
 
 
 def test_what_a_killed_save_left_is_removed(opened):
@@ -640,7 +656,6 @@ def test_another_task_in_the_place_of_a_verified_one_is_hashed_anew(opened, shar
 
 
 def test_an_array_is_verified_as_what_it_is_read_as(opened, sharding):
-    """Orbax casts to the template's dtype; what comes out then is not what was saved."""
     keep(opened)
     load(opened, sharding)
     half = {"adapter": {"key": jnp.zeros(5, jnp.float16)}}

@@ -7,15 +7,19 @@ Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging as absl_logging
 from jax.sharding import Sharding
 
 from soft_jax import distributed, pytrees
@@ -78,6 +82,26 @@ def _checkpointer(items: Mapping[str, Any]) -> ocp.Checkpointer:
     )
 
 
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Drop what Orbax logs within.
+
+    Of every save it warns without a reason, and for a full disk it logs pages, which the error that
+    it raises says in a line. Where logging was set to say more than warnings, it says all.
+    """
+    logger = absl_logging.get_absl_logger()
+
+    def is_not_orbaxs(record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+    if logger.getEffectiveLevel() >= logging.WARNING:
+        logger.addFilter(is_not_orbaxs)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_not_orbaxs)
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return any pytree's leaves by dotted name, which is also each array's directory on disk."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -105,7 +129,7 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
     manifest["manifest_sha256"] = _digest(manifest)
     args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
     try:
-        with _checkpointer(named) as checkpointer:
+        with _quiet_orbax(), _checkpointer(named) as checkpointer:
             checkpointer.save(
                 path.absolute(),
                 args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)),
@@ -176,10 +200,7 @@ def load_items(
     """
     out, folder = {}, path.absolute()
     for item, template in templates.items():
-        leaves = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for name, leaf in named_leaves(template).items()
-        }
+        leaves = named_leaves(template)
         expected = {
             key.removeprefix(f"{item}/"): value
             for key, value in hashes.items()
@@ -193,22 +214,22 @@ def load_items(
                 f"{'checkpoint' if odd[0] in expected else 'configured method'}"
             )
         # Looked at before the arrays are read: what changes meanwhile is hashed again next time.
-        states = {name: _state_on_disk(path / item / name) for name in leaves}
-        arrays = _restore(path, item, leaves) if leaves else {}
+        states = {name: _state_on_disk(folder / item / name) for name in leaves}
+        arrays = _read(path, item, leaves)
         for name, array in arrays.items():
-            key, state = (str(folder / item / name), str(array.dtype), expected[name]), states[name]
+            key, state = (str(folder / item / name), expected[name]), states[name]
             known = state is not None and _verified.get(key) == state
-            if array.shape != leaves[name].shape or not (
-                known or pytrees.sha256(array) == expected[name]
-            ):
+            like = array.shape == leaves[name].shape and array.dtype == leaves[name].dtype
+            if not like or not (known or pytrees.sha256(array) == expected[name]):
                 raise UserError(
                     f"{path}: array {item}/{name} is not what was saved (its SHA-256 differs); "
                     f"{ADVICE}"
                 )
             if state is not None:
                 _verified[key] = state
+        placed = distributed.to_global(arrays, sharding)
         out[item] = jax.tree.unflatten(
-            jax.tree.structure(template), [arrays[name] for name in leaves]
+            jax.tree.structure(template), [placed[name] for name in leaves]
         )
     return out
 
@@ -226,34 +247,37 @@ def _state_on_disk(folder: Path) -> tuple | None:
     return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
 
 
-# What this process has verified: by folder, dtype that it was read as, and hash, the state of an
-# array's files. An array that is read again and again while predicting is hashed once, as long as
-# its files stay as they were. Threads share it: one look-up or one entry is atomic in a dict.
-_verified: dict[tuple[str, str, str], tuple] = {}
+# What this process has verified: by folder and hash, the state of an array's files. An array that
+# is read again and again while predicting is hashed once, as long as its files stay as they were.
+# Threads share it: one look-up or one entry is atomic in a dict.
+_verified: dict[tuple[str, str], tuple] = {}
 
 
-def _restore(
-    path: Path, item: str, leaves: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    def read(part):
-        restore_args = ocp.checkpoint_utils.construct_restore_args(part)
-        args = ocp.args.PyTreeRestore(part, restore_args=restore_args, partial_restore=True)
-        with _checkpointer({item: part}) as checkpointer:
-            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**{item: args}))[
-                item
-            ]
+def _read(path: Path, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return arrays of an item as they are on disk. Raises UserError naming one that can't be read.
 
+    By TensorStore, which is what Orbax reads with. Of a damaged array Orbax prints pages, some of
+    them from its threads when it has raised already.
+    """
+    folder = path.absolute() / item
+    opened = {
+        name: ts.open(
+            {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / name)}},
+            open=True,
+            read=True,
+        )
+        for name in names
+    }
+    arrays = {}
     try:
-        return read(leaves)
-    except Exception as whole:  # find the array to blame, one by one
-        for name, leaf in leaves.items():
-            try:
-                read({name: leaf})
-            except Exception as error:
-                reason = str(error).splitlines()[0][:200]
-                raise UserError(
-                    f"{path}: array {item}/{name} can't be read ({reason}); {ADVICE}"
-                ) from whole
+        coming = {}
+        for name, store in opened.items():
+            coming[name] = store.result().read()
+        for name, array in coming.items():
+            arrays[name] = array.result()
+    except Exception as error:  # TensorStore raises ValueError and more for what is damaged
+        reason = str(error).splitlines()[0][:300]
         raise UserError(
-            f"{path}: {item} can't be read ({str(whole).splitlines()[0][:200]}); {ADVICE}"
-        ) from whole
+            f"{path}: array {item}/{name} can't be read ({reason}); {ADVICE}"
+        ) from error
+    return arrays
