@@ -135,11 +135,11 @@ def test_what_is_no_image_is_left_out_and_told(folder):
     assert dataset.class_names == ("cat", "dog")
     assert levels_of(dataset.train) == [0, 1, 2, 100, 101, 102]
     assert dataset.notes == (
-        "train: left out: 1 files or links outside the class folders (labels.csv); "
-        "1 files without an extension (cat/README); "
-        "5 files of other types (cat/notes0.txt, cat/notes1.txt, cat/notes2.txt and 2 more); "
-        "1 pipes, sockets or devices (cat/pipe.png); "
-        "1 links to nothing (dog/gone.png)",
+        "train: left out: files or links outside the class folders: 1 (labels.csv); "
+        "files without an extension: 1 (cat/README); "
+        "files of other types: 5 (cat/notes0.txt, cat/notes1.txt, cat/notes2.txt and 2 more); "
+        "pipes, sockets or devices: 1 (cat/pipe.png); "
+        "links to nothing: 1 (dog/gone.png)",
         "train: 6 images: cat 3, dog 3",
         "test: 2 images: cat 1, dog 1",
     )
@@ -147,8 +147,8 @@ def test_what_is_no_image_is_left_out_and_told(folder):
     told = []
     assert [file.name for file in images.find([cat], told.append)] == ["0.png", "1.png", "2.png"]
     assert told == [
-        f"{cat}: left out: 1 files without an extension (README); 5 files of other types "
-        "(notes0.txt, notes1.txt, notes2.txt and 2 more); 1 pipes, sockets or devices (pipe.png)"
+        f"{cat}: left out: files without an extension: 1 (README); files of other types: 5 "
+        "(notes0.txt, notes1.txt, notes2.txt and 2 more); pipes, sockets or devices: 1 (pipe.png)"
     ]
     images.find([folder / "test"], told.append)
     assert len(told) == 1
@@ -173,8 +173,8 @@ def test_links_are_followed_and_circles_end(tmp_path):
     relative = [str(file.relative_to(tmp_path / "here")) for file in files]
     assert relative == ["a_link/b.png", "file.png", "z/a.png"]  # where it really is
     assert images.describe(left_out, tmp_path / "here") == (
-        "left out: 3 links to folders that are read already (a_link/back, z/up, zz_again); "
-        "1 links to nothing (self.png)"
+        "left out: links to folders that are read already: 3 (a_link/back, z/up, zz_again); "
+        "links to nothing: 1 (self.png)"
     )
 
 
@@ -183,10 +183,10 @@ def test_a_class_without_images_says_what_lies_there(folder):
         file.rename(file.with_suffix(""))
     with pytest.raises(
         UserError,
-        match=r"train/dog: no image files in this folder; left out: 3 files without an extension",
+        match=r"train/dog: no image files in this folder; left out: files without an extension: 3",
     ):
         sources.load("folder", str(folder))
-    with pytest.raises(UserError, match=r"dog: no image files in this folder; left out: 3 files"):
+    with pytest.raises(UserError, match=r"dog: no image files in this folder; left out: files"):
         images.find([folder / "train/dog"])
 
 
@@ -302,7 +302,7 @@ def test_names_that_are_no_utf_8_can_be_printed(latin):
             use()
         str(error.value).encode()
     file.rename(file.with_suffix(".txt"))
-    with pytest.raises(UserError, match=re.escape(r"left out: 1 files of other types (gr\xfcn")):
+    with pytest.raises(UserError, match=re.escape(r"left out: files of other types: 1 (gr\xfcn")):
         images.find([file.parent])
 
 

@@ -226,7 +226,7 @@ def describe(left_out: LeftOut, folder: Path) -> str:
     kinds = []
     for kind, names in by_kind.items():
         more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-        kinds.append(f"{len(names):,} {kind} ({', '.join(names[:NAMED])}{more})")
+        kinds.append(f"{kind}: {len(names):,} ({', '.join(names[:NAMED])}{more})")
     return f"left out: {'; '.join(kinds)}" if kinds else ""
 
 
