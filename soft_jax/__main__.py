@@ -201,8 +201,8 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
     )
     table.add_argument(
         "--output",
-        help="also write the table as Markdown to this file; that of the layers with a picture "
-        "beside it",
+        help="also write the table as Markdown to this file, in the place of an older table; that "
+        "of the layers with a picture beside it",
     )
 
 

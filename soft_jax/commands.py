@@ -53,7 +53,7 @@ SWEEP_FLAGS = {
     "protocol": "What the runs are compared by, such as per_sample/prompt_id. Default: each run by "
     "the best of its rules that take each image by itself, as predict does.",
     "workdir": "The folder that holds the runs of all sweeps. Default: runs/sweeps.",
-    "output": "Also write the table as Markdown to this file.",
+    "output": "Also write the table as Markdown to this file, in the place of an older table.",
 }
 CONTINUES = "finished tasks are as they were, and the same command continues"
 _SHOWN = 80  # signs of an argument that a message shows
@@ -430,7 +430,7 @@ def table(arguments: argparse.Namespace) -> int:
     """Run what is missing of a table and print it; the exit status is 1 where a row failed."""
     seeds = _number(arguments.seeds, "--seeds")
     workdir = paths.local(arguments.workdir, "--workdir")
-    output = arguments.output and paths.local(arguments.output, "--output")
+    output = _output(arguments.output)
     from soft_jax.paper import rows as rows_lib
 
     benchmark = arguments.benchmark or rows_lib.default_benchmark(arguments.table)
@@ -467,6 +467,22 @@ def table(arguments: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
+def _output(text: str | None) -> Path | None:
+    """Return the file to write a table to. Raises UserError for one that no such command wrote."""
+    if not text:
+        return None
+    file = paths.local(text, "--output")
+    if file.is_dir():
+        raise UserError(f"--output: {paths.shown(file)} is a folder; name a file in it")
+    there = file.read_text("utf-8", "replace") if file.is_file() else ""
+    if there and not re.match(r"# .*\n\nMade by `", there):
+        raise UserError(
+            f"--output: {paths.shown(file)} is there and holds no table that was made by this "
+            "command, so it is not replaced; name another file, or remove it"
+        )
+    return file
+
+
 def _command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> str:
     """Return the command again, but for where things are, unless that tells what they are.
 
@@ -497,7 +513,7 @@ def sweep(argv: Sequence[str]) -> int:
         return 0
     given = _read_flags(argv, SWEEP_FLAGS)
     workdir = paths.local(given.values["workdir"] or "runs/sweeps", "--workdir")
-    output = given.values["output"] and paths.local(given.values["output"], "--output")
+    output = _output(given.values["output"])
     from absl import logging
     from rich.console import Console
 

@@ -192,9 +192,10 @@ def test_one_protocol_for_all_is_named_once(world):
 
 def test_a_run_that_failed_stands_below_and_the_status_says_so(world, tmp_path):
     outcomes = [UserError("the loss is\nnot finite"), [manifest(**{PROMPT: 30})]]
-    status, printed = swept(
-        "--set=epochs=1,2", f"--output={tmp_path / 'new/t.md'}", outcomes=outcomes, **world
-    )
+    for _ in range(2):  # the same command continues, and replaces its table
+        status, printed = swept(
+            "--set=epochs=1,2", f"--output={tmp_path / 'new/t.md'}", outcomes=outcomes, **world
+        )
     assert status == 1
     assert table_rows(printed.out)[-1] == ["1", "failed", "–", "–"]
     assert "- failed: epochs=1: the loss is not finite" in printed.out

@@ -631,6 +631,17 @@ def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_replaces_no_text_that_is_not_a_table_of_ours(tmp_path, capsys):
+    """That is told before anything runs, hours before the table."""
+    mine = tmp_path / "results.md"
+    mine.write_text("# Results\n\nBy hand.\n\nMade by `soft-jax table 7`.\n")
+    for output, problem in ((mine, "is there and holds no table"), (tmp_path, "is a folder")):
+        arguments = ["table", "7", f"--workdir={tmp_path / 'runs'}", f"--output={output}"]
+        assert command_line.main(arguments) == 1
+        assert capsys.readouterr().err.startswith(f"error: --output: {output} {problem}")
+    assert list(tmp_path.iterdir()) == [mine]
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_nobody_reads_is_no_error(unbuffered):
     command, environment = (
