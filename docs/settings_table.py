@@ -16,6 +16,7 @@ from soft_jax.config import RUNTIME_FIELDS, Config
 MARKER = "<!-- the tables of settings -->"
 PAPER = "paper"
 CODE = "published code"
+CLIP_HOST = "CLIP-PGP's code"
 HERE = "ours"
 
 
@@ -61,11 +62,14 @@ ABOUT: dict[str, dict[str, About]] = {
         ),
         "backbone_path": About("file or folder", HERE),
         "image_size": About("pixels along a side", HERE),
+        "normalization": About("backbone, cifar100", HERE),
         "dtype": About("float32, bfloat16", HERE, "Floating point type"),
     },
     "Method": {
         "method": About("names joined by +", PAPER),
         "mask_layers": About("layers, from 1", PAPER, "Layers"),
+        "mask_towers": About("vision, text, vision+text", HERE),
+        "text_mask_layers": About("layers, from 1", HERE),
         "target_modules": About("names joined by +", PAPER, "Kernels"),
         "mask_init": About("name", CODE, "A new task's mask is drawn from"),
         "mask_storage": About("name", HERE),
@@ -85,6 +89,9 @@ ABOUT: dict[str, dict[str, About]] = {
         ),
         "g_prompt_length": About("tokens", "DualPrompt", "Tokens of the G-prompt in each layer."),
         "prefix_layout": About("separate, interleaved", HERE, "Which part of a prefix is keys:"),
+        "image_prompt_length": About("tokens", PAPER, "Tokens of the image prompt"),
+        "text_context": About("class, task", PAPER),
+        "text_context_length": About("vectors", CLIP_HOST),
         "key_loss_weight": About("factor", CODE),
         "cache_queries": About("true, false", PAPER),
         "freeze_g_prompt": About("true, false", PAPER),
@@ -92,7 +99,12 @@ ABOUT: dict[str, dict[str, About]] = {
     "Training": {
         "epochs": About("passes over a task's images", CODE, "Of each task."),
         "batch_size": About("images", CODE),
-        "learning_rate": About("per batch of 256 images", CODE, "Adam's:"),
+        "learning_rate": About("per batch of 256 images", CODE),
+        "first_learning_rate": About("per batch of 256 images", CLIP_HOST),
+        "optimizer": About("adam, sgd", CODE),
+        "schedule": About("constant, cosine", CODE),
+        "weight_decay": About("factor", CODE),
+        "first_weight_decay": About("factor, or -1", CLIP_HOST),
         "clip_norm": About("norm", CODE),
         "crop_scale": About("range of shares", CODE, "Random crops:"),
         "crop_ratio": About("range of ratios", CODE, "Random crops:"),

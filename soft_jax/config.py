@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     import ml_collections
 
 DTYPES = ("float32", "bfloat16")
+# Settings that are one of a few words, whatever the method.
+CHOICES = {
+    "dtype": DTYPES,
+    "normalization": ("backbone", "cifar100"),
+    "optimizer": ("adam", "sgd"),
+    "schedule": ("constant", "cosine"),
+    "text_context": ("class", "task"),
+}
 # Settings that change where things are, what they are called or how fast they go, never a figure:
 # a run may be continued with others.
 RUNTIME_FIELDS = (
@@ -60,12 +68,17 @@ class Config:
     backbone: str = "vit_b16"
     backbone_path: str = ""  # its file, or the folder it is in; empty: bundled, cached, downloaded
     image_size: int = 0  # pixels; 0: the backbone's own
+    # What mean and std are taken off pixels: the backbone's own, or CIFAR-100's, which the
+    # published CLIP host takes.
+    normalization: str = "backbone"
     dtype: str = "float32"  # of the computation; masks and θ ⊙ m are float32 in any case
     # Method: parts joined by "+", at most one of each kind: a prompt host (dualprompt, l2p), pgp,
     # and a reparametrization (softtf, wsn, softnet, lora, adapter). Or one that stands alone: head,
-    # ft, ewc, lwf, derpp, icarl, bic.
+    # ft, ewc, lwf, derpp, icarl, bic. CLIP has prompt hosts of its own: clip, clipprompt.
     method: str = "dualprompt+softtf"
     mask_layers: tuple[int, ...] = (10, 11, 12)  # that the reparametrization changes
+    mask_towers: str = "vision"  # of CLIP, in which it changes layers: vision, text, vision+text
+    text_mask_layers: tuple[int, ...] = (10, 11, 12)  # the text tower's, where it is among them
     target_modules: str = "qkv+proj"  # of those layers, joined by "+": qkv, proj, mlp; lora also qv
     mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)
     mask_storage: str = "float32"  # how softtf's masks are stored: or int8, int4, lowrank
@@ -81,6 +94,9 @@ class Config:
     g_prompt_layers: tuple[int, ...] = (1, 2)
     g_prompt_length: int = 5
     prefix_layout: str = "separate"  # "interleaved" reproduces the published prompt look-up
+    image_prompt_length: int = 5  # of clip and clipprompt, in front of CLIP's vision tower
+    text_context: str = "class"  # what has text contexts of its own: each class, or each task
+    text_context_length: int = 16  # vectors in front of a class name
     key_loss_weight: float = 1.0  # λ of the key-matching term
     # Train with q(x) of the whole image, computed once, instead of each crop's as the paper does.
     cache_queries: bool = False
@@ -90,6 +106,11 @@ class Config:
     epochs: int = 20
     batch_size: int = 24  # images over all devices
     learning_rate: float = 0.03  # × batch_size / 256
+    first_learning_rate: float = 0.0  # of the first task; 0: as of the others
+    optimizer: str = "adam"  # Adam(0.9, 0.999); or sgd, with momentum 0.9
+    schedule: str = "constant"  # or cosine: from the learning rate to 0, in steps of an epoch
+    weight_decay: float = 0.0  # × weights, added to their gradients
+    first_weight_decay: float = -1.0  # of the first task; -1: as of the others
     clip_norm: float = 1.0  # the largest global norm of the gradients
     crop_scale: tuple[float, float] = (0.05, 1.0)  # shares of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height; (1, 1) in both: no crop
@@ -111,8 +132,9 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: {self.dtype!r} is unknown; known are {', '.join(DTYPES)}")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name}: {value!r} is unknown; known are {', '.join(known)}")
         for least, names in _LEAST.items():
             for name in names:
                 if getattr(self, name) < least:
@@ -167,6 +189,8 @@ _LEAST = {
         "pool_size",
         "top_k",
         "buffer_size",
+        "image_prompt_length",
+        "text_context_length",
     ),
     1e-12: ("learning_rate", "clip_norm"),
     0: (
@@ -180,8 +204,10 @@ _LEAST = {
         "ewc_strength",
         "lwf_strength",
         "prototype_features",
+        "first_learning_rate",
+        "weight_decay",
     ),
-    -1: ("class_order_seed",),
+    -1: ("class_order_seed", "first_weight_decay"),
 }
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
 

@@ -41,8 +41,8 @@ def test_the_parts_of_a_method():
     [
         (
             {"method": "coda"},
-            "method: 'coda' is unknown; known are adapter, bic, derpp, dualprompt, ewc, ft, head, "
-            "icarl, l2p, lora, lwf",
+            "method: 'coda' is unknown; known are adapter, bic, clip, clipprompt, derpp, "
+            "dualprompt, ewc, ft, head, icarl, l2p, lora, lwf",
         ),
         (
             {"method": "ft+pgp"},
@@ -56,6 +56,10 @@ def test_the_parts_of_a_method():
             "mask_storage: 'int3' is unknown; known are float32, int8, int4, lowrank",
         ),
         ({"mask_init": "zeros"}, "mask_init: 'zeros' is unknown"),
+        (
+            {"mask_towers": "vision+vision"},
+            "mask_towers: 'vision+vision' is unknown; known are vision, text, vision+text",
+        ),
         ({"prefix_layout": "x"}, "prefix_layout: 'x' is unknown"),
         ({"top_k": 11, "method": "l2p"}, "top_k: 11 is above pool_size, 10"),
         ({"g_prompt_layers": (9, 10)}, "both name layer 10; a layer takes one prompt"),
@@ -110,9 +114,10 @@ def test_layers_at_once_may_be_one_layer_too_many():
 
 def test_every_setting_is_used_by_some_run():
     used = set()
-    for method in METHODS:
-        for scenario in ("equal", "increments"):
-            used |= settings_lib.used_settings(Config(method=method, scenario=scenario)).keys()
+    for method in (*METHODS, "clip", "softtf"):
+        for scenario, towers in (("equal", "vision"), ("increments", "vision+text")):
+            config = Config(method=method, scenario=scenario, mask_towers=towers)
+            used |= settings_lib.used_settings(config).keys()
     fields = {field.name for field in dataclasses.fields(Config)}
     assert used == fields - set(RUNTIME_FIELDS)
 

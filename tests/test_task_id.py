@@ -95,7 +95,7 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         effective = [method.weights(backbone, adapter) for adapter in adapters]
         mean = identity.mean_weights(iter(effective), 3)
         prompt = np.stack([a["prompt"] for a in adapters])
-        gradient = identity.entropy_gradients(
+        gradient, _ = identity.entropy_gradients(
             method, backbone, mean, prompt, shared, tokens, weights, 3
         )
         ours = identity.alpha_gradients(gradient, tuple(effective))

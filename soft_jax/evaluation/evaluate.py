@@ -97,6 +97,17 @@ class Answers:
         return cls(*(joined(field.name) for field in dataclasses.fields(cls)))
 
 
+def last_in_batch(tasks: Sequence[int], sizes: Sequence[int], batch_size: int) -> np.ndarray:
+    """Return for each test image the task of the last image in its batch, int `[sum(sizes)]`.
+
+    The images of `tasks`, `sizes` each, stand in a row and are cut into batches, so that a batch
+    may hold images of several tasks.
+    """
+    task_of = np.repeat(tasks, sizes)
+    index = np.arange(len(task_of)) // batch_size
+    return task_of[np.minimum((index + 1) * batch_size, len(task_of)) - 1]
+
+
 def answer(
     model: Model,
     rules: Sequence[TaskIdentityRule],
@@ -104,6 +115,7 @@ def answer(
     query: np.ndarray,
     task: int,
     settings: Settings,
+    last_in_batch: np.ndarray | None = None,
 ) -> Answers:
     """Identify and classify test images of one task under every rule.
 
@@ -114,11 +126,19 @@ def answer(
         query: q(x) `[N, dim]`.
         task: the images' task.
         settings: how they are batched.
+        last_in_batch: int `[N]`, as `ImageBatch` has it; the images' task if not given.
     """
+    if last_in_batch is None:
+        last_in_batch = np.full(len(images), task)
     starts = range(0, len(images), settings.chunk)
     parts = [slice(start, start + settings.chunk) for start in starts]
     return Answers.concatenate(
-        [_answer_chunk(model, rules, images[part], query[part], task, settings) for part in parts]
+        [
+            _answer_chunk(
+                model, rules, images[part], query[part], task, settings, last_in_batch[part]
+            )
+            for part in parts
+        ]
     )
 
 
@@ -129,12 +149,20 @@ def _answer_chunk(
     query: np.ndarray,
     task: int,
     settings: Settings,
+    last_in_batch: np.ndarray,
 ) -> Answers:
     batches = TestBatches(len(images), settings.batch_size)
     tokens, batch_tokens = _tokens(model, images, query, batches, settings)
     given = np.full(len(images), task)
     batch = ImageBatch(
-        model, tokens, query, settings.batching, given, batches, batch_tokens=batch_tokens
+        model,
+        tokens,
+        query,
+        settings.batching,
+        given,
+        batches,
+        batch_tokens=batch_tokens,
+        last_in_batch=last_in_batch,
     )
     ids = {rule.key: rule.identify(batch) for rule in rules}
     shared = batch_tokens is tokens
@@ -244,13 +272,14 @@ class Stage:
         query: np.ndarray,
         index: np.ndarray,
         files: Sequence[str],
+        last_in_batch: np.ndarray | None = None,
     ) -> None:
         """Identify and classify a task's images under every rule, and count what was right.
 
-        `images`, `query` and `task` are those of `answer`, `labels` int `[N]`, `index` and `files`
-        as `Predictions` has them.
+        `images`, `query`, `task` and `last_in_batch` are those of `answer`, `labels` int `[N]`,
+        `index` and `files` as `Predictions` has them.
         """
-        answers = answer(self.model, self.rules, images, query, task, self.settings)
+        answers = answer(self.model, self.rules, images, query, task, self.settings, last_in_batch)
         num_tasks = len(self.model.rows["key"])
         for protocol, row in count(answers, labels, task, num_tasks).items():
             self.rows.setdefault(protocol, []).append(row)

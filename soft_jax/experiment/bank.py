@@ -92,6 +92,7 @@ class TaskBank:
             tasks=tuple(range(self.tasks)),
             task_of_class=self._run.scenario.task_of_class,
             solved=distributed.to_global(solved, whole),
+            zero_shot=self._run.zero_shot,
         )
 
     def _load(self, task: int) -> Adapter:

@@ -153,6 +153,10 @@ def _learn_task(
     _begin(run, task, "statistics of its training images")
     memory, shared = task_memory(run, task, memory, state.trainable)
     adapter, packed = _as_stored(run, state.trainable["adapter"])
+    if run.method.host.reads_text:
+        class_mask = run.scenario.class_mask(task)
+        class_mask = distributed.to_global(class_mask, distributed.replicated(run.mesh))
+        shared = _with_own_classes(run.method, run.params, adapter, shared, class_mask)
     items = {
         "adapter": packed,
         "shared": shared,
@@ -183,6 +187,7 @@ def _as_stored(run: Run, adapter: Adapter) -> tuple[Adapter, Adapter]:
 
 
 _pack = jax.jit(Method.pack, static_argnums=0)
+_with_own_classes = jax.jit(Method.with_own_classes, static_argnums=0)
 
 
 def task_statistics(run: Run, task: int) -> pytrees.Tree:
@@ -317,8 +322,9 @@ def evaluate_stage(
     fits = part == VALIDATION
     stage = evaluate.Stage(model, run.rules, run.settings, temperatures or {}, for_fit=fits)
     seen, done = len(model.tasks), 0
-    images = sum(len(run.index(part, task)) for task in model.tasks)
-    _begin(run, model.tasks[-1], f"evaluating {part} images", images)
+    sizes = [len(run.index(part, task)) for task in model.tasks]
+    last = evaluate.last_in_batch(model.tasks, sizes, run.settings.batch_size)
+    _begin(run, model.tasks[-1], f"evaluating {part} images", sum(sizes))
     for task in model.tasks:
         run.hooks.before_evaluation(task)
         if distributed.all_max(run.stop.is_set())[0]:
@@ -326,7 +332,8 @@ def evaluate_stage(
         split = run.part(part, task)
         query, index = run.query(part, task), run.index(part, task)
         files = run.files(part, index)
-        stage.add(task, split.images, split.labels, query, index, files)
+        in_batch = last[done : done + len(index)]
+        stage.add(task, split.images, split.labels, query, index, files, in_batch)
         done += len(index)
         run.display.update(done)
     return stage

@@ -24,7 +24,7 @@ from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.display import Display, NoDisplay
 from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
-from soft_jax.inference import engine, rules
+from soft_jax.inference import engine, rules, zero_shot
 from soft_jax.methods import registry, rehearsal
 from soft_jax.methods.method import Adapter, Method, Shared
 from soft_jax.models import backbones
@@ -68,6 +68,17 @@ class Run:
     prepared: dict[tuple[str, int], sources.InMemoryImages] = dataclasses.field(
         default_factory=dict
     )
+
+    @functools.cached_property
+    def zero_shot(self) -> jax.Array | None:
+        """Return the classes' zero-shot text features, `[classes, feature_dim]`, on the devices.
+
+        None where the backbone reads no text.
+        """
+        method = self.method
+        if not method.host.reads_text:
+            return None
+        return zero_shot.text_features(method.architecture, self.params, method.class_names)
 
     @property
     def settings(self) -> evaluate.Settings:
@@ -174,6 +185,7 @@ class Run:
             augment=_augment(c, self.method),
             augment_key=train_step.stream(c.seed, "augment", task),
             pool_size=max(sizes) + (strategy.buffer_size if strategy else 0),
+            rates=_rates(c, task, self.sampler(task, memory).steps_per_epoch),
         )
 
     def query(self, part: str, task: int) -> np.ndarray:
@@ -219,6 +231,8 @@ class Run:
         if self.step_config.cache_queries:
             architecture = method.architecture
             batch["query"] = like((rows, architecture.feature_dim), architecture.dtype)
+        if self.step_config.scheduled:
+            batch["rates"] = jax.eval_shape(lambda: _rates(self.config, 0, 1))
         for name, column in method.columns.items():
             batch[name] = like((rows, *column.shape), column.dtype)
         step = train_step.compile_step(self.step_config, self.mesh)
@@ -319,6 +333,28 @@ def step_config_of(config: Config, method: Method, on_device: bool) -> StepConfi
         key_loss_weight=config.key_loss_weight,
         augment=_augment(config, method) if on_device else None,
         cache_queries=config.cache_queries,
+        optimizer=config.optimizer,
+        scheduled=_is_scheduled(config),
+    )
+
+
+def _is_scheduled(config: Config) -> bool:
+    """Whether steps take their rates from the task: all but Adam with one learning rate do."""
+    first = config.first_learning_rate > 0 or config.first_weight_decay >= 0
+    changes = config.schedule != "constant" or config.weight_decay > 0 or first
+    return config.optimizer != "adam" or changes
+
+
+def _rates(config: Config, task: int, steps_per_epoch: int) -> train_step.Rates:
+    learning_rate, decay = config.learning_rate, config.weight_decay
+    if task == 0:
+        learning_rate = config.first_learning_rate or learning_rate
+        decay = config.first_weight_decay if config.first_weight_decay >= 0 else decay
+    return train_step.Rates(
+        np.float32(learning_rate * config.batch_size / 256),
+        np.float32(decay),
+        np.int32(config.epochs if config.schedule == "cosine" else 0),
+        np.int32(steps_per_epoch),
     )
 
 
@@ -392,7 +428,11 @@ def prepare(
         scenario.check(split.labels)
     if config.validation:
         dataset = _hold_out(config, dataset, scenario)
-    method = registry.make_method(config, backbone.architecture, dataset.class_names)
+    largest = max(map(len, scenario.classes_by_task))
+    names = dataset.class_names
+    method = registry.make_method(config, backbone.architecture, names, largest)
+    for note in method.host.notes(names):
+        console.print(note, markup=False)
     if method.strategy:
         method.strategy.check_classes(scenario.num_learned)
     record = RunRecord(

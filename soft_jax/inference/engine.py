@@ -167,6 +167,8 @@ class Model:
     "prompt" `[P, ...]`, of zeros or empty where the method has none. `tasks` are those to choose
     from, in ascending order. `task_of_class` is int `[classes]`, -1 for classes in no task.
     `solved` is what task-identity rules made of all tasks' statistics, by the rule's name.
+    `zero_shot` `[classes, feature_dim]` are `zero_shot.text_features`, where the backbone reads
+    text.
     """
 
     method: Method
@@ -177,11 +179,29 @@ class Model:
     tasks: tuple[int, ...]
     task_of_class: np.ndarray
     solved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    zero_shot: jax.Array | None = None
 
     @functools.cached_property
     def mean_weights(self) -> pytrees.Tree:
         """Return θ ⊙ M, where M is the mean of the masks of `tasks`."""
         return identity.mean_weights((self.weights[task] for task in self.tasks), len(self.tasks))
+
+    @functools.cached_property
+    def superposed_text(self) -> identity.SuperposedText:
+        """Return the text tower at `mean_weights`, and its derivatives towards `tasks` in turn."""
+        method, contexts = self.method, self.rows["context"]
+        classes = np.full((len(contexts), method.classes_at_once), method.num_classes)
+        for task in self.tasks:
+            own = np.flatnonzero(self.task_of_class == task)
+            classes[task, : len(own)] = own
+        mean, found = self.mean_weights, []
+        for task in self.tasks:
+            found.append(
+                identity.superposed_text(
+                    method, self.backbone, mean, self.weights[task], contexts, classes
+                )
+            )
+        return identity.SuperposedText(found[0][0], jnp.stack([moved for _, moved in found]))
 
 
 _weights = jax.jit(Method.weights, static_argnums=0)
@@ -399,42 +419,57 @@ def alpha_gradients(
     """
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
     out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.dtype))
-    kernels = pytrees.flatten(model.mean_weights).values()
-    held = (
-        rows.shape[1]
-        * tokens.shape[1]
-        * sum(sum(kernel.shape) for kernel in kernels)
-        * out.dtype.itemsize
-    )
+    text = set(model.method.text_kernels)
+    widths = [
+        sum(kernel.shape)
+        for path, kernel in pytrees.flatten(model.mean_weights).items()
+        if path not in text
+    ]
+    held = rows.shape[1] * tokens.shape[1] * max(sum(widths), 1) * out.dtype.itemsize
     largest = GRADIENT_BYTES // held
+    shared = model.shared
+    if text:
+        superposed = model.superposed_text.text.astype(shared["head"]["text"].dtype)
+        shared = shared | {"head": shared["head"] | {"text": superposed}}
     pieces = list(batching.pieces(len(rows), largest))
     while pieces:
         # As many pieces as GRADIENT_BYTES holds, at least one, go through the tasks together: where
         # the cache doesn't hold all tasks, each pass through them loads most of them again.
         fit = np.searchsorted(np.cumsum([size for *_, size in pieces]), largest, side="right")
         together, pieces = pieces[: max(1, fit)], pieces[max(1, fit) :]
-        gradients = [
+        both = [
             identity.entropy_gradients(
                 model.method,
                 model.backbone,
                 model.mean_weights,
                 _take(model.rows["prompt"], batching.put(prompt_of[start:stop], size)),
-                model.shared,
+                shared,
                 take_rows(tokens, rows[start:stop], size, batching),
                 batching.put(weights[start:stop].astype(out.dtype), size),
                 len(tasks),
             )
             for start, stop, size in together
         ]
-        order = model.weights.order(tasks)
+        gradients = [of_kernels for of_kernels, _ in both]
+        for (start, stop, _), (_, by_logit) in zip(together, both, strict=True):
+            out[start:stop] = _by_text(model, shared, by_logit)[: stop - start] if text else 0
+        del both
+        order = model.weights.order(tasks) if gradients[0] else []
         for first in range(0, len(order), step):
             part = order[first : first + step]
             columns = np.searchsorted(tasks, part)
             products = _products(model, gradients, part, step)
             for (start, stop, _), values in zip(together, products, strict=True):
-                out[start:stop, columns] = values[: stop - start]
+                out[start:stop, columns] += values[: stop - start]
         del gradients  # before the next are made
     return out
+
+
+def _by_text(model: Model, shared: Shared, factors: identity.LogitFactors) -> np.ndarray:
+    """Return the part of ∂H/∂α `[G, tasks]` that goes through the text tower."""
+    tangents = model.superposed_text.tangents
+    values = identity.text_alpha_gradients(model.method, model.backbone, shared, factors, tangents)
+    return distributed.to_host(values)
 
 
 def _products(

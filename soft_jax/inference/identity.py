@@ -116,6 +116,15 @@ class Factors(NamedTuple):
     gradients: jax.Array
 
 
+class LogitFactors(NamedTuple):
+    """What the logits of G groups of S images have to do with H: `gradients` ∂H/∂ℓ
+    `[G, S, classes]`, and the `features` `[G, S, feature_dim]` that they are made of.
+    """
+
+    features: jax.Array
+    gradients: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames="method")
 def entropy_gradients(
     method: Method,
@@ -126,7 +135,7 @@ def entropy_gradients(
     tokens: jax.Array,
     weights: jax.Array,
     tasks: jax.Array,
-) -> dict[str, Factors]:
+) -> tuple[dict[str, Factors], LogitFactors]:
     """Compute ∂H/∂(θ ⊙ M) of several groups of images, at the superposed mask M = Σ α_t m_t.
 
     Each group has its own gradients; all are computed in one pass.
@@ -140,13 +149,15 @@ def entropy_gradients(
         backbone: frozen parameters.
         mean: θ ⊙ M, the tree of `Method.weights`.
         prompt: each group's E-prompt, `[G, layers, 2, length, heads, head_dim]`.
-        shared: the shared part.
+        shared: the shared part; where masks are in the text tower, its classifier is
+            `superposed_text`'s.
         tokens: trunk tokens `[G, S, N, dim]`.
         weights: `[G, S]`, 0 for padding, which stands at the end.
         tasks: T, int.
 
     Returns:
-        The masked kernels' gradients by path.
+        The masked kernels' gradients by path, those of the vision tower, and what the text tower's
+        are made of.
     """
     groups, size, count, dim = tokens.shape
     totals = jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
@@ -163,7 +174,7 @@ def entropy_gradients(
     }
     params = pytrees.merge(backbone, mean)
 
-    def entropy(shifts):
+    def entropy(shifts, logit_shift):
         inputs = {}
 
         def shifted(call, args, kwargs, context):
@@ -174,29 +185,117 @@ def entropy_gradients(
             return call(*args, **kwargs) + shifts[path]
 
         with nn.intercept_methods(shifted):
-            logits = method.classify(params, prefix, shared, tokens.reshape(-1, count, dim))
-        return jnp.sum(entropy_of_top(logits, method.num_classes // tasks) * shares), inputs
+            features = method.features(params, prefix, shared, tokens.reshape(-1, count, dim))
+        logits = method.head(params, shared, features) + logit_shift
+        total = jnp.sum(entropy_of_top(logits, method.num_classes // tasks) * shares)
+        return total, (inputs, features)
 
     # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be
     # as large as the kernel, per group.
-    outs = {path: kernel.shape[1] for path, kernel in pytrees.flatten(mean).items()}
+    layer_of = method.architecture.layer_of
+    outs = {
+        path: kernel.shape[1]
+        for path, kernel in pytrees.flatten(mean).items()
+        if layer_of(path) is not None
+    }
+    logit_shift = jnp.zeros((groups * size, method.num_classes), shares.dtype)
     zeros = {
         path: jnp.zeros((groups * size, 1, out), method.architecture.dtype)
         for path, out in outs.items()
     }
-    _, inputs = jax.eval_shape(entropy, zeros)
+    _, (inputs, _) = jax.eval_shape(entropy, zeros, logit_shift)
     zeros = {
         path: jnp.zeros(
             (groups * size, inputs[path].shape[1], outs[path]), method.architecture.dtype
         )
         for path in outs
     }
-    gradients, inputs = jax.grad(entropy, has_aux=True)(zeros)
+    (gradients, by_logit), (inputs, features) = jax.grad(entropy, (0, 1), has_aux=True)(
+        zeros, logit_shift
+    )
 
     def by_group(rows):
         return rows.astype(shares.dtype).reshape(groups, -1, rows.shape[-1])
 
-    return {path: Factors(by_group(inputs[path]), by_group(gradients[path])) for path in outs}
+    of_kernels = {path: Factors(by_group(inputs[path]), by_group(gradients[path])) for path in outs}
+    return of_kernels, LogitFactors(by_group(features), by_group(by_logit))
+
+
+class SuperposedText(NamedTuple):
+    """The text tower at the superposed mask: the classes' features `text` `[classes, feature_dim]`,
+    and how they change with α, `tangents` `[tasks, classes, feature_dim]`, ∂text/∂α_t.
+    """
+
+    text: jax.Array
+    tangents: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def superposed_text(
+    method: Method,
+    backbone: pytrees.Tree,
+    mean: pytrees.Tree,
+    direction: pytrees.Tree,
+    contexts: jax.Array,
+    classes: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the text features of all classes at θ ⊙ M, and their derivative towards θ ⊙ m_t.
+
+    Args:
+        method: the method, which reads text.
+        backbone: frozen parameters.
+        mean: θ ⊙ M, the tree of `Method.weights`.
+        direction: θ ⊙ m_t, the same tree.
+        contexts: text contexts of P tasks, `[P, K or 1, n, width]`.
+        classes: their classes, int `[P, K]`; the number of all classes stands for none.
+
+    Returns:
+        Features and derivative, each `[classes, feature_dim]`, 0 for classes in no task.
+    """
+    count = method.num_classes
+    contexts = jnp.broadcast_to(contexts, (*classes.shape, *contexts.shape[2:]))
+    rows = classes.reshape(-1)
+
+    def features(weights):
+        of_rows = method.host.text_features(
+            method.architecture,
+            pytrees.merge(backbone, weights),
+            contexts.reshape(-1, *contexts.shape[2:]),
+            method.class_names,
+            jnp.minimum(rows, count - 1),
+        )
+        empty = jnp.zeros((count, of_rows.shape[1]), of_rows.dtype)
+        return empty.at[rows].set(of_rows, mode="drop")
+
+    return jax.jvp(features, (mean,), (direction,))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def text_alpha_gradients(
+    method: Method,
+    params: pytrees.Tree,
+    shared: Shared,
+    factors: LogitFactors,
+    tangents: jax.Array,
+) -> jax.Array:
+    """Compute the part of ∂H/∂α_t that goes through the text tower, `[G, T]`.
+
+    It is Σ ∂H/∂ℓ · ∂ℓ/∂text · ∂text/∂α_t over a group's images and all classes. `tangents`
+    `[T, classes, feature_dim]` are `superposed_text`'s derivatives.
+    """
+    features = factors.features.reshape(-1, factors.features.shape[-1])
+    gradients = factors.gradients.reshape(len(features), -1)
+
+    def along(tangent):
+        def logits(text):
+            head = shared["head"] | {"text": text}
+            return method.head(params, shared | {"head": head}, features)
+
+        text = shared["head"]["text"]
+        moved = jax.jvp(logits, (text,), (tangent.astype(text.dtype),))[1]
+        return (gradients * moved).sum(axis=1).reshape(len(factors.features), -1).sum(axis=1)
+
+    return jax.lax.map(along, tangents).T
 
 
 @jax.jit

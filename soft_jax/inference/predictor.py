@@ -14,7 +14,7 @@ from soft_jax import distributed
 from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
 from soft_jax.errors import UserError
-from soft_jax.inference import engine, rules
+from soft_jax.inference import engine, rules, zero_shot
 from soft_jax.inference.rules import ImageBatch, TaskGiven, TaskIdentityRule
 from soft_jax.methods import registry
 from soft_jax.methods.method import Adapter, Method
@@ -119,14 +119,16 @@ class Predictor:
             )
         # The names are filled in below: a network does not depend on those of a linear classifier.
         names = [""] * latest.num_classes
-        method = registry.make_method(config, backbone.architecture, names)
+        # Without a list of tasks, all have as many classes.
+        largest = max(map(len, record.tasks or (latest.classes,)))
+        method = registry.make_method(config, backbone.architecture, names, largest)
         rule, because = _rule(config, method, latest, task_id)
         manifests = {task: reader.load_task_manifest(task) for task in chosen}
         for manifest in manifests.values():
             for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
                 names[class_] = name
         batching = engine.Batching(distributed.data_mesh(devices), batch_size)
-        method = registry.make_method(config, backbone.architecture, names)
+        method = registry.make_method(config, backbone.architecture, names, largest)
         model = _model(reader, method, backbone, latest, manifests, rule, cache_bytes, batching)
         return cls(model, rule, names, batching, latest.temperature, because)
 
@@ -386,4 +388,7 @@ def _model(
         solved=jax.device_put({rule.statistics_name: collector.solve()}, whole)
         if collector
         else {},
+        zero_shot=zero_shot.text_features(method.architecture, params, method.class_names)
+        if isinstance(rule, rules.ZeroShot)
+        else None,
     )

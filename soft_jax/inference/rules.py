@@ -10,14 +10,19 @@ A rule is a protocol of its own, a row in every report. To add one, write its cl
 | per_sample/gradient_id | each image's most negative ∂H/∂α | all seen |
 | per_sample/prototype | statistics of the frozen features that every task leaves | the task's |
 | per_sample/frozen_features | nobody: those statistics alone answer, no network does | all seen |
+| per_sample/zero_shot | nobody: the frozen text features of the class names answer | all seen |
+| per_sample/k_means | the nearest of centres of the frozen features (S-Prompts) | the task's |
 | batch_vote/pool | L2P as published: a batch selects its prompts together | all |
 | batch_vote/prompt_id | the published vote: a batch's majority, over every key | all |
 | batch_vote/gradient_id_7 | ∂H/∂α on the batch's first 7 images, or as many as `shots` says | all |
+| batch_vote/cut_off | nobody, as CLIP-PGP published it | those of tasks up to the batch's last |
 | oracle/task_given | the task is given (task-incremental learning) | the task's |
 | oracle/frozen_features | the task is given, and the statistics alone answer | the task's |
+| oracle/zero_shot | the task is given, and the frozen text features answer | the task's |
 
-The two rows of frozen features cost no training and no forward pass: what a method adds to them is
-what its training was good for. A published test batch holds one task, so that what decides by
+The rows of frozen features and of zero-shot text cost no training and no forward pass: what a
+method adds to them is what its training was good for. Zero-shot text, `k_means` and `cut_off` are
+for backbones that read text. A published test batch holds one task, so that what decides by
 batch leaks the task. "All" classes are all outputs of the head, also those that are not trained
 yet.
 
@@ -39,7 +44,7 @@ import scipy.special
 
 from soft_jax import pytrees
 from soft_jax.config import Config
-from soft_jax.inference import engine, identity, prototypes
+from soft_jax.inference import centres, engine, identity, prototypes, zero_shot
 from soft_jax.inference.engine import Batching, Model
 from soft_jax.methods.method import Method
 from soft_jax.methods.registry import Parts
@@ -79,7 +84,8 @@ class ImageBatch:
     `tokens` are what `engine.encode` gave of each image by itself, `batch_tokens` of each as part
     of its test batch (another selection of a pool's prompts; else the same array). `query` is q(x)
     `[N, dim]`, `given` int `[N]` the tasks where they are told, `batches` the test batches where
-    there are any.
+    there are any. `last_in_batch` int `[N]` is the task of the last image in each image's batch,
+    where all tasks' test images are batched in a row.
     """
 
     model: Model
@@ -89,6 +95,7 @@ class ImageBatch:
     given: np.ndarray | None = None
     batches: TestBatches | None = None
     batch_tokens: jax.Array | None = None
+    last_in_batch: np.ndarray | None = None
     cache: dict[Any, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
@@ -402,6 +409,85 @@ class FrozenFeatures(_Regression):
         return self.log_posterior(images)
 
 
+class ZeroShot(TaskIdentityRule):
+    """The frozen image and text encoders answer, by the class names alone."""
+
+    name: ClassVar[str] = "zero_shot"
+    title: ClassVar[str] = "CIL per_sample, zero-shot"
+    option: ClassVar[str] = "zero_shot"
+    needs_network: ClassVar[bool] = False
+
+    @classmethod
+    def applies(cls, method: Method | Parts) -> bool:
+        """Whether the backbone reads text."""
+        return method.host.reads_text
+
+    def _logits(self, images: ImageBatch) -> np.ndarray:
+        model = images.model
+        architecture, params = model.method.architecture, model.backbone
+
+        def compute() -> np.ndarray:
+            return images.batching.map(
+                lambda part: zero_shot.logits(architecture, params, model.zero_shot, part),
+                images.query,
+            )
+
+        return images.cached("zero_shot", compute)
+
+    def identify(self, images: ImageBatch) -> np.ndarray:
+        """Return the task of the best class seen."""
+        seen = engine.mask_to_seen(images.model, self._logits(images))
+        return images.model.task_of_class[seen.argmax(axis=1)]
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return the logits of the classes seen by frozen text features."""
+        return engine.mask_to_seen(images.model, self._logits(images))
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeans(TaskIdentityRule):
+    """The nearest of the tasks' k-means centres of q(x) (S-liPrompts, Wang et al., 2022)."""
+
+    name: ClassVar[str] = "k_means"
+    title: ClassVar[str] = "CIL per_sample, k-means"
+    option: ClassVar[str] = "k_means"
+    keeps_statistics: ClassVar[bool] = True
+    dim: int
+
+    @classmethod
+    def from_config(cls, config: Config, method: Method) -> tuple[Self, ...]:
+        """Make the rule for the width of q(x)."""
+        return (cls(method.architecture.feature_dim),)
+
+    @classmethod
+    def applies(cls, method: Method | Parts) -> bool:
+        """Whether tasks have something of their own, on a backbone that reads text."""
+        return method.host.reads_text and method.by_task
+
+    def identify(self, images: ImageBatch) -> np.ndarray:
+        """Return the task of each image's nearest centre."""
+        found = np.asarray(images.model.solved[self.statistics_name])
+        return np.asarray(images.model.tasks)[centres.nearest(images.query, found)]
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return `logits` of the task's classes."""
+        return engine.mask_to_task(images.model, logits, tasks)
+
+    def statistics_shapes(self, classes: int) -> pytrees.Tree:
+        """Return the shape of the centres."""
+        return {"centres": jax.ShapeDtypeStruct((centres.COUNT, self.dim), np.float32)}
+
+    def statistics(
+        self, query: np.ndarray, labels: np.ndarray, classes: Sequence[int]
+    ) -> pytrees.Tree:
+        """Return `centres.statistics`."""
+        return centres.statistics(query)
+
+    def collector(self, num_classes: int) -> "centres.Centres":
+        """Return an object that holds all tasks' centres."""
+        return centres.Centres()
+
+
 class _Vote(TaskIdentityRule):
     """A published protocol: a test batch, which holds a single task, decides for its images."""
 
@@ -425,6 +511,30 @@ class PoolVote(_Vote):
 
     identify = NoTaskId.identify
     final_tasks = NoTaskId.final_tasks
+
+
+class CutOff(_Vote):
+    """CLIP-PGP's published CIL: the logits are cut to the classes up to the batch's last task.
+
+    Only the last task's images face all classes.
+    """
+
+    name = "cut_off"
+    title: ClassVar[str] = "CIL batch_vote, cut at the batch's task *"
+
+    @classmethod
+    def applies(cls, method: Method | Parts) -> bool:
+        """Whether the method is the published host's: it reads text and identifies no task."""
+        return method.host.reads_text and not method.by_task
+
+    identify = NoTaskId.identify
+    final_tasks = NoTaskId.final_tasks
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return `logits` of the classes of tasks up to the last in each image's batch."""
+        of_class = images.model.task_of_class
+        can_win = (of_class >= 0) & (of_class <= images.last_in_batch[:, None])
+        return np.where(can_win, logits, -np.inf)
 
 
 class PromptVote(_Vote):
@@ -511,6 +621,19 @@ class FrozenFeaturesGiven(FrozenFeatures):
         return engine.mask_to_task(images.model, self.log_posterior(images), tasks)
 
 
+class ZeroShotGiven(ZeroShot):
+    """The frozen encoders' answer among the classes of the task that is given."""
+
+    grouping: ClassVar[str] = ORACLE
+    title: ClassVar[str] = "TIL oracle, zero-shot"
+
+    identify = TaskGiven.identify
+
+    def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return the logits of the task's classes by frozen text features."""
+        return engine.mask_to_task(images.model, self._logits(images), tasks)
+
+
 NoTaskId.voted_by, PromptId.voted_by, GradientId.voted_by = PoolVote, PromptVote, GradientVote
 
 # In the order of reports.
@@ -520,11 +643,15 @@ RULES: dict[str, type[TaskIdentityRule]] = {
     "gradient_id": GradientId,
     "prototype": Prototype,
     "frozen_features": FrozenFeatures,
+    "zero_shot": ZeroShot,
+    "k_means": KMeans,
     "pool_vote": PoolVote,
+    "cut_off": CutOff,
     "prompt_vote": PromptVote,
     "gradient_vote": GradientVote,
     "task_given": TaskGiven,
     "frozen_features_given": FrozenFeaturesGiven,
+    "zero_shot_given": ZeroShotGiven,
 }
 
 

@@ -5,6 +5,7 @@ leaves out is what `PromptHost`, which has no prompts at all, does.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import flax.linen as nn
@@ -20,6 +21,10 @@ from soft_jax.models.protocol import Architecture, Prefix, check_layers
 if TYPE_CHECKING:
     from soft_jax.methods.method import Method
 
+# Where a prefix of the method is not keys and values of a layer, but tokens `[B or 1, P, dim]` that
+# stand behind the first, in front of layer 0.
+FRONT = -1
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptHost:
@@ -27,13 +32,15 @@ class PromptHost:
 
     `settings` names the fields of `Config` that it uses, `published_as` is its name in the paper's
     tables. `per_task`: each task has a prompt of its own, so that an image's task matters. `pools`:
-    prompts are shared, and each image selects some by q(x).
+    prompts are shared, and each image selects some by q(x). `reads_text`: it is for backbones that
+    read text, and makes their classifier of the class names.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
     published_as: ClassVar[str] = ""
     per_task: ClassVar[bool] = False
     pools: ClassVar[bool] = False
+    reads_text: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
@@ -94,6 +101,37 @@ class PromptHost:
     def freeze(self, grads: pytrees.Tree, frozen: jax.Array) -> pytrees.Tree:
         """Return the shared part's gradients, 0 for what `freeze_g_prompt` keeps if `frozen`."""
         return grads
+
+    # Hosts that read text only.
+
+    def check_names(self, architecture: Architecture, class_names: Sequence[str]) -> None:
+        """Raise UserError for class names that the backbone can't read."""
+
+    def notes(self, class_names: Sequence[str]) -> tuple[str, ...]:
+        """Return sentences for the user on the class names: nothing."""
+        return ()
+
+    def context_shape(self, architecture: Architecture, classes: int) -> tuple[int, ...]:
+        """Return the shape of a task's text contexts, for tasks of at most so many classes."""
+        raise NotImplementedError
+
+    def init_context(self, key: jax.Array, architecture: Architecture, classes: int) -> jax.Array:
+        """Draw a task's text contexts, float32 of `context_shape`."""
+        raise NotImplementedError
+
+    def text_features(
+        self,
+        architecture: Architecture,
+        params: pytrees.Tree,
+        context: jax.Array,
+        class_names: tuple[str, ...],
+        classes: jax.Array,
+    ) -> jax.Array:
+        """Return text features `[K, feature_dim]` of `classes` int `[K]` behind a task's contexts.
+
+        `classes` are places in `class_names`.
+        """
+        raise NotImplementedError
 
     # Pools only.
 
@@ -280,6 +318,11 @@ def _project_keys(grads: jax.Array, projector: jax.Array) -> jax.Array:
     return grads.at[:, 0].set((keys - inside).reshape(grads[:, 0].shape))
 
 
+def take_off(grads: jax.Array, projector: jax.Array) -> jax.Array:
+    """Return gradients `[..., dim]` without their part in `projector` `[dim, dim]`."""
+    return grads - jnp.matmul(grads, projector.astype(grads.dtype), precision="highest")
+
+
 @dataclasses.dataclass(frozen=True)
 class L2P(PromptHost):
     """L2P (Wang et al., 2022): a pool of prompts, of which each image gets those nearest to q(x).
@@ -345,9 +388,8 @@ class L2P(PromptHost):
     def project(self, grads: pytrees.Tree, projector: jax.Array) -> pytrees.Tree:
         """Project the pool's prompts."""
         pool = grads["shared"]["pool"]
-        prompt = pool["prompt"]
-        inside = jnp.matmul(prompt, projector[0].astype(prompt.dtype), precision="highest")
-        shared = grads["shared"] | {"pool": pool | {"prompt": prompt - inside}}
+        prompt = take_off(pool["prompt"], projector[0])
+        shared = grads["shared"] | {"pool": pool | {"prompt": prompt}}
         return {"adapter": grads["adapter"], "shared": shared}
 
     def projection_inputs(

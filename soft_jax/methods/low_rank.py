@@ -9,8 +9,13 @@ import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.config import Config
-from soft_jax.methods import prompts
-from soft_jax.methods.reparametrization import Reparametrization, kaiming, targets
+from soft_jax.methods.reparametrization import (
+    TOWER_SETTINGS,
+    Reparametrization,
+    kaiming,
+    layers_by_tower,
+    targets,
+)
 from soft_jax.models.protocol import Architecture
 
 
@@ -92,7 +97,7 @@ class Bottleneck(Reparametrization):
     """
 
     adapter_key: ClassVar[str] = "bottleneck"
-    settings: ClassVar[tuple[str, ...]] = ("mask_layers", "rank")
+    settings: ClassVar[tuple[str, ...]] = ("rank", *TOWER_SETTINGS)
     published_as: ClassVar[str] = "Adapter"
     replaces_kernels: ClassVar[bool] = False
     kernels: ClassVar[tuple[str, ...]] = ()
@@ -103,9 +108,13 @@ class Bottleneck(Reparametrization):
     @classmethod
     def from_config(cls, config: Config, architecture: Architecture) -> Self:
         """Make the bottlenecks from their settings, for a backbone."""
-        layers = prompts.from_zero(config.mask_layers)
-        places = (tuple(architecture.bottleneck_widths(layer).items()) for layer in layers)
-        return cls(layers, tuple(places), config.rank)
+        by_tower = layers_by_tower(config)
+        places = (
+            tuple(architecture.bottleneck_widths(layer, tower).items())
+            for tower, layers in by_tower.items()
+            for layer in layers
+        )
+        return cls(by_tower.get("vision", ()), tuple(places), config.rank)
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
         """Draw `{down [width, rank], up [rank, width]}` for each place, float32."""

@@ -70,11 +70,13 @@ class SoftMask(Reparametrization):
     def settings_used(cls, config: Config) -> tuple[str, ...]:
         """Return the settings, without `rank` unless masks are stored as low-rank products."""
         lowrank = config.mask_storage == "lowrank"
-        return tuple(name for name in cls.settings if name != "rank" or lowrank)
+        used = super().settings_used(config)
+        return tuple(name for name in used if name != "rank" or lowrank)
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Raise UserError for an unknown way to draw or to store masks."""
+        """Raise UserError for an unknown tower, or an unknown way to draw or to store masks."""
+        super().check(config)
         for name, known in (("mask_init", MASK_INITS), ("mask_storage", packing.STORED_AS)):
             if (value := getattr(config, name)) not in known:
                 raise UserError(f"{name}: {value!r} is unknown; known are {', '.join(known)}")

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from soft_jax import pytrees
 from soft_jax.methods import prompts
-from soft_jax.methods.hosts import PromptHost
+from soft_jax.methods.hosts import FRONT, PromptHost
 from soft_jax.methods.rehearsal import Rehearsal
 from soft_jax.methods.reparametrization import Reparametrization
 from soft_jax.methods.strategy import ContinualStrategy
@@ -49,11 +49,13 @@ Shared = pytrees.Tree
 class Method:
     """A continual learner: what is trained and how it acts. Hashable, so jit takes it as static.
 
-    `class_names` are those of all the classifier's columns, in order.
+    `class_names` are those of all the classifier's columns, in order; a task has at most
+    `classes_at_once` of them.
     """
 
     architecture: Architecture
     class_names: tuple[str, ...]
+    classes_at_once: int = 1
     host: PromptHost = dataclasses.field(default_factory=PromptHost)
     strategy: ContinualStrategy | None = None
     reparametrization: Reparametrization | None = None
@@ -71,6 +73,12 @@ class Method:
         Gradient ID superposes those.
         """
         return self.reparametrization.kernels if self.reparametrization else ()
+
+    @property
+    def text_kernels(self) -> tuple[str, ...]:
+        """Return those of `kernels` that are the text tower's."""
+        layer_of = self.architecture.layer_of
+        return tuple(path for path in self.kernels if layer_of(path) is None)
 
     @property
     def replaces_kernels(self) -> bool:
@@ -111,18 +119,30 @@ class Method:
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what is held of every task at once: its key and its E-prompt."""
-        return {
+        """Return the shapes of what is held of every task at once.
+
+        That is its key and its prompt, and its text contexts where it has any.
+        """
+        shapes = {
             "key": (self.architecture.feature_dim,),
             "prompt": self.host.row_shape(self.architecture),
         }
+        if self.host.reads_text:
+            context = self.host.context_shape(self.architecture, self.classes_at_once)
+            shapes["context"] = context
+        return shapes
 
     def init_prompts(self, key: jax.Array) -> Adapter:
-        """Draw the part of an adapter that identifying any task needs: key and E-prompt."""
+        """Draw the part of an adapter that is held of every task: key, prompt, text contexts."""
         prompt_key, key_key, _ = jax.random.split(key, 3)
         drawn = {}
         if self.by_task:
             drawn["key"] = prompts.uniform(key_key, self.row_shapes["key"])
+        if self.host.reads_text:
+            context_key = jax.random.fold_in(prompt_key, 1)
+            drawn["context"] = self.host.init_context(
+                context_key, self.architecture, self.classes_at_once
+            )
         return drawn | self.host.init_task(prompt_key, self.architecture)
 
     def init_adapter(self, key: jax.Array, backbone: pytrees.Tree) -> Adapter:
@@ -177,6 +197,36 @@ class Method:
             return {}
         own = adapter[self.reparametrization.adapter_key]
         return self.reparametrization.weights(backbone, own)
+
+    def with_own_classes(
+        self, backbone: pytrees.Tree, adapter: Adapter, shared: Shared, class_mask: jax.Array
+    ) -> Shared:
+        """Return the shared part with the classifier that the task of `adapter` makes of text.
+
+        Only the rows of its own classes, bool `[classes]`, are made, by its text contexts and its
+        masks of the text tower. Where no text is read, `shared` is returned as it is.
+        """
+        if not self.host.reads_text:
+            return shared
+        params = pytrees.merge(backbone, self.weights(backbone, adapter))
+        classes = self.classes_of(class_mask)
+        rows = self.host.text_features(
+            self.architecture,
+            params,
+            adapter["context"],
+            self.class_names,
+            jnp.minimum(classes, self.num_classes - 1),
+        )
+        text = shared["head"]["text"]
+        text = text.at[classes].set(rows.astype(text.dtype), mode="drop")
+        return shared | {"head": shared["head"] | {"text": text}}
+
+    def classes_of(self, class_mask: jax.Array) -> jax.Array:
+        """Return a task's classes in order, int `[classes_at_once]`, from bool `[classes]`.
+
+        Behind them stands the number of all classes, which is no class.
+        """
+        return jnp.flatnonzero(class_mask, size=self.classes_at_once, fill_value=self.num_classes)
 
     def pack(self, adapter: Adapter) -> Adapter:
         """Return a trained adapter as the store keeps it."""
@@ -250,10 +300,19 @@ class Method:
         self, params: pytrees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array
     ) -> jax.Array:
         """Return logits as `logits` does, for parameters and prefixes that are at hand."""
+        features = self.features(params, prefix, shared, tokens)
+        return self.head(self._whole(params, shared), shared, features)
+
+    def features(
+        self, params: pytrees.Tree, prefix: Prefix, shared: Shared, tokens: jax.Array
+    ) -> jax.Array:
+        """Return the features `[B, feature_dim]` that `classify` makes its logits of."""
         params, prompts = self._whole(params, shared), self.host.prompt_tokens
         start = self.first_task_layer
+        if FRONT in prefix:
+            tokens = self.architecture.insert_prompts(params, tokens, prefix[FRONT])
         tokens = self.architecture.run_blocks(params, tokens, prefix, start, None, prompts)
-        return self.head(params, shared, self.architecture.pool(params, tokens, prompts))
+        return self.architecture.pool(params, tokens, prompts)
 
     def head(self, params: pytrees.Tree, shared: Shared, features: jax.Array) -> jax.Array:
         """Return logits `[B, classes]` in float32 or wider of features `[B, feature_dim]`.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from soft_jax.config import Config
 from soft_jax.errors import UserError
+from soft_jax.methods.clip_hosts import SharedImagePrompt, TaskImagePrompt
 from soft_jax.methods.hosts import L2P, DualPrompt, PromptHost
 from soft_jax.methods.low_rank import Bottleneck, LoRA
 from soft_jax.methods.masks import BinaryMask, SoftMask, SoftNet
@@ -18,9 +19,14 @@ from soft_jax.methods.regularization import EWC, PGP, LwF
 from soft_jax.methods.rehearsal import BiC, DERpp, ICaRL
 from soft_jax.methods.reparametrization import Reparametrization
 from soft_jax.methods.strategy import ContinualStrategy
-from soft_jax.models.protocol import Architecture
+from soft_jax.models.protocol import Architecture, Preprocessing
 
-HOSTS: dict[str, type[PromptHost]] = {"dualprompt": DualPrompt, "l2p": L2P}
+HOSTS: dict[str, type[PromptHost]] = {
+    "dualprompt": DualPrompt,
+    "l2p": L2P,
+    "clip": SharedImagePrompt,
+    "clipprompt": TaskImagePrompt,
+}
 STRATEGIES: dict[str, type[ContinualStrategy]] = {
     "pgp": PGP,
     "ewc": EWC,
@@ -36,6 +42,8 @@ REPARAMETRIZATIONS: dict[str, type[Reparametrization]] = {
     "lora": LoRA,
     "adapter": Bottleneck,
 }
+# What the published CLIP host takes off its images, torchvision's usual numbers for CIFAR-100.
+CIFAR100 = Preprocessing((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 HEAD, FINE_TUNING = "head", "ft"  # train the classifier alone, and the whole network
 
 
@@ -139,22 +147,51 @@ def settings_of_parts() -> set[str]:
     return {name for part in parts for name in part.settings}
 
 
-def make_method(config: Config, architecture: Architecture, class_names: Sequence[str]) -> Method:
+def make_method(
+    config: Config,
+    architecture: Architecture,
+    class_names: Sequence[str],
+    classes_at_once: int = 1,
+) -> Method:
     """Make the method that `config` names, for a backbone and the names of all classes.
 
-    Raises UserError for a layer, module or rank that the backbone does not have.
+    `classes_at_once` is the number of the largest task's classes. Raises UserError for a layer,
+    module or rank that the backbone does not have, and for a method that is not made for it.
     """
     parts = parse(config.method)
+    if parts.host.reads_text != architecture.reads_text:
+        raise UserError(_not_for(config, architecture))
+    if config.normalization == "cifar100":
+        architecture = dataclasses.replace(architecture, preprocessing=CIFAR100)
     parts.host.check_backbone(config, architecture)
     reparametrization = None
     if parts.reparametrization:
         parts.reparametrization.check_backbone(config, architecture)
         reparametrization = parts.reparametrization.from_config(config, architecture)
+    host = parts.host.from_config(config)
+    if host.reads_text:
+        host.check_names(architecture, class_names)
     return Method(
         architecture=architecture,
         class_names=tuple(class_names),
-        host=parts.host.from_config(config),
+        classes_at_once=classes_at_once,
+        host=host,
         strategy=parts.strategy.from_config(config) if parts.strategy else None,
         reparametrization=reparametrization,
         trains_backbone=parts.whole_network,
+    )
+
+
+def _not_for(config: Config, architecture: Architecture) -> str:
+    """Say that a method of a backbone that reads text is not for one that doesn't, or reversed."""
+    suited = [name for name, host in HOSTS.items() if host.reads_text == architecture.reads_text]
+    if architecture.reads_text:
+        return (
+            f"method: {config.method!r} has no use for the text encoder of {config.backbone}, "
+            f"which is its classifier; begin with one of {', '.join(suited)}, such as "
+            f"{suited[-1]}+softtf"
+        )
+    return (
+        f"method: {config.method!r} needs a backbone that reads text, which {config.backbone} does "
+        f"not; take clip_vit_b16, or one of {', '.join(suited)} in the method's place"
     )

@@ -22,19 +22,23 @@ from soft_jax.errors import UserError
 from soft_jax.methods import prompts
 from soft_jax.models.protocol import Architecture, check_layers
 
+_LAYERS = {"vision": "mask_layers", "text": "text_mask_layers"}  # the setting, by tower
+# The settings that say in which layers of which towers something is changed.
+TOWER_SETTINGS = ("mask_towers", *_LAYERS.values())
+
 
 class Reparametrization:
     """What a kind does unless it says otherwise; frozen dataclasses, so that jit takes them.
 
     `adapter_key` names its arrays in an adapter; `fixed` those among them that are kept but never
     trained. `kernels` are the paths of the parameters that they replace, `changed_layers` the
-    layers, from 0, that then differ from the backbone's. `settings` names the fields of `Config`
-    that it uses, `published_as` is its name in the paper's tables.
+    layers of the vision tower, from 0, that then differ from the backbone's. `settings` names the
+    fields of `Config` that it uses, `published_as` is its name in the paper's tables.
     """
 
     adapter_key: ClassVar[str]
     fixed: ClassVar[tuple[str, ...]] = ()
-    settings: ClassVar[tuple[str, ...]] = ("mask_layers", "target_modules")
+    settings: ClassVar[tuple[str, ...]] = ("target_modules", *TOWER_SETTINGS)
     published_as: ClassVar[str] = ""
     replaces_kernels: ClassVar[bool] = True  # what Gradient ID superposes
     splits_qkv: ClassVar[bool] = False  # whether it tells q, k and v apart, so that "qv" is one
@@ -49,16 +53,31 @@ class Reparametrization:
     @classmethod
     def settings_used(cls, config: Config) -> tuple[str, ...]:
         """Return the fields of `Config` that it uses beside these values of the others."""
-        return cls.settings
+        towers = config.mask_towers.split("+")
+        idle = [name for tower, name in _LAYERS.items() if tower not in towers]
+        return tuple(name for name in cls.settings if name not in idle)
 
     @classmethod
     def check(cls, config: Config) -> None:
         """Raise UserError for settings that don't go together."""
+        towers = config.mask_towers.split("+")
+        if not set(towers) <= set(_LAYERS) or len(set(towers)) < len(towers):
+            raise UserError(
+                f"mask_towers: {config.mask_towers!r} is unknown; known are vision, text, "
+                "vision+text"
+            )
 
     @classmethod
     def check_backbone(cls, config: Config, architecture: Architecture) -> None:
         """Raise UserError for layers, modules or a rank that the backbone doesn't have."""
-        check_layers("mask_layers", config.mask_layers, architecture.depth, config.backbone)
+        for tower in config.mask_towers.split("+"):
+            if tower not in architecture.towers:
+                raise UserError(
+                    f"mask_towers: {config.backbone} has no {tower} tower; it has "
+                    f"{', '.join(architecture.towers)}"
+                )
+            name, depth = _LAYERS[tower], architecture.towers[tower]
+            check_layers(name, getattr(config, name), depth, config.backbone)
         used = cls.settings_used(config)
         if "target_modules" in used:
             _check_modules(config, architecture, cls.splits_qkv)
@@ -85,9 +104,27 @@ class Reparametrization:
 
 
 def targets(config: Config, architecture: Architecture) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the paths of the kernels that `config` names, and their layers, counted from 0."""
-    layers = prompts.from_zero(config.mask_layers)
-    return architecture.kernel_paths(config.target_modules.split("+"), layers), layers
+    """Return the paths of the kernels that `config` names, and the vision tower's layers of them.
+
+    Layers are counted from 0.
+    """
+    modules, by_tower = config.target_modules.split("+"), layers_by_tower(config)
+    kernels = [
+        path
+        for tower, layers in by_tower.items()
+        for path in architecture.kernel_paths(modules, layers, tower)
+    ]
+    return tuple(kernels), by_tower.get("vision", ())
+
+
+def layers_by_tower(config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the layers to be changed, counted from 0, of each tower that has any."""
+    towers = config.mask_towers.split("+")
+    return {
+        tower: prompts.from_zero(getattr(config, name))
+        for tower, name in _LAYERS.items()
+        if tower in towers
+    }
 
 
 def _check_modules(config: Config, architecture: Architecture, splits_qkv: bool) -> None:

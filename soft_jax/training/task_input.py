@@ -24,8 +24,8 @@ class TaskData:
     `images` are its own, then exemplars of older tasks; `columns` hold more of each image,
     `[N, ...]` (the method's, and `query`). `sampler` says which of them make a batch. `class_mask`
     bool `[classes]` are the classes of the cross entropy, `memory` is what the method recalls of
-    older tasks. `pool_size` is the number of rows that every task's images are padded to on the
-    devices, so that one program serves all tasks.
+    older tasks, `rates` are those of a `scheduled` step. `pool_size` is the number of rows that
+    every task's images are padded to on the devices, so that one program serves all tasks.
     """
 
     images: InMemoryImages | EncodedImages
@@ -37,6 +37,7 @@ class TaskData:
     augment: Augment
     augment_key: jax.Array
     pool_size: int
+    rates: train_step.Rates | None = None
 
 
 class TaskInput:
@@ -54,6 +55,8 @@ class TaskInput:
             "class_mask": data.class_mask,
             "freeze_g_prompt": np.bool_(data.freeze_g_prompt),
         }
+        if step_config.scheduled:
+            fixed["rates"] = data.rates
         self._fixed = distributed.to_global(fixed, whole) | {"memory": data.memory}
         self._key = distributed.to_global(data.augment_key, whole)
         self._data, self._step_config, self._mesh, self._params = data, step_config, mesh, params

@@ -26,6 +26,8 @@ class StepConfig:
     None takes images as they are.
 
     With `cache_queries` a batch brings its q(x) along; else it is that of the augmented images.
+    With `scheduled` it brings its `rates` (`Rates`) along, which then stand in the place of
+    `learning_rate`; `optimizer` is "adam" or "sgd".
     """
 
     method: Method
@@ -34,10 +36,38 @@ class StepConfig:
     key_loss_weight: float = 1.0
     augment: Augment | None = None
     cache_queries: bool = False
+    optimizer: str = "adam"
+    scheduled: bool = False
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """Return Adam(0.9, 0.999, eps 1e-8) with a constant learning rate."""
-        return optax.adam(self.learning_rate)
+    def transformation(self) -> optax.GradientTransformation:
+        """Return Adam(0.9, 0.999, eps 1e-8), or SGD with momentum 0.9 as PyTorch has it.
+
+        The updates are multiplied by -`learning_rate`, or by nothing yet where it is `scheduled`.
+        """
+        if not self.scheduled:
+            return optax.adam(self.learning_rate)
+        return optax.trace(0.9) if self.optimizer == "sgd" else optax.scale_by_adam()
+
+
+class Rates(NamedTuple):
+    """What a task's steps are scaled by: scalars, of which none is static.
+
+    `learning_rate` is the first epoch's; with `epochs` above 0 it falls to 0 by half a cosine, by
+    epoch, each of `steps_per_epoch` steps (PyTorch's CosineAnnealingLR). `weight_decay` × weights
+    is added to their gradients.
+    """
+
+    learning_rate: jax.Array
+    weight_decay: jax.Array
+    epochs: jax.Array
+    steps_per_epoch: jax.Array
+
+    def at(self, step: jax.Array) -> jax.Array:
+        """Return the learning rate of step `step`."""
+        dtype = jnp.result_type(self.learning_rate)
+        epoch = (step // self.steps_per_epoch).astype(dtype)
+        share = jnp.where(self.epochs > 0, epoch / jnp.maximum(self.epochs, 1).astype(dtype), 0)
+        return self.learning_rate * (1 + jnp.cos(jnp.pi * share)) / 2
 
 
 CHUNK = 64  # steps that one call of `compile_steps`' program can run
@@ -58,7 +88,8 @@ class TrainState(NamedTuple):
 def init_state(step_config: StepConfig, adapter: Adapter, shared: Shared) -> TrainState:
     """Return the state before a task's first step; the optimizer starts anew with each task."""
     trainable = {"adapter": adapter, "shared": shared}
-    return TrainState(jnp.zeros((), jnp.int32), trainable, step_config.optimizer().init(trainable))
+    opt_state = step_config.transformation().init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state)
 
 
 def stream(seed: int, name: str, task: int) -> jax.Array:
@@ -113,6 +144,7 @@ def loss_fn(
         selected = host.select_together(host.select(to_pool), weights)
         pulled += jnp.take_along_axis(to_pool, selected, axis=1).sum(axis=1)
     sources = host.sources(jnp.arange(len(weights)), total.astype(int))
+    shared = method.with_own_classes(backbone, adapter, shared, batch["class_mask"])
     tokens = method.trunk(backbone, shared, images, selected)
     logits = method.logits(backbone, adapter, shared, tokens, sources)
     masked = jnp.where(batch["class_mask"][None], logits, -jnp.inf)
@@ -182,9 +214,28 @@ def train_step(
         {**batch, "images": to_unit(images, batch["weights"].dtype)},
         step_config,
     )
-    updates, opt_state = step_config.optimizer().update(grads, state.opt_state, state.trainable)
+    rates = batch["rates"] if step_config.scheduled else None
+    if rates:
+        grads = _decayed(step_config.method, grads, state.trainable, rates.weight_decay)
+    update = step_config.transformation().update
+    updates, opt_state = update(grads, state.opt_state, state.trainable)
+    if rates:
+        rate = rates.at(state.step)
+        updates = jax.tree.map(lambda update: -(rate * update).astype(update.dtype), updates)
     trainable = optax.apply_updates(state.trainable, updates)
     return TrainState(state.step + 1, trainable, opt_state), {name: terms[name] for name in TERMS}
+
+
+def _decayed(
+    method: Method, grads: pytrees.Tree, trainable: pytrees.Tree, decay: jax.Array
+) -> pytrees.Tree:
+    """Return gradients with `decay` × weights added, but for what no step trains."""
+    decayed = jax.tree.map(lambda g, w: g + (decay * w).astype(g.dtype), grads, trainable)
+    if not method.host.reads_text:
+        return decayed
+    # The classifier of old classes is what was made of their text; it is not trained.
+    shared = decayed["shared"] | {"head": grads["shared"]["head"]}
+    return decayed | {"shared": shared}
 
 
 def train_steps(
@@ -256,9 +307,9 @@ def compile_step(step_config: StepConfig, mesh: Mesh) -> Any:
         "freeze_g_prompt": whole,
         "memory": whole,
     }
-    batch |= dict.fromkeys(step_config.method.columns, rows) | (
-        {"query": rows} if step_config.cache_queries else {}
-    )
+    batch |= dict.fromkeys(step_config.method.columns, rows)
+    batch |= {"query": rows} if step_config.cache_queries else {}
+    batch |= {"rates": whole} if step_config.scheduled else {}
     step = functools.partial(train_step, step_config=step_config)
     return jax.jit(
         step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole
