@@ -558,6 +558,19 @@ def test_pytorch_pickles_are_named_as_such(tmp_path):
             backbones.load("test_vit", str(folder / name))
 
 
+def test_no_safetensors_are_taken_for_a_pickle(tmp_path):
+    """They begin with the length of their header, whose first byte may be that of a pickle."""
+    path = write(tmp_path / "it", timm_arrays(), hub_config())
+    file = tmp_path / "it/model.safetensors"
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    longer = size + (0x80 - size) % 256
+    header = whole[8 : 8 + size] + b" " * (longer - size)
+    file.write_bytes(longer.to_bytes(8, "little") + header + whole[8 + size :])
+    assert file.read_bytes()[:1] == b"\x80"
+    assert backbones.load("test_vit", path).architecture.depth == 6
+
+
 def test_a_timm_name_needs_a_file(tmp_path):
     with refused("backbone_path: missing; give the file of 'vit_small_patch16_224.dino'"):
         backbones.load("vit_small_patch16_224.dino")

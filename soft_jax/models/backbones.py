@@ -360,8 +360,10 @@ def _is_pickle(file: Path, source: Source | None) -> str:
 
 def _arrays(file: Path, raw: bytes, source: Source | None) -> dict[str, np.ndarray]:
     """Return the arrays of a file by name. Raises UserError where it can't be read."""
-    # A new .pth is a zip archive as .npz is, an old one a bare pickle.
-    if file.suffix in _PICKLES or raw[:1] == b"\x80" or b"/data.pkl" in raw[:256]:
+    # A new .pth is a zip archive as .npz is, an old one a bare pickle. The length of its header,
+    # with which a .safetensors begins, may be the same byte.
+    bare = raw[:1] == b"\x80" and raw[8:9] != b"{"
+    if file.suffix in _PICKLES or bare or b"/data.pkl" in raw[:256]:
         raise UserError(_is_pickle(file, source))
     safe = file.suffix == ".safetensors"
     try:

@@ -98,6 +98,8 @@ def _from_open_clip(whole: Mapping[str, Any], folder: Path) -> Described:
                 "be"
             )
     width, head_width = _count(vision, "width", 768), _count(vision, "head_width", 64)
+    if width % head_width:
+        raise ValueError(f"head_width is {head_width}, and width {width} is not a multiple of it")
     pixels = field(whole, "preprocess_cfg", is_object, "an object") or {}
     return Described(
         file=OPEN_CLIP,
