@@ -91,22 +91,16 @@ class CLIPConfig(Architecture):
     @property
     def layer(self) -> LayerConfig:
         """Return what the vision tower's layers have in common."""
-        return LayerConfig(
-            self.dim, self.heads, self.mlp_dim, self.dtype, EPSILON, self._activation
-        )
+        return self._layer(self.dim, self.heads, self.mlp_dim, causal=False)
 
     @property
     def text_layer(self) -> LayerConfig:
         """Return what the text tower's layers have in common."""
-        return LayerConfig(
-            *(self.text_dim, self.text_heads, self.text_mlp_dim, self.dtype, EPSILON),
-            self._activation,
-            causal=True,
-        )
+        return self._layer(self.text_dim, self.text_heads, self.text_mlp_dim, causal=True)
 
-    @property
-    def _activation(self) -> str:
-        return "quick_gelu" if self.quick_gelu else "gelu"
+    def _layer(self, dim: int, heads: int, mlp_dim: int, causal: bool) -> LayerConfig:
+        activation = "quick_gelu" if self.quick_gelu else "gelu"
+        return LayerConfig(dim, heads, mlp_dim, self.dtype, EPSILON, activation, causal)
 
     def module(self) -> "CLIP":
         """Return the Flax module."""
