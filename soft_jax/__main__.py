@@ -137,6 +137,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "training, else one that the run has a use for",
     )
     predict.add_argument(
+        "--classes",
+        help="answer by these class names alone, such as 'a,b,c', by a backbone that reads text "
+        "(CLIP), whatever was trained",
+    )
+    predict.add_argument(
         "--tasks", help="the tasks to choose from, such as 1,3, counted from 1; default: all"
     )
     predict.add_argument(
@@ -172,7 +177,9 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         "the published figures.",
     )
     table.register("action", None, _Once)
-    table.add_argument("table", help="its number, or one of our own: methods, layers, weights")
+    table.add_argument(
+        "table", help="its number, or one of our own: methods, layers, weights, clip"
+    )
     table.add_argument(
         "--workdir",
         default="runs/tables",

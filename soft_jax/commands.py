@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 # The flags of `train` and of `sweep`, and what they mean.
 CONFIG_FLAG = (
-    "The run's settings: a file, or the name of one that comes along (digits, vit_cil, table), "
-    "with variants by argument (vit_cil:tasks=20); any field by --config.field=value, which goes "
-    "before the file and its argument. Default: digits."
+    "The run's settings: a file, or the name of one that comes along (digits, vit_cil, clip_cil, "
+    "table), with variants by argument (vit_cil:tasks=20); any field by --config.field=value, "
+    "which goes before the file and its argument. Default: digits."
 )
 TRAIN_FLAGS = {
     "config": CONFIG_FLAG,
@@ -288,31 +288,12 @@ def predict(arguments: argparse.Namespace) -> int:
     top = _number(arguments.top, "--top")
     if arguments.json and arguments.csv:
         raise UserError("--json, --csv: take one of them")
-    tasks = None
-    if arguments.tasks is not None:
-        tasks = [_number(text.strip(), "--tasks") for text in arguments.tasks.split(",")]
     task = None if arguments.task is None else _number(arguments.task, "--task")
-    workdir = paths.local(arguments.workdir, "workdir")
-    backbone_path = arguments.backbone_path and paths.local(
-        arguments.backbone_path, "--backbone-path"
-    )
+    load = _by_task(arguments, task) if arguments.classes is None else _by_names(arguments)
     from soft_jax.data import images
-    from soft_jax.inference import rules
-    from soft_jax.inference.predictor import Predictor
 
-    if arguments.task_id == rules.TaskGiven.option and task is None:
-        raise UserError(f"--task-id: {arguments.task_id!r} needs --task, the task of all images")
     files = images.find(arguments.images, tell=lambda note: print(note, file=sys.stderr))
-    _check_tasks(workdir, tasks, task)
-    predictor = Predictor.load(
-        workdir,
-        None if tasks is None else [number - 1 for number in tasks],
-        rules.TaskGiven.option if task is not None else arguments.task_id,
-        backbone_path=backbone_path,
-    )
-    if task is None and arguments.task_id is None:
-        rule = rules.title(predictor.rule.key)
-        print(f"Task identity: {rule}; {predictor.chosen_because}", file=sys.stderr, flush=True)
+    predictor = load()
     write = _writer(arguments)
     failed = 0
     given = None if task is None else task - 1
@@ -322,9 +303,60 @@ def predict(arguments: argparse.Namespace) -> int:
             if index in errors:
                 write.error(files[index], errors[index])
             else:
-                write.answers(files[index], _answers(rows[index], predictor, top))
+                answers = _answers(rows[index], predictor, top, arguments.classes is None)
+                write.answers(files[index], answers)
         failed += len(errors)
     return 1 if failed else 0
+
+
+def _places(arguments: argparse.Namespace) -> tuple[Path, Path | str]:
+    """Return the run's folder, and the backbone's file or ""."""
+    workdir = paths.local(arguments.workdir, "workdir")
+    path = arguments.backbone_path
+    return workdir, path and paths.local(path, "--backbone-path")
+
+
+def _by_task(arguments: argparse.Namespace, task: int | None) -> Callable[[], "Predictor"]:
+    """Return what loads the predictor of a run's tasks, and says how images find theirs."""
+    tasks = None
+    if arguments.tasks is not None:
+        tasks = [_number(text.strip(), "--tasks") for text in arguments.tasks.split(",")]
+    workdir, backbone_path = _places(arguments)
+    from soft_jax.inference import rules
+    from soft_jax.inference.predictor import Predictor
+
+    if arguments.task_id == rules.TaskGiven.option and task is None:
+        raise UserError(f"--task-id: {arguments.task_id!r} needs --task, the task of all images")
+
+    def load() -> Predictor:
+        _check_tasks(workdir, tasks, task)
+        predictor = Predictor.load(
+            workdir,
+            None if tasks is None else [number - 1 for number in tasks],
+            rules.TaskGiven.option if task is not None else arguments.task_id,
+            backbone_path=backbone_path,
+        )
+        if task is None and arguments.task_id is None:
+            because = f"{rules.title(predictor.rule.key)}; {predictor.chosen_because}"
+            print(f"Task identity: {because}", file=sys.stderr, flush=True)
+        return predictor
+
+    return load
+
+
+def _by_names(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
+    """Return what loads the predictor of the class names that are given."""
+    for flag in ("tasks", "task", "task_id"):
+        if getattr(arguments, flag) is not None:
+            raise UserError(
+                f"--classes, --{flag.replace('_', '-')}: take one of them; by class names alone, "
+                "no task has a part in the answer"
+            )
+    workdir, backbone_path = _places(arguments)
+    names = [name.strip() for name in arguments.classes.split(",")]
+    from soft_jax.inference.predictor import Predictor
+
+    return lambda: Predictor.zero_shot(workdir, names, backbone_path=backbone_path)
 
 
 def _check_tasks(workdir: Path, tasks: Sequence[int] | None, task: int | None) -> None:
@@ -345,24 +377,23 @@ def _check_tasks(workdir: Path, tasks: Sequence[int] | None, task: int | None) -
                 )
 
 
-def _answers(row: tuple, predictor: "Predictor", top: int) -> list[dict[str, Any]]:
+def _answers(row: tuple, predictor: "Predictor", top: int, of_tasks: bool) -> list[dict[str, Any]]:
     """Return an image's class and the next most probable ones, `top` in all, as JSON has them.
 
-    Classes that can't win are left out. Tasks are counted from 1.
+    Classes that can't win are left out. Tasks are counted from 1, and named if classes are
+    `of_tasks`.
     """
     answer, _, network, probabilities = row
     order = (-probabilities).argsort(kind="stable")
     others = [class_ for class_ in order if class_ != answer and probabilities[class_] > 0]
-    return [
-        {
-            "class": predictor.class_names[class_],
-            "class_index": int(class_),
-            "task": int(predictor.model.task_of_class[class_]) + 1,
-            "network": int(network) + 1,
-            "probability": round(float(probabilities[class_]), 6),
-        }
-        for class_ in [answer, *others[: top - 1]]
-    ]
+    answers = []
+    for class_ in [answer, *others[: top - 1]]:
+        named = {"class": predictor.class_names[class_], "class_index": int(class_)}
+        if of_tasks:
+            task = int(predictor.model.task_of_class[class_])
+            named |= {"task": task + 1, "network": int(network) + 1}
+        answers.append(named | {"probability": round(float(probabilities[class_]), 6)})
+    return answers
 
 
 class _Text:
@@ -371,14 +402,15 @@ class _Text:
     def answers(self, file: str | Path, answers: Sequence[Mapping[str, Any]]) -> None:
         """Print the answer in a line, and a line for each class after it."""
         answer, *others = answers
-        by = f", by task {answer['network']}'s network"
-        other_network = answer["network"] != answer["task"]
+        by = f", by task {answer.get('network')}'s network"
+        other_network = answer.get("network") != answer.get("task")
         print(f"{paths.shown(file)}: {self._line(answer)}{by if other_network else ''}")
         for rank, other in enumerate(others, 2):
             print(f"  {rank}. {self._line(other)}")
 
     def _line(self, answer: Mapping[str, Any]) -> str:
-        return "{class} (task {task}), probability {probability:.4f}".format(**answer)
+        task = f" (task {answer['task']})" if "task" in answer else ""
+        return f"{answer['class']}{task}, probability {answer['probability']:.4f}"
 
     def error(self, file: str | Path, error: UserError) -> None:
         """Say what is wrong with a file."""

@@ -39,6 +39,11 @@ def published(benchmark: str) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def published_clip(benchmark: str) -> list[dict[str, Any]]:
+    """Return Table 3's rows on a benchmark, with `benchmark`'s figures by scenario."""
+    return [row for row in published_rows() if f"{benchmark}_cil" in row]
+
+
 def row_name(row: Row) -> str:
     """Return a published row's method, with what tells rows of one method apart."""
     qualifiers = {

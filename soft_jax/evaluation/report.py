@@ -17,7 +17,7 @@ from rich.table import Table
 
 from soft_jax.evaluation import calibration, metrics, pictures
 from soft_jax.evaluation.metrics import TEST, VALIDATION, Manifests
-from soft_jax.evaluation.published import published, row_name
+from soft_jax.evaluation.published import published, published_clip, row_name
 from soft_jax.inference.rules import (
     BATCH_VOTE,
     ORACLE,
@@ -26,6 +26,7 @@ from soft_jax.inference.rules import (
     TaskGiven,
     title,
 )
+from soft_jax.methods import registry
 from soft_jax.store.checkpoint import write_text
 from soft_jax.store.records import TaskManifest
 
@@ -374,6 +375,7 @@ def markdown(
     """Return the report as Markdown; `drawn` are the names of its pictures' files."""
     last = manifests[-1]
     settings = ", ".join(f"{key}={value}" for key, value in config.items())
+    of_clip = registry.parse(config["method"]).host.reads_text
     lines = [
         f"# {config['method']} on {benchmark}, seed {config['seed']}",
         "",
@@ -392,7 +394,7 @@ def markdown(
         *_size_lines(root, manifests),
         *_matrix_lines(manifests),
         *_drift_lines(manifests),
-        *_published_lines(benchmark),
+        *(_published_clip_lines if of_clip else _published_lines)(benchmark),
         *(f"![{name}]({name})\n" for name in drawn),
         f"Backbone {last.backbone['name']}, SHA-256 {last.backbone['sha256']}.",
         "",
@@ -546,6 +548,29 @@ def _drift_lines(manifests: Manifests) -> list[str]:
     for path in sorted(drifts, key=pictures.layer_first):
         values = [m.weight_drift[path] for m in manifests if path in m.weight_drift]
         lines.append(f"| {path} | {max(values):.4f} | {np.mean(values):.4f} |")
+    return [*lines, ""]
+
+
+def _published_clip_lines(benchmark: str) -> list[str]:
+    rows = published_clip(benchmark)
+    if not rows:
+        return []
+    lines = [
+        "## Published figures",
+        "",
+        "From arXiv 2411.16073, Table 3, CLIP ViT-B/16 at 224 pixels: accuracy and forgetting. "
+        "CIL is under batch_vote (one id for a whole test batch) or, for CLIP and CLIP-PGP, cut "
+        "at the batch's task.",
+        "",
+        "| method | task id | CIL | TIL |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            "{accuracy:.2f} / {forgetting:.2f}".format(**row[f"{benchmark}_{scenario}"])
+            for scenario in ("cil", "til")
+        ]
+        lines.append(f"| {row_name(row)} | {row['task_id']} | {cells[0]} | {cells[1]} |")
     return [*lines, ""]
 
 

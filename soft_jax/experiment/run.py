@@ -14,10 +14,10 @@ from rich.console import Console
 
 from soft_jax import distributed, paths, pytrees
 from soft_jax.config import DEFAULTS, Config
-from soft_jax.data import batches, preparation, scenarios, sources
+from soft_jax.data import batches, scenarios, sources
 from soft_jax.data.augmentation import Augment
 from soft_jax.data.scenarios import Scenario
-from soft_jax.errors import UserError
+from soft_jax.errors import Stopped, UserError
 from soft_jax.evaluation import evaluate
 from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment import settings as settings_lib
@@ -363,11 +363,21 @@ def _augment(config: Config, method: Method) -> Augment:
     return Augment(size, config.crop_scale, config.crop_ratio, config.flip)
 
 
+def _load_backbone(config: Config, stop: threading.Event) -> backbones.Backbone | None:
+    """Return the backbone; None where a signal came during a download."""
+    try:
+        return backbones.load(
+            config.backbone, config.backbone_path, config.image_size, config.dtype, stop
+        )
+    except Stopped:
+        return None
+
+
 def _load_images(config: Config, stop: threading.Event) -> sources.Dataset | None:
     """Return the data set; None where a signal came during a download."""
     try:
         return sources.load(config.dataset, config.data_dir, stop)
-    except preparation.Stopped:
+    except Stopped:
         return None
 
 
@@ -405,11 +415,9 @@ def prepare(
     store.compare_settings(used, DEFAULTS)  # before anything is downloaded
     by_host = ("data_dir", "backbone_path", "scenario_file")  # those may differ by host
     distributed.check_equal(dataclasses.asdict(config) | dict.fromkeys(by_host))
-    backbone = distributed.run_on_all(
-        lambda: backbones.load(
-            config.backbone, config.backbone_path, config.image_size, config.dtype
-        )
-    )
+    backbone = distributed.run_on_all(lambda: _load_backbone(config, stop))
+    if distributed.all_max(stop.is_set())[0]:
+        raise Preempted("Stopped while reading the backbone")
     for name in backbone.left_out:
         console.print(f"backbone: {name} has no place in this backbone; left out")
     for note in backbone.notes:

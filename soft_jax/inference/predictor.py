@@ -20,7 +20,7 @@ from soft_jax.methods import registry
 from soft_jax.methods.method import Adapter, Method
 from soft_jax.models import backbones
 from soft_jax.store.folder import Reader
-from soft_jax.store.records import TaskManifest
+from soft_jax.store.records import RunRecord, TaskManifest
 
 
 class Prediction(NamedTuple):
@@ -106,17 +106,7 @@ class Predictor:
         chosen = _chosen(reader, there, tasks)
         latest = reader.load_task_manifest(there[-1])
         config = from_settings(record.settings)
-        backbone = backbones.load(
-            config.backbone,
-            str(backbone_path) or latest.config["backbone_path"],
-            config.image_size,
-            config.dtype,
-        )
-        if backbone.fingerprint != record.backbone_sha256:
-            raise UserError(
-                f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has "
-                f"{record.backbone_sha256}; give the run's own as backbone_path"
-            )
+        backbone = _backbone(reader, record, config, there[-1], backbone_path)
         # The names are filled in below: a network does not depend on those of a linear classifier.
         names = [""] * latest.num_classes
         # Without a list of tasks, all have as many classes.
@@ -131,6 +121,52 @@ class Predictor:
         method = registry.make_method(config, backbone.architecture, names, largest)
         model = _model(reader, method, backbone, latest, manifests, rule, cache_bytes, batching)
         return cls(model, rule, names, batching, latest.temperature, because)
+
+    @classmethod
+    def zero_shot(
+        cls,
+        workdir: str | PathLike,
+        class_names: Sequence[str],
+        *,
+        backbone_path: str | PathLike = "",
+        batch_size: int = 256,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Predictor":
+        """Load the frozen backbone of a run to answer by any class names, and by nothing trained.
+
+        The classes are one task's, and the network that answers is no task's. Arguments and errors
+        are those of `load`; UserError also where the backbone reads no text, or for no names or one
+        that comes twice.
+        """
+        names = tuple(class_names)
+        if len(set(names)) < max(len(names), 1) or not all(map(str.strip, names)):
+            raise UserError(f"class names: {', '.join(names)!r}, expected different names")
+        reader = Reader(workdir)
+        record, there = reader.read_record(), reader.present()
+        if not there:
+            raise UserError(f"workdir: {reader.root} has no finished task yet")
+        config = from_settings(record.settings)
+        backbone = _backbone(reader, record, config, there[-1], backbone_path)
+        if not backbone.architecture.reads_text:
+            raise UserError(
+                f"backbone: {config.backbone} reads no text, so it knows no class by its name; "
+                "take a run on CLIP"
+            )
+        method = registry.make_method(config, backbone.architecture, names, len(names))
+        batching = engine.Batching(distributed.data_mesh(devices), batch_size)
+        params = jax.device_put(backbone.params, distributed.replicated(batching.mesh))
+        model = engine.Model(
+            method=method,
+            backbone=params,
+            shared={},
+            rows={},
+            weights=engine.TaskWeights(method, params, lambda task: {}, 0),
+            tasks=(0,),
+            task_of_class=np.zeros(len(names), int),
+            zero_shot=zero_shot.text_features(method.architecture, params, names),
+        )
+        (rule,) = rules.ZeroShot.of(method, config)
+        return cls(model, rule, names, batching)
 
     def predict(self, images: Any, task: int | Sequence[int] | None = None) -> Prediction:
         """Identify and classify images.
@@ -245,13 +281,21 @@ class Predictor:
         `images` is uint8 `[N, size, size, 3]`, `given` int `[N]` or None.
         """
         model, rule = self.model, self.rule if given is None else TaskGiven()
-        tokens, query = engine.encode(
-            model, images, self.batching, queried=rule.needs_query, prepared=True
-        )
+        if rule.needs_network:
+            tokens, query = engine.encode(
+                model, images, self.batching, queried=rule.needs_query, prepared=True
+            )
+        else:
+            tokens, query = (
+                None,
+                engine.queries(model.method, model.backbone, images, self.batching, prepared=True),
+            )
         query = np.zeros((len(images), 0), np.float32) if query is None else query
         batch = ImageBatch(model, tokens, query, self.batching, given)
         tasks = rule.identify(batch)
-        logits = engine.logits(model, tokens, engine.alone(tasks), self.batching)
+        logits = None
+        if rule.needs_network:
+            logits = engine.logits(model, tokens, engine.alone(tasks), self.batching)
         scores = rule.scores(batch, logits, tasks)
         probabilities = rules.probabilities(
             rule.log_probabilities(batch, scores, tasks), self.temperatures.get(rule.key, 1.0)
@@ -314,6 +358,25 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
             f"tasks: {unknown[0]} is not in {reader.tasks}; there are {', '.join(map(str, there))}"
         )
     return chosen
+
+
+def _backbone(
+    reader: Reader, record: RunRecord, config: Config, task: int, path: str | PathLike
+) -> backbones.Backbone:
+    """Load the backbone that a run was trained on, from `path` or from where task `task` found it.
+
+    Raises UserError where the file there is another.
+    """
+    found_at = reader.load_task_manifest(task).config["backbone_path"]
+    backbone = backbones.load(
+        config.backbone, str(path) or found_at, config.image_size, config.dtype
+    )
+    if backbone.fingerprint != record.backbone_sha256:
+        raise UserError(
+            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has "
+            f"{record.backbone_sha256}; give the run's own as backbone_path"
+        )
+    return backbone
 
 
 def _rule(

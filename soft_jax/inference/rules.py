@@ -626,6 +626,7 @@ class ZeroShotGiven(ZeroShot):
 
     grouping: ClassVar[str] = ORACLE
     title: ClassVar[str] = "TIL oracle, zero-shot"
+    option: ClassVar[str] = ""
 
     identify = TaskGiven.identify
 
