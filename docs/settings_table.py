@@ -58,7 +58,9 @@ ABOUT: dict[str, dict[str, About]] = {
             "name",
             PAPER,
             "One of ours (`vit_b16`, `vit_b32`, `vit_l16`, `vit_b16_augreg`, `vit_b16_sam`, "
-            "`vit_b16_dino`, `vit_ti8_32`), or timm's name of a plain ViT with `backbone_path`.",
+            "`vit_b16_dino`, `vit_ti8_32`, and of CLIP `clip_vit_b16`, `clip_vit_b32`, "
+            "`clip_vit_l14`, `clip_vit_b16_laion400m`). With `backbone_path` also timm's name of a "
+            "plain ViT, or any name for a CLIP with its config beside the file.",
         ),
         "backbone_path": About("file or folder", HERE),
         "image_size": About("pixels along a side", HERE),
@@ -68,8 +70,8 @@ ABOUT: dict[str, dict[str, About]] = {
     "Method": {
         "method": About("names joined by +", PAPER),
         "mask_layers": About("layers, from 1", PAPER, "Layers"),
-        "mask_towers": About("vision, text, vision+text", HERE),
-        "text_mask_layers": About("layers, from 1", HERE),
+        "mask_towers": About("vision, text, vision+text", HERE, "Towers"),
+        "text_mask_layers": About("layers, from 1", HERE, "As `mask_layers`,"),
         "target_modules": About("names joined by +", PAPER, "Kernels"),
         "mask_init": About("name", CODE, "A new task's mask is drawn from"),
         "mask_storage": About("name", HERE),
@@ -99,12 +101,12 @@ ABOUT: dict[str, dict[str, About]] = {
     "Training": {
         "epochs": About("passes over a task's images", CODE, "Of each task."),
         "batch_size": About("images", CODE),
-        "learning_rate": About("per batch of 256 images", CODE),
-        "first_learning_rate": About("per batch of 256 images", CLIP_HOST),
+        "learning_rate": About("per batch of 256 images", CODE, "The optimizer's:"),
+        "first_learning_rate": About("per batch of 256 images", HERE, "`learning_rate`"),
         "optimizer": About("adam, sgd", CODE),
-        "schedule": About("constant, cosine", CODE),
+        "schedule": About("constant, cosine", CODE, "The learning rate stays as it is;"),
         "weight_decay": About("factor", CODE),
-        "first_weight_decay": About("factor, or -1", CLIP_HOST),
+        "first_weight_decay": About("factor, or -1", HERE, "`weight_decay`"),
         "clip_norm": About("norm", CODE),
         "crop_scale": About("range of shares", CODE, "Random crops:"),
         "crop_ratio": About("range of ratios", CODE, "Random crops:"),

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +28,7 @@ from soft_jax.experiment import loop, planned
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.inference import rules
 from soft_jax.models import backbones
+from soft_jax.models.clip import CLIPConfig
 from soft_jax.paper import tables
 from soft_jax.store import formats
 from tests.small import SMALL as ARCHITECTURE
@@ -52,6 +54,25 @@ SMALL = {
     "e_prompt_layers": (2,),
     "g_prompt_layers": (1,),
 }
+# The same of the first run on CLIP, which has tasks to identify but no masks either.
+SMALL_CLIP = {name: SMALL[name] for name in SMALL if not name.endswith("_layers")} | {
+    "method": "clipprompt",
+    "text_context_length": 2,
+}
+CLIP = CLIPConfig(
+    image_size=16,
+    patch_size=8,
+    dim=16,
+    depth=1,
+    heads=2,
+    mlp_dim=16,
+    text_dim=8,
+    text_depth=1,
+    text_heads=1,
+    text_mlp_dim=8,
+    embed_dim=8,
+    quick_gelu=True,
+)
 
 sys.path.insert(0, str(ROOT / "docs"))
 import settings_table
@@ -108,36 +129,47 @@ def workplace(backbone, tmp_path_factory):
         shutil.copy(folder / "photos/train/dog/0.png", folder / name)
     (folder / "tasks.json").write_text(json.dumps([["cat", "cow"], ["dog", "pig"]]))
     trained: list[Config] = []
-    first, run = [], loop.run
+    first: dict[str, list] = {}  # the manifests of the run that is trained on each page
+    run = loop.run
+    tiny = backbones.Backbone("tiny", ARCHITECTURE, first_two_layers(backbone), "0" * 64)
+    clip = backbones.Backbone("clip", CLIP, _clip_params(), "1" * 64)
 
     def small_run(config, workdir, *others):
         trained.append(config)
-        if config.dataset == "folder" and not first:
-            small = settings_lib.drop_unused(dataclasses.asdict(config) | SMALL)
-            first.append(run(Config(**small), workdir, *others))
-            for copy in ("cifar100", "a", "b", "digits"):
-                shutil.copytree(workdir, Path("runs") / copy)
-        return first[0] if first else []
+        for page, settings in (("README.md", SMALL), ("clip.md", SMALL_CLIP)):
+            if page not in first:
+                small = settings_lib.drop_unused(dataclasses.asdict(config) | settings)
+                first[page] = run(Config(**small), workdir, *others)
+                break
+        return first["README.md"]
 
     def finished(runs, console, figures=True):
         trained.extend(each.config for each in runs)
-        return [first[0] for _ in runs]
+        return [first["README.md"] for _ in runs]
 
-    readme = next(c for c in COMMANDS if c.page == "README.md" and "dataset=folder" in c.line)
+    on_folders = [command for command in COMMANDS if "dataset=folder" in command.line]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
             patch.chdir(folder)
-            tiny = backbones.Backbone("tiny", ARCHITECTURE, first_two_layers(backbone), "0" * 64)
-            patch.setattr(backbones, "load", lambda *_: tiny)
+            patch.setattr(backbones, "load", lambda name, *_: clip if "clip" in name else tiny)
             patch.setattr(loop, "run", small_run)
             patch.setattr(planned, "run", finished)
             patch.setattr(pictures, "draw", lambda *_: [])
             patch.setattr(tables, "make", lambda *_: ("", True))
-            assert main(readme.words[1:]) == 0
+            for page in ("README.md", "clip.md"):
+                command = next(command for command in on_folders if command.page == page)
+                assert main(command.words[1:]) == 0
+            for copy in ("cifar100", "a", "b", "digits"):
+                shutil.copytree("runs/photos", f"runs/{copy}")
             yield trained
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _clip_params():
+    images, ids = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 3), int)
+    return jax.device_get(CLIP.module().init(jax.random.key(0), images, ids)["params"])
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.line}")
@@ -180,7 +212,7 @@ def test_the_page_of_settings_gets_its_tables():
     settings_table.fill_page(None, "settings", page)
     for field in dataclasses.fields(Config):
         assert f"| `{field.name}`" in page[0]
-    assert "| `learning_rate` | Adam's: × batch_size / 256. | `0.03` |" in page[0]
+    assert "| `learning_rate` | The optimizer's: × batch_size / 256. | `0.03` |" in page[0]
     assert "`10+11+12`" in page[0]
 
 
