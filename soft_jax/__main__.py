@@ -14,9 +14,11 @@ from soft_jax.cache import COMPILED
 from soft_jax.errors import UserError
 from soft_jax.experiment.stopping import Preempted
 
-# Set before jax is imported. Programs compiled once are kept for later runs.
+# Set before jax is imported. Programs compiled once are kept for later runs, the many small ones
+# too, which together take as long as a large one.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # They change nothing, and have nothing to continue.

@@ -275,12 +275,13 @@ class Run:
     def initial_adapter(self, task: int) -> Adapter:
         """Return task `task`'s adapter as it is drawn, on the devices."""
         key = train_step.stream(self.config.seed, "adapter", task)
-        adapter = self.method.init_adapter(key, self.params)
+        adapter = _drawing(Method.init_adapter)(self.method, key, self.params)
         return distributed.to_global(adapter, distributed.replicated(self.mesh))
 
     def initial_prompts(self, task: int) -> Adapter:
         """Return key and E-prompt of `initial_adapter`, as far as the method has them."""
-        return _init_prompts(self.method, train_step.stream(self.config.seed, "adapter", task))
+        key = train_step.stream(self.config.seed, "adapter", task)
+        return _drawing(Method.init_prompts)(self.method, key)
 
     def statistics_shapes(self, task: int) -> pytrees.Tree:
         """Return shapes and dtypes of what the rules keep of a task."""
@@ -304,7 +305,15 @@ class Run:
         return distributed.to_global(memory, distributed.replicated(self.mesh))
 
 
-_init_prompts = jax.jit(Method.init_prompts, static_argnums=0)
+@functools.cache
+def _drawing(draw: Callable[..., pytrees.Tree]) -> Callable[..., pytrees.Tree]:
+    """Jit one of the functions of `Method` that draw.
+
+    On a CPU they are hardly optimized: LLVM takes seconds over a generator of random numbers that
+    runs for milliseconds. The numbers are the same.
+    """
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(draw, static_argnums=0, compiler_options=options)
 
 
 def _rules(config: Config, method: Method, store: Store) -> tuple[rules.TaskIdentityRule, ...]:

@@ -28,8 +28,13 @@ MASK_INITS: dict[str, Draw] = {
     "ones": lambda key, shape: jnp.ones(shape, jnp.float32),
     "xavier": lambda key, shape: jax.nn.initializers.xavier_uniform()(key, shape, jnp.float32),
     "kaiming": kaiming,
-    "normal": lambda key, shape: 0.01 * jax.random.normal(key, shape, jnp.float32),
+    "normal": lambda key, shape: 0.01 * _standard_normal(key, shape),
 }
+
+
+def _standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # By itself: XLA would join a factor that follows with one inside, which rounds otherwise.
+    return jax.lax.optimization_barrier(jax.random.normal(key, shape, jnp.float32))
 
 
 def masked(backbone: pytrees.Tree, masks: pytrees.Tree) -> pytrees.Tree:
