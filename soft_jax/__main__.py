@@ -1,4 +1,4 @@
-"""The command line: soft-jax train|predict|table|sweep|compare, and the same as
+"""The command line: soft-jax train|predict|table|sweep|compare|export, and the same as
 python -m soft_jax.
 """
 
@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # They change nothing, and have nothing to continue.
-_READERS = (["predict"], ["compare"])
+_READERS = (["predict"], ["compare"], ["export"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] in (["train"], ["sweep"]):  # they take a config's fields as flags
             status = getattr(commands, argv[0])(argv[1:])
         else:
-            arguments = _parser().parse_args(argv)
-            status = getattr(commands, arguments.command)(arguments)
+            arguments, rest = _parser().parse_known_args(argv)
+            arguments.flags, arguments.given = rest, argv[2:]
+            if rest and arguments.command != "learn":  # which takes a config's fields as flags
+                _parser().parse_args(argv)
+            function = getattr(arguments, "function", None)
+            status = (function or getattr(commands, arguments.command))(arguments)
         sys.stdout.flush()  # here, where a closed pipe is told
         return status
     except UserError as error:
@@ -97,6 +101,8 @@ class _Once(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from soft_jax import library_commands
+
     parser = argparse.ArgumentParser(
         prog="soft-jax", description="Train a continual learner, use it, or compare runs."
     )
@@ -116,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_table(commands)
     _add_compare(commands)
+    _add_export(commands)
+    library_commands.add_parsers(commands)
     return parser
 
 
@@ -223,6 +231,37 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "side, the differences by task, and McNemar's test on the test images of both.",
     )
     compare.add_argument("runs", nargs=2, metavar="RUN", help="the folder of a finished run")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a task as a model of timm, transformers or PEFT",
+        description="Write a task of a run as a folder: its weights merged into the backbone's, "
+        "and its own classes' classifier.",
+    )
+    export.register("action", None, _Once)
+    export.add_argument("run", metavar="RUN", help="the folder that the run was trained in")
+    export.add_argument("task", metavar="TASK", help="the task, counted from 1")
+    export.add_argument(
+        "out", metavar="OUT", help="the folder to write, which is not there yet or empty"
+    )
+    export.add_argument(
+        "--format",
+        required=True,
+        help="timm; hf, for transformers' ViTForImageClassification; or peft, for tasks of lora",
+    )
+    export.add_argument(
+        "--without-prompts",
+        action="store_true",
+        help="leave prompts out, which changes answers: how many, is measured on the task's test "
+        "images",
+    )
+    export.add_argument(
+        "--backbone-path",
+        default="",
+        help="the backbone's file, where it is no longer where the run found it",
+    )
 
 
 if __name__ == "__main__":

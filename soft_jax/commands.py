@@ -1,5 +1,5 @@
-"""What the commands do: train, predict, table, sweep, compare. `__main__` only reads the command
-line.
+"""What the commands do: train, predict, table, sweep, compare, export. `__main__` only reads the
+command line.
 
 What takes long to import is imported where it is used, so that a wrong argument is answered at
 once.
@@ -199,6 +199,14 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
     return _Flags(from_config_dict(values.config), name, fields, given)
 
 
+def read_config(argv: Sequence[str], known: Mapping[str, str]) -> "Config":
+    """Return the config that the flags `argv` give, as `train` reads them.
+
+    `known` has the meaning of --config. Raises UserError for what is wrong in them.
+    """
+    return _read_flags(argv, known).config
+
+
 def the_only(flag: str, texts: Sequence[str]) -> str:
     """Return the text that a flag was given. Raises UserError where there are several."""
     if len(texts) > 1:
@@ -275,7 +283,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _number(text: str, flag: str, least: int = 1) -> int:
+def whole_number(text: str, flag: str, least: int = 1) -> int:
     """Return the whole number that a flag gives. Raises UserError for another text, or below."""
     # Of ASCII digits, and few: str.isdigit takes "²" too, and int fails at thousands of digits.
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
@@ -285,10 +293,10 @@ def _number(text: str, flag: str, least: int = 1) -> int:
 
 def predict(arguments: argparse.Namespace) -> int:
     """Print a line for each image; the exit status is 1 where one could not be answered."""
-    top = _number(arguments.top, "--top")
+    top = whole_number(arguments.top, "--top")
     if arguments.json and arguments.csv:
         raise UserError("--json, --csv: take one of them")
-    task = None if arguments.task is None else _number(arguments.task, "--task")
+    task = None if arguments.task is None else whole_number(arguments.task, "--task")
     load = _by_task(arguments, task) if arguments.classes is None else _by_names(arguments)
     from soft_jax.data import images
 
@@ -320,7 +328,7 @@ def _by_task(arguments: argparse.Namespace, task: int | None) -> Callable[[], "P
     """Return what loads the predictor of a run's tasks, and says how images find theirs."""
     tasks = None
     if arguments.tasks is not None:
-        tasks = [_number(text.strip(), "--tasks") for text in arguments.tasks.split(",")]
+        tasks = [whole_number(text.strip(), "--tasks") for text in arguments.tasks.split(",")]
     workdir, backbone_path = _places(arguments)
     from soft_jax.inference import rules
     from soft_jax.inference.predictor import Predictor
@@ -391,7 +399,8 @@ def _answers(row: tuple, predictor: "Predictor", top: int, of_tasks: bool) -> li
         named = {"class": predictor.class_names[class_], "class_index": int(class_)}
         if of_tasks:
             task = int(predictor.model.task_of_class[class_])
-            named |= {"task": task + 1, "network": int(network) + 1}
+            names = predictor.task_names
+            named |= {"task": names[task], "network": names[int(network)]}
         answers.append(named | {"probability": round(float(probabilities[class_]), 6)})
     return answers
 
@@ -460,7 +469,7 @@ def _writer(arguments: argparse.Namespace) -> _Text | _Json | _Csv:
 
 def table(arguments: argparse.Namespace) -> int:
     """Run what is missing of a table and print it; the exit status is 1 where a row failed."""
-    seeds = _number(arguments.seeds, "--seeds")
+    seeds = whole_number(arguments.seeds, "--seeds")
     workdir = paths.local(arguments.workdir, "--workdir")
     output = _output(arguments.output)
     from soft_jax.paper import rows as rows_lib
@@ -584,4 +593,22 @@ def compare(arguments: argparse.Namespace) -> int:
     from soft_jax.evaluation import compare as compare_lib
 
     print(compare_lib.markdown(*roots))
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write a task of a run as a folder of another library, and say what is in it."""
+    run, task = paths.local(arguments.run, "RUN"), whole_number(arguments.task, "TASK")
+    path = arguments.backbone_path
+    path = path and paths.local(path, "--backbone-path")
+    from soft_jax.experiment import export as export_lib
+
+    export_lib.export(
+        run,
+        task - 1,
+        arguments.out,
+        arguments.format,
+        without_prompts=arguments.without_prompts,
+        backbone_path=path,
+    )
     return 0

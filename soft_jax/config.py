@@ -81,7 +81,9 @@ class Config:
     text_mask_layers: tuple[int, ...] = (10, 11, 12)  # the text tower's, where it is among them
     target_modules: str = "qkv+proj"  # of those layers, joined by "+": qkv, proj, mlp; lora also qv
     mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)
-    mask_storage: str = "float32"  # how softtf's masks are stored: or int8, int4, lowrank
+    # How softtf's masks are stored: float32; their distance from 1 as int8, int4 or lowrank; or
+    # delta1, delta2, delta4, what training added to their draw in so many bits a weight.
+    mask_storage: str = "float32"
     density: float = 0.9  # the share c of each kernel that wsn and softnet keep
     rank: int = 4  # of lora's products, adapter's bottlenecks and lowrank's masks
     pool_size: int = 10  # l2p's prompts, each e_prompt_length long

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from soft_jax import distributed, pytrees
@@ -38,12 +37,7 @@ class TaskBank:
     @functools.cached_property
     def template(self) -> Adapter:
         """Return shapes and dtypes of an adapter as the store keeps it."""
-        method = self._run.method
-        return jax.eval_shape(
-            lambda key, params: method.pack(method.init_adapter(key, params)),
-            jax.random.key(0),
-            self._run.params,
-        )
+        return self._run.method.packed_shapes(self._run.params)
 
     @property
     def row_template(self) -> Adapter:

@@ -20,7 +20,7 @@ from soft_jax.experiment import manifest as manifests_lib
 from soft_jax.experiment import trackers as trackers_lib
 from soft_jax.experiment.bank import TaskBank
 from soft_jax.experiment.display import Display
-from soft_jax.experiment.run import Run, prepare
+from soft_jax.experiment.run import Run, Start, prepare
 from soft_jax.experiment.stopping import Preempted, stop_at_signals
 from soft_jax.hooks import Hooks
 from soft_jax.inference import engine, rules
@@ -39,6 +39,7 @@ def run(
     dataset: sources.Dataset | None = None,
     hooks: Hooks | None = None,
     figures: bool = True,
+    start: Start | None = None,
 ) -> list[TaskManifest]:
     """Train and evaluate every task that `workdir` does not hold yet.
 
@@ -50,6 +51,7 @@ def run(
         hooks: functions to call on the way.
         figures: whether `console` shows what the run reached on test images: a line after each task
             and the report at the end. The report's files have it in any case.
+        start: what the tasks begin with, where they are not the first; nothing if not given.
 
     Returns:
         The manifests of all tasks.
@@ -66,11 +68,11 @@ def run(
         Display(console) as display,
     ):
         display.begin("loading the backbone and the images")
-        prepared = prepare(config, store, console, stop, dataset=dataset, hooks=hooks)
+        prepared = prepare(config, store, console, stop, None, dataset, hooks, start)
         with trackers_lib.opened(config, store.root, store.record) as trackers, _memory_named():
             run = dataclasses.replace(prepared, log=trackers.curves, display=display)
             manifests = _run_tasks(run, trackers, figures)
-    if figures:
+    if figures and not run.start.alone:
         report.show(console, config.benchmark, manifests)
         console.print(f"Report: {store.root / 'report.md'}")
     return manifests
@@ -87,7 +89,7 @@ def _run_tasks(run: Run, trackers: trackers_lib.Trackers, figures: bool) -> list
             f"{len(manifests)} of {scenario.num_tasks} tasks are finished in {run.store.root}"
         )
     finished = len(manifests)
-    table = report.StageTable([rule.key for rule in run.rules], run.console.width)
+    table = report.StageTable([rule.key for rule in run.evaluated], run.console.width)
     with _report(run, manifests, trackers) as add:
         for task in range(finished, scenario.num_tasks):
             manifest, shared, memory = _learn_task(run, bank, task, shared, memory)
@@ -106,7 +108,7 @@ def _report(
     run: Run, manifests: list[TaskManifest], trackers: trackers_lib.Trackers
 ) -> Iterator[Callable[[TaskManifest], None]]:
     """Keep report and trackers up to date, in the first process: yields what takes a new task."""
-    if not distributed.is_primary():
+    if not distributed.is_primary() or run.start.alone:
         yield lambda manifest: None
         return
     settings = dataclasses.asdict(run.config)
@@ -152,7 +154,7 @@ def _learn_task(
     start = time.monotonic()
     _begin(run, task, "statistics of its training images")
     memory, shared = task_memory(run, task, memory, state.trainable)
-    adapter, packed = _as_stored(run, state.trainable["adapter"])
+    adapter, packed = _as_stored(run, task, state.trainable["adapter"])
     if run.method.host.reads_text:
         class_mask = run.scenario.class_mask(task)
         class_mask = distributed.to_global(class_mask, distributed.replicated(run.mesh))
@@ -171,7 +173,7 @@ def _learn_task(
     seconds["evaluate"] = time.monotonic() - start
     _begin(run, task, "saving")
     manifest = manifests_lib.make(run, task, adapter, items, stages, seconds)
-    if distributed.is_primary():
+    if distributed.is_primary() and not run.start.alone:
         own, _ = rules.choose(run.rules, manifest.validation)
         predictions.write(run.store.root, stages[TEST].predictions, own.key)
     run.store.save_task(task, items, manifest)
@@ -179,10 +181,11 @@ def _learn_task(
     return manifest, shared, memory
 
 
-def _as_stored(run: Run, adapter: Adapter) -> tuple[Adapter, Adapter]:
-    """Return a trained adapter as it is when stored and read again, and as it is stored."""
+def _as_stored(run: Run, task: int, adapter: Adapter) -> tuple[Adapter, Adapter]:
+    """Return task `task`'s adapter as it is when stored and read again, and as it is stored."""
     whole = distributed.replicated(run.mesh)
-    packed = distributed.to_global(_pack(run.method, adapter), whole)
+    key = distributed.to_global(run.adapter_key(task), whole)
+    packed = distributed.to_global(_pack(run.method, adapter, key), whole)
     return run.method.unpack(packed, run.params), packed
 
 
@@ -320,7 +323,7 @@ def evaluate_stage(
     `temperatures` by protocol are 1 if not given. Raises Preempted after a signal.
     """
     fits = part == VALIDATION
-    stage = evaluate.Stage(model, run.rules, run.settings, temperatures or {}, for_fit=fits)
+    stage = evaluate.Stage(model, run.evaluated, run.settings, temperatures or {}, for_fit=fits)
     seen, done = len(model.tasks), 0
     sizes = [len(run.index(part, task)) for task in model.tasks]
     last = evaluate.last_in_batch(model.tasks, sizes, run.settings.batch_size)

@@ -40,6 +40,22 @@ READ_AT_ONCE = 1024
 QUERIES_AT_ONCE = 256  # training images of a forward pass that takes q(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a task begins with that is learned by itself, after others that the run doesn't have.
+
+    `number` takes the place of the task's in its random draws. `adapter` and `shared` are arrays
+    that take the place of drawn ones; a G-prompt that is given is not trained on. Where it is
+    `alone`, whoever learns it evaluates it: the run itself does so with the task given only, and
+    writes no report.
+    """
+
+    alone: bool = False
+    number: int = 0
+    adapter: Adapter = dataclasses.field(default_factory=dict)
+    shared: Shared = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """Everything that stays fixed in a run, and what of it is computed once."""
@@ -57,6 +73,7 @@ class Run:
     console: Console
     stop: threading.Event
     hooks: Hooks = dataclasses.field(default_factory=Hooks)
+    start: Start = dataclasses.field(default_factory=Start)
     # Takes task (from 1), step (from 0) and what was measured.
     log: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None
     display: Display = dataclasses.field(default_factory=NoDisplay)
@@ -86,6 +103,13 @@ class Run:
         c = self.config
         from_files = isinstance(self.dataset.test, sources.EncodedImages)
         return evaluate.Settings(self.mesh, c.batch_size, c.eval_batch_size, from_files)
+
+    @property
+    def evaluated(self) -> tuple[rules.TaskIdentityRule, ...]:
+        """Return the rules that test images are answered under."""
+        if not self.start.alone:
+            return self.rules
+        return tuple(rule for rule in self.rules if rule.key == rules.TaskGiven().key)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -181,7 +205,7 @@ class Run:
             sampler=self.sampler(task, memory),
             class_mask=mask,
             memory=memory,
-            freeze_g_prompt=c.freeze_g_prompt and task > 0,
+            freeze_g_prompt=bool(self.start.shared) or (c.freeze_g_prompt and task > 0),
             augment=_augment(c, self.method),
             augment_key=train_step.stream(c.seed, "augment", task),
             pool_size=max(sizes) + (strategy.buffer_size if strategy else 0),
@@ -272,16 +296,20 @@ class Run:
             )
         return np.concatenate(out)
 
+    def adapter_key(self, task: int) -> jax.Array:
+        """Return the key that task `task`'s adapter is drawn from."""
+        return train_step.stream(self.config.seed, "adapter", self.start.number + task)
+
     def initial_adapter(self, task: int) -> Adapter:
         """Return task `task`'s adapter as it is drawn, on the devices."""
-        key = train_step.stream(self.config.seed, "adapter", task)
-        adapter = _drawing(Method.init_adapter)(self.method, key, self.params)
+        draw = _drawing(Method.init_adapter)
+        adapter = draw(self.method, self.adapter_key(task), self.params)
+        adapter = {**adapter, **self.start.adapter}
         return distributed.to_global(adapter, distributed.replicated(self.mesh))
 
     def initial_prompts(self, task: int) -> Adapter:
         """Return key and E-prompt of `initial_adapter`, as far as the method has them."""
-        key = train_step.stream(self.config.seed, "adapter", task)
-        return _drawing(Method.init_prompts)(self.method, key)
+        return _drawing(Method.init_prompts)(self.method, self.adapter_key(task))
 
     def statistics_shapes(self, task: int) -> pytrees.Tree:
         """Return shapes and dtypes of what the rules keep of a task."""
@@ -293,7 +321,7 @@ class Run:
     def initial_shared(self) -> Shared:
         """Return the shared part before the first task, on the devices."""
         key = train_step.stream(self.config.seed, "shared", 0)
-        shared = self.method.init_shared(key, self.params)
+        shared = {**self.method.init_shared(key, self.params), **self.start.shared}
         return distributed.to_global(shared, distributed.replicated(self.mesh))
 
     def initial_memory(self, shared: Shared) -> pytrees.Tree:
@@ -410,6 +438,7 @@ def prepare(
     mesh: Mesh | None = None,
     dataset: sources.Dataset | None = None,
     hooks: Hooks | None = None,
+    start: Start | None = None,
 ) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's.
 
@@ -484,4 +513,5 @@ def prepare(
         console=console,
         stop=stop,
         hooks=hooks or Hooks(),
+        start=start or Start(),
     )

@@ -2,7 +2,8 @@
 that task's network.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from soft_jax import distributed
 from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
 from soft_jax.errors import UserError
-from soft_jax.inference import engine, rules, zero_shot
+from soft_jax.inference import assembly, engine, rules, zero_shot
 from soft_jax.inference.rules import ImageBatch, TaskGiven, TaskIdentityRule
 from soft_jax.methods import registry
 from soft_jax.methods.method import Adapter, Method
 from soft_jax.models import backbones
+from soft_jax.store import library
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import RunRecord, TaskManifest
 
@@ -54,10 +56,14 @@ class Predictor:
         batching: engine.Batching,
         temperatures: Mapping[str, float] | None = None,
         chosen_because: str = "it was asked for",
+        task_names: Sequence[str | int] | None = None,
     ):
         self.model, self.rule = model, rule
         self.class_names, self.batching = tuple(class_names), batching
         self.temperatures, self.chosen_because = temperatures or {}, chosen_because
+        # What people call each task: a name in a library, else its number, from 1.
+        self.task_names = tuple(task_names or range(1, max(model.tasks) + 2))
+        self._reload: Callable[[Predictor], Predictor] | None = None
 
     @classmethod
     def load(
@@ -71,12 +77,13 @@ class Predictor:
         batch_size: int = 256,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Predictor":
-        """Load a run as its last finished task left it; the run may go on training meanwhile.
+        """Load a run as its last finished task left it, which may go on training meanwhile; or the
+        active tasks of a library.
 
         Args:
-            workdir: the folder that the run was trained in.
-            tasks: those to choose from, counted from 0 as their folders are; all that are finished
-                when None.
+            workdir: the folder that the run was trained in, or that of a library.
+            tasks: those to choose from, counted from 0 as their folders are, or by their names in a
+                library; all that are finished, or active, when None.
             task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs
                 weights of each task's own), "prototype" (statistics of the frozen features),
                 "none" (where tasks have nothing of their own), or "oracle" (`predict` is told).
@@ -99,6 +106,10 @@ class Predictor:
             raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(options)}")
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
+        if library.holds_library(workdir):
+            return _library_predictor(
+                workdir, tasks, task_id, backbone_path, cache_bytes, batch_size, devices
+            )
         reader = Reader(workdir)
         record = reader.read_record()
         # One look at what is there: a run that goes on training adds tasks meanwhile.
@@ -167,6 +178,20 @@ class Predictor:
         )
         (rule,) = rules.ZeroShot.of(method, config)
         return cls(model, rule, names, batching)
+
+    def refresh(self) -> None:
+        """Take in what the library holds by now, for the calls that come; nothing is compiled anew.
+
+        More tasks or classes than the model had room for (8, 16, ... tasks; 32, 64, ... classes)
+        are compiled once. A predictor goes on with what it opened until this is called, as far as
+        the versions' files are still there. Raises UserError as `load`, and where this predictor is
+        not a library's; it is then as it was.
+        """
+        if self._reload is None:
+            raise UserError("refresh: only the predictor of a library has something to take in")
+        fresh = self._reload(self)
+        # In one step: other threads see the old model or the new one.
+        self.__dict__ = fresh.__dict__
 
     def predict(self, images: Any, task: int | Sequence[int] | None = None) -> Prediction:
         """Identify and classify images.
@@ -280,7 +305,9 @@ class Predictor:
 
         `images` is uint8 `[N, size, size, 3]`, `given` int `[N]` or None.
         """
-        model, rule = self.model, self.rule if given is None else TaskGiven()
+        now = self.__dict__  # which `refresh` replaces as a whole
+        model = now["model"]
+        rule = now["rule"] if given is None else TaskGiven()
         if rule.needs_network:
             tokens, query = engine.encode(
                 model, images, self.batching, queried=rule.needs_query, prepared=True
@@ -337,6 +364,69 @@ class Predictor:
                 f"{', '.join(map(str, self.model.tasks))}"
             )
         return np.broadcast_to(given.astype(int), count)
+
+
+def _library_predictor(
+    root: str | PathLike,
+    names: Sequence[str] | None,
+    task_id: str | None,
+    backbone_path: str | PathLike,
+    cache_bytes: int,
+    batch_size: int,
+    devices: Sequence[jax.Device] | None,
+    before: Predictor | None = None,
+) -> Predictor:
+    """Load the predictor of a library's active tasks, or of those in `names`.
+
+    Of `before`, a predictor of the same library, the backbone on the devices is taken over.
+    """
+    reader = library.LibraryReader(root)
+    state = reader.read()
+    versions = state.active
+    if names is not None:
+        wanted = [str(name) for name in names]
+        if unknown := [name for name in wanted if name not in versions]:
+            there = ", ".join(versions) or "none"
+            raise UserError(f"tasks: {unknown[0]!r} is no active task; there are {there}")
+        versions = {name: version for name, version in versions.items() if name in wanted}
+    if not versions:
+        raise UserError(f"library: {reader.root} has no active task")
+    config = from_settings(state.config)
+    backbone = backbones.load(
+        config.backbone,
+        str(backbone_path) or config.backbone_path,
+        config.image_size,
+        config.dtype,
+    )
+    if backbone.fingerprint != state.backbone_sha256:
+        raise UserError(
+            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this library's has "
+            f"{state.backbone_sha256}; give the library's own as backbone_path"
+        )
+    method = assembly.method_of(config, backbone, state, versions)
+    rule, because = assembly.choose(method, config, task_id)
+    if before:
+        batching, params = before.batching, before.model.backbone
+    else:
+        batching, params = engine.Batching(distributed.data_mesh(devices), batch_size), None
+    model = assembly.assemble(
+        reader, state, versions, config, backbone, rule, cache_bytes, batching, params
+    )
+    reader.note_use(list(versions.values()))
+    predictor = Predictor(
+        model, rule, state.classes, batching, None, because, task_names=tuple(versions)
+    )
+    predictor._reload = functools.partial(
+        _library_predictor,
+        root,
+        names,
+        task_id,
+        backbone_path,
+        cache_bytes,
+        batch_size,
+        devices,
+    )
+    return predictor
 
 
 def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -> tuple[int, ...]:
@@ -411,9 +501,7 @@ def _model(
     """Make the model of the tasks of `manifests`, with the shared part that `latest` left."""
     whole = distributed.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole)
-    adapter = jax.eval_shape(
-        lambda key: method.pack(method.init_adapter(key, params)), jax.random.key(0)
-    )
+    adapter = method.packed_shapes(params)
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
     shared = reader.load_items(latest, {"shared": template}, whole)["shared"]
     # There is a row for each task of the run; those that are not loaded are never chosen.

@@ -94,13 +94,34 @@ class SoftMask(Reparametrization):
         """Return the masked kernels, θ ⊙ m."""
         return masked(backbone, masks)
 
-    def pack(self, masks: pytrees.Tree) -> pytrees.Tree:
-        """Return the masks packed in the way that `stored_as` names."""
-        return packing.pack(masks, self.stored_as, self.stored_rank)
+    @property
+    def _delta_bits(self) -> int | None:
+        """Return the bits of an entry where masks are kept as a delta from their draw."""
+        return packing.DELTA_BITS.get(self.stored_as)
+
+    def pack(self, masks: pytrees.Tree, key: jax.Array | None = None) -> pytrees.Tree:
+        """Return the masks packed in the way that `stored_as` names.
+
+        The "delta" ways need `key`, which `init` drew the masks from: they keep it, uint32, as
+        `key`, and what training added to the draw as `delta`. ValueError where it isn't given.
+        """
+        if not self._delta_bits:
+            return packing.pack(masks, self.stored_as, self.stored_rank)
+        if key is None:
+            raise ValueError(f"masks stored as {self.stored_as} are packed with their draw's key")
+        delta = packing.pack_delta(masks, self.init(key, masks), self._delta_bits)
+        return {"key": jax.random.key_data(key), "delta": delta}
 
     def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:
-        """Return the masks, float32, from what `pack` gave."""
-        return packing.unpack(packed, self.stored_as, pytrees.select(backbone, self.kernels))
+        """Return the masks, float32, from what `pack` gave.
+
+        Raises UserError where the key that was kept draws other numbers than it did.
+        """
+        if not self._delta_bits:
+            return packing.unpack(packed, self.stored_as, pytrees.select(backbone, self.kernels))
+        drawn = self.init(jax.random.wrap_key_data(packed["key"]), backbone)
+        packing.check_drawn_again(packed["delta"], drawn)
+        return packing.unpack_delta(packed["delta"], drawn, self._delta_bits)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -223,7 +244,7 @@ class BinaryMask(Reparametrization):
         """Return the masked kernels, θ ⊙ m."""
         return masked(backbone, self.masks(own))
 
-    def pack(self, own: pytrees.Tree) -> pytrees.Tree:
+    def pack(self, own: pytrees.Tree, key: jax.Array | None = None) -> pytrees.Tree:
         """Return which weights are kept, one bit each, as `bits`.
 
         SoftNet adds `minor`: the small values of the other weights, float32 `[size - kept]`.

@@ -149,8 +149,7 @@ class Method:
         """Draw a task's adapter; `begin` tells what its training starts from."""
         adapter = self.init_prompts(key)
         if self.reparametrization:
-            own_key = jax.random.split(key, 3)[2]
-            own = self.reparametrization.init(own_key, backbone)
+            own = self.reparametrization.init(_own_key(key), backbone)
             adapter[self.reparametrization.adapter_key] = own
         return adapter
 
@@ -228,19 +227,34 @@ class Method:
         """
         return jnp.flatnonzero(class_mask, size=self.classes_at_once, fill_value=self.num_classes)
 
-    def pack(self, adapter: Adapter) -> Adapter:
-        """Return a trained adapter as the store keeps it."""
+    def pack(self, adapter: Adapter, key: jax.Array | None = None) -> Adapter:
+        """Return a trained adapter as the store keeps it.
+
+        `key` is the one that `init_adapter` drew it from. Masks stored as a delta from their draw
+        need it (ValueError without it), whatever their training began from.
+        """
         if not self.reparametrization:
             return adapter
-        key = self.reparametrization.adapter_key
-        return adapter | {key: self.reparametrization.pack(adapter[key])}
+        name, own_key = self.reparametrization.adapter_key, None if key is None else _own_key(key)
+        return adapter | {name: self.reparametrization.pack(adapter[name], own_key)}
+
+    def packed_shapes(self, backbone: pytrees.Tree) -> Adapter:
+        """Return shapes and dtypes of an adapter as the store keeps it."""
+        return jax.eval_shape(
+            lambda key, params: self.pack(self.init_adapter(key, params), key),
+            jax.random.key(0),
+            backbone,
+        )
 
     def unpack(self, packed: Adapter, backbone: pytrees.Tree) -> Adapter:
-        """Return the adapter, or the part of it, that `pack` gave."""
+        """Return the adapter, or the part of it, that `pack` gave.
+
+        Raises UserError where a part that is drawn again, not stored, comes out otherwise.
+        """
         if not self.reparametrization or self.reparametrization.adapter_key not in packed:
             return packed
-        key = self.reparametrization.adapter_key
-        return packed | {key: self.reparametrization.unpack(packed[key], backbone)}
+        name = self.reparametrization.adapter_key
+        return packed | {name: self.reparametrization.unpack(packed[name], backbone)}
 
     def count_fixed(self, adapter: Adapter) -> int:
         """Return how many of an adapter's numbers are kept but never trained."""
@@ -320,6 +334,11 @@ class Method:
         `params` are those that the features were computed with.
         """
         return self.architecture.classify(params, shared["head"], features)
+
+
+def _own_key(key: jax.Array) -> jax.Array:
+    """Return the key of the reparametrization's arrays, from that of the adapter."""
+    return jax.random.split(key, 3)[2]
 
 
 def begin(initial: Adapter, previous: Adapter | None) -> Adapter:

@@ -94,8 +94,11 @@ class Reparametrization:
         """Return the parameters that take the place of the backbone's, or stand beside them."""
         raise NotImplementedError
 
-    def pack(self, own: pytrees.Tree) -> pytrees.Tree:
-        """Return a trained task's arrays as the store keeps them: as they are."""
+    def pack(self, own: pytrees.Tree, key: jax.Array | None = None) -> pytrees.Tree:
+        """Return a trained task's arrays as the store keeps them: as they are.
+
+        `key` is the one that `init` drew them from; some kinds need it in some settings.
+        """
         return own
 
     def unpack(self, packed: pytrees.Tree, backbone: pytrees.Tree) -> pytrees.Tree:

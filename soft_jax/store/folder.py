@@ -208,6 +208,11 @@ class Store(Reader):
             for name in _OURS:
                 checkpoint.refuse_link(self.root / name)
             self._lock()
+            if os.path.lexists(self.root / "library.json"):
+                raise UserError(
+                    f"workdir: {self.root} is a library by now; add a task with soft-jax learn, or "
+                    "train a run in another workdir"
+                )
             for folder in (self.tasks, self.training):
                 folder.mkdir(exist_ok=True)
                 checkpoint.clean(folder)

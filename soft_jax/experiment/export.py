@@ -1,0 +1,312 @@
+"""A task of a run as a folder that another library reads: timm, Hugging Face's transformers, PEFT.
+
+The task's weights, θ ⊙ m or W + 8 A B, and its classes' columns of the classifier make a plain ViT,
+which answers as `Predictor` does with the task given. Prompts have no place in it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from soft_jax import distributed, paths, pytrees
+from soft_jax.config import Config, from_settings
+from soft_jax.data import sources
+from soft_jax.errors import UserError
+from soft_jax.inference import engine
+from soft_jax.inference.predictor import Predictor
+from soft_jax.inference.rules import TaskGiven
+from soft_jax.methods import peft, registry
+from soft_jax.methods.low_rank import LoRA
+from soft_jax.methods.method import Method
+from soft_jax.models import vit_export
+from soft_jax.models.vit import ViTConfig
+from soft_jax.store.folder import Reader
+from soft_jax.store.records import RunRecord, TaskManifest
+
+FORMATS = ("timm", "hf", "peft")
+
+
+class Agreement(NamedTuple):
+    """How many of a task's `total` test images get the same answer without prompts as with them.
+
+    `correct_with` and `correct_without` of them are answered rightly, the task given.
+    """
+
+    same: int
+    correct_with: int
+    correct_without: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTask:
+    """A task's network as a plain ViT: `params` in our naming, the frozen `backbone` likewise.
+
+    `classifier` is `{"kernel": [dim, classes], "bias": [classes]}` of the task's own classes, in
+    the order of its manifest.
+    """
+
+    reader: Reader
+    manifest: TaskManifest
+    config: Config
+    record: RunRecord
+    predictor: Predictor
+    params: pytrees.Tree
+    classifier: Mapping[str, np.ndarray]
+
+    @property
+    def method(self) -> Method:
+        """Return the run's method."""
+        return self.predictor.model.method
+
+    @property
+    def backbone(self) -> pytrees.Tree:
+        """Return the frozen backbone's parameters."""
+        return self.predictor.model.backbone
+
+
+def export(
+    workdir: str | PathLike,
+    task: int,
+    out: str | PathLike,
+    format: str,
+    *,
+    without_prompts: bool = False,
+    backbone_path: str | PathLike = "",
+    tell: Callable[[str], None] = print,
+) -> Path:
+    """Write a task of a run as the folder `out` of another library, whole or not at all.
+
+    Args:
+        workdir: the folder that the run was trained in.
+        task: counted from 0, as `Predictor` counts.
+        out: a folder that is not there yet, or empty.
+        format: "timm" (`model.safetensors`, `config.json`), "hf" (the same and
+            `preprocessor_config.json`, for `ViTForImageClassification`), or "peft" (a LoRA task as
+            an adapter, with the model it is for in `base/`).
+        without_prompts: leave prompts out where the method has any, which changes answers; how
+            many, of the task's test images, is told.
+        backbone_path: the backbone's file, where it is no longer where the run found it.
+        tell: is called with lines for the user.
+
+    Raises:
+        UserError: naming the task, method, backbone or folder that can't be exported, or what
+            `Predictor.load` raises.
+    """
+    folder = paths.local(out, "OUT")
+    _check_free(folder)
+    if format not in FORMATS:
+        raise UserError(f"format: {format!r} is unknown; known are {', '.join(FORMATS)}")
+    plain = load(workdir, task, format, without_prompts, backbone_path)
+    _write(folder, _files(plain, format))
+    vit, count = plain.method.architecture, len(plain.manifest.classes)
+    tell(
+        f"{paths.shown(folder)}: task {task + 1} of {plain.config.method}, a ViT for images of "
+        f"{vit.image_size} pixels with {count} {'class' if count == 1 else 'classes'}: "
+        f"{', '.join(plain.manifest.class_names)}"
+    )
+    if vit.dtype != "float32":
+        tell(f"The run computed in {vit.dtype}; in float32, answers differ by its rounding.")
+    if registry.parse(plain.config.method).host_name:
+        _tell_agreement(plain, tell)
+    return folder
+
+
+def load(
+    workdir: str | PathLike,
+    task: int,
+    format: str = "timm",
+    without_prompts: bool = False,
+    backbone_path: str | PathLike = "",
+) -> PlainTask:
+    """Load a task, counted from 0, as a plain ViT. Raises UserError as `export`."""
+    reader = Reader(workdir)
+    record, there = reader.read_record(), reader.present()
+    config = from_settings(record.settings)
+    if task not in there:
+        finished = ", ".join(str(number + 1) for number in there) or "none"
+        raise UserError(
+            f"TASK: {task + 1} is no finished task of {paths.shown(reader.root)}; finished are "
+            f"{finished}"
+        )
+    _check_method(config.method, format, without_prompts)
+    predictor = Predictor.load(workdir, [task], TaskGiven.option, backbone_path=backbone_path)
+    model = predictor.model
+    if not isinstance(model.method.architecture, ViTConfig):
+        raise UserError(f"backbone: {config.backbone} is no plain ViT, which alone is exported")
+    manifest = reader.load_task_manifest(task)
+    weights = model.weights[task]
+    if foreign := sorted(set(pytrees.flatten(weights)) - set(pytrees.flatten(model.backbone))):
+        raise UserError(_no_place(config.method, foreign[0]))
+    columns, head = list(manifest.classes), model.shared["head"]
+    return PlainTask(
+        reader=reader,
+        manifest=manifest,
+        config=config,
+        record=record,
+        predictor=predictor,
+        params=pytrees.merge(model.shared.get("weights", model.backbone), weights),
+        classifier={name: np.asarray(head[name])[..., columns] for name in ("kernel", "bias")},
+    )
+
+
+def _check_method(method: str, format: str, without_prompts: bool) -> None:
+    """Raise UserError for a method whose tasks are no plain ViT, before anything large is read."""
+    parts = registry.parse(method)
+    if parts.host.reads_text:
+        raise UserError(f"method: {method!r} is of a CLIP; only runs on a ViT are exported")
+    if parts.reparametrization and not parts.reparametrization.replaces_kernels:
+        raise UserError(_no_place(method, "an adapter's bottleneck"))
+    if format == "peft" and not (
+        parts.reparametrization and issubclass(parts.reparametrization, LoRA)
+    ):
+        raise UserError(
+            f"format: 'peft' is for lora, whose products PEFT adds to weights; {method!r} goes "
+            "with timm or hf"
+        )
+    if parts.host_name and not without_prompts:
+        raise UserError(
+            f"method: {method!r} has prompts, which have no place in a plain ViT; with "
+            "--without-prompts they are left out, and the difference is measured"
+        )
+
+
+def _no_place(method: str, what: str) -> str:
+    return f"method: {what} of {method!r} has no place in a plain ViT, so it can't be exported"
+
+
+# The folder.
+
+
+def _check_free(folder: Path) -> None:
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        kind = "is not empty" if folder.is_dir() else "is not a folder"
+        raise UserError(f"OUT: {paths.shown(folder)} {kind}; name one that is not there yet")
+
+
+Content = Mapping[str, Any]
+
+
+def _files(plain: PlainTask, format: str) -> dict[str, Content]:
+    """Return the content of each file: of `.safetensors` the arrays, of others JSON."""
+    vit, names = plain.method.architecture, plain.manifest.class_names
+    if format == "timm":
+        return {
+            "model.safetensors": vit_export.to_timm(plain.params, plain.classifier),
+            "config.json": vit_export.timm_config(vit, names),
+        }
+    params = plain.backbone if format == "peft" else plain.params
+    model = {
+        "model.safetensors": vit_export.to_hugging_face(params, plain.classifier),
+        "config.json": vit_export.hugging_face_config(vit, names),
+        "preprocessor_config.json": vit_export.preprocessor_config(vit),
+    }
+    if format == "hf":
+        return model
+    config, arrays = peft.lora_to_peft(_products(plain), plain.method, plain.classifier)
+    return {
+        peft.CONFIG: config,
+        peft.ARRAYS: arrays,
+        **{f"base/{name}": content for name, content in model.items()},
+    }
+
+
+def _products(plain: PlainTask) -> pytrees.Tree:
+    """Return the task's A and B, as `LoRA` has them."""
+    method, key = plain.method, plain.method.reparametrization.adapter_key
+    adapter = jax.eval_shape(
+        lambda params: method.pack(method.init_adapter(jax.random.key(0), params)), plain.backbone
+    )
+    whole = distributed.replicated(plain.predictor.batching.mesh)
+    items = plain.reader.load_items(
+        plain.manifest, {"adapter": {key: adapter[key]}}, whole, part=True
+    )
+    return method.unpack(items["adapter"], plain.backbone)[key]
+
+
+def _write(folder: Path, files: Mapping[str, Content]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial{os.getpid()}")
+    try:
+        for name, content in files.items():
+            file = partial / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                # The metadata is asked for by transformers.
+                safetensors.numpy.save_file(content, file, metadata={"format": "pt"})
+            else:
+                file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(partial, folder)
+    except OSError as error:
+        raise UserError(f"OUT: {paths.shown(folder)} can't be written ({error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
+
+
+# What prompts are worth.
+
+
+def _tell_agreement(plain: PlainTask, tell: Callable[[str], None]) -> None:
+    try:
+        images, labels, prepared = _test_images(plain)
+    except UserError as error:
+        tell(f"Left out: prompts. How many answers change could not be measured: {error}")
+        return
+    found = agreement(plain, images, labels, prepared)
+    shares = (f"{100 * count / found.total:.1f}%" for count in found[:3])
+    tell(
+        "Left out: prompts. Of the task's {} test images, {} get the same answer without them; "
+        "with the task given, {} are right with prompts and {} without.".format(
+            found.total, *shares
+        )
+    )
+
+
+def _test_images(plain: PlainTask) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return the task's test images, their labels, and whether they are as the model takes them.
+
+    Raises UserError where the data set can't be loaded, or is no longer the run's.
+    """
+    config, manifest = plain.config, plain.manifest
+    dataset = sources.load(config.dataset, manifest.config["data_dir"])
+    dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
+    if dataset.fingerprint != plain.record.dataset_sha256:
+        raise UserError(f"dataset: {config.dataset} is no longer what the run was trained on")
+    members = np.flatnonzero(np.isin(dataset.test.labels, manifest.classes))
+    if isinstance(dataset.test, sources.InMemoryImages):
+        return dataset.test.images[members], dataset.test.labels[members], False
+    size = plain.method.architecture.image_size
+    return dataset.test.prepared(members, size), dataset.test.labels[members], True
+
+
+def agreement(
+    plain: PlainTask, images: np.ndarray, labels: np.ndarray, prepared: bool
+) -> Agreement:
+    """Compare the exported ViT's answers with the run's, the task given.
+
+    `images` are uint8 `[N, H, W, 3]`, `prepared` as test images or not; `labels` int `[N]`.
+    """
+    model, batching = plain.predictor.model, plain.predictor.batching
+    classes, columns = np.array(plain.manifest.classes), list(plain.manifest.classes)
+    answers: list[Sequence[np.ndarray]] = []
+    for start in range(0, len(images), batching.chunk):
+        chunk = images[start : start + batching.chunk]
+        tokens, _ = engine.encode(model, chunk, batching, queried=False, prepared=prepared)
+        tasks = np.full(len(chunk), plain.manifest.task)
+        ours = engine.logits(model, tokens, engine.alone(tasks), batching)[:, columns]
+        features = engine.queries(plain.method, plain.params, chunk, batching, prepared)
+        theirs = features @ plain.classifier["kernel"] + plain.classifier["bias"]
+        answers.append([classes[logits.argmax(axis=1)] for logits in (ours, theirs)])
+    ours, theirs = (np.concatenate(column) for column in zip(*answers, strict=True))
+    counts = (np.sum(ours == theirs), np.sum(ours == labels), np.sum(theirs == labels))
+    return Agreement(*map(int, counts), len(images))

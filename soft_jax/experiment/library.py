@@ -1,0 +1,770 @@
+"""A library of tasks: it grows by one task at a time, keeps versions, and checks itself.
+
+Every task is learned by itself, as a run of one task, and is then put together with the others
+(`inference.assembly`). What they share, a G-prompt, is the first task's and frozen: with the task
+given, an old task answers the same to the bit, however many come and go.
+
+Before a version becomes the active one of its task, all active tasks are evaluated with it, on the
+test images that they were learned with: the gate. Where one falls by more than is allowed, the
+version stays a candidate.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from soft_jax import distributed
+from soft_jax.config import Config, from_settings
+from soft_jax.data import sources
+from soft_jax.errors import Stopped, UserError
+from soft_jax.experiment import data_spec, loop
+from soft_jax.experiment import settings as settings_lib
+from soft_jax.experiment.data_spec import Data
+from soft_jax.experiment.run import Start
+from soft_jax.experiment.stopping import Preempted, stop_at_signals
+from soft_jax.hooks import Hooks
+from soft_jax.inference import assembly, engine
+from soft_jax.inference.predictor import Predictor
+from soft_jax.methods import registry
+from soft_jax.models import backbones
+from soft_jax.store import checkpoint, library
+from soft_jax.store.library import (
+    ACTIVE,
+    ARCHIVED,
+    CANDIDATE,
+    RETIRED,
+    LibraryFolder,
+    LibraryReader,
+    LibraryState,
+    Version,
+)
+
+# What is measured of a task, in percent: with the task given, and each image by itself.
+GIVEN, PER_SAMPLE = "given", "per_sample"
+MEASURED = (GIVEN, PER_SAMPLE)
+MAX_DROP = 1.0  # points that a task may fall by at the gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the gate found: `figures` in percent by task, as `MEASURED`; what fell, in words; and
+    which tasks could not be checked, and why.
+    """
+
+    figures: Mapping[str, Mapping[str, float]]
+    fallen: tuple[str, ...]
+    unchecked: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing fell, and everything was checked."""
+        return not self.fallen and not self.unchecked
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a version has to hold before it becomes the active one.
+
+    No active task may fall by more than `max_drop` points, and the version itself, with the task
+    given, must not be below `min_accuracy` percent.
+    """
+
+    max_drop: float = MAX_DROP
+    min_accuracy: float = 0.0
+
+    def __post_init__(self):
+        if not (0 <= self.max_drop <= 100 and 0 <= self.min_accuracy <= 100):
+            raise UserError(
+                f"gate: max_drop {self.max_drop:g} and min_accuracy {self.min_accuracy:g} are "
+                "percent, from 0 to 100"
+            )
+
+
+class Library:
+    """A library of tasks in a folder. Made by `Library.open`, or by the first `learn`.
+
+    Each method reads the folder anew, and those that change it hold it meanwhile. A run's folder is
+    a library too, once the run is finished.
+    """
+
+    def __init__(self, root: str | PathLike, console: Console | None = None):
+        self.root = LibraryReader(root).root
+        self.console = console or Console(quiet=True)
+
+    @classmethod
+    def open(cls, root: str | PathLike, console: Console | None = None) -> Self:
+        """Open a library. Raises UserError where there is none."""
+        opened = cls(root, console)
+        opened.state()
+        return opened
+
+    def state(self) -> LibraryState:
+        """Return what the library holds now."""
+        return LibraryReader(self.root).read()
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the records of all changes, oldest first."""
+        return LibraryReader(self.root).log() if library.holds_library(self.root) else []
+
+    # Growing.
+
+    def learn(
+        self,
+        name: str,
+        data: Data,
+        *,
+        config: Config | None = None,
+        start_from: str | None = None,
+        extend: bool = False,
+        gate: Gate | None = None,
+        keep_test_images: bool = False,
+        command: str = "learn",
+        hooks: Hooks | None = None,
+    ) -> tuple[Version, Verdict]:
+        """Learn a task, or a new version of it, and take it in.
+
+        Args:
+            name: the task's.
+            data: its images.
+            config: the settings that all tasks of a new library are learned with; None: those of
+                the library. Others than the library's are refused.
+            start_from: a task, or a version "birds@2", whose prompt and weights the training begins
+                with; None: as they are drawn.
+            extend: whether `data` brings more classes to a task that is there: the new version has
+                both. The older classes' images are taken from `data` if it has them, else from
+                where they were.
+            gate: what the version has to hold to become the active one.
+            keep_test_images: whether its test images are kept in the library.
+            command: how the log calls it.
+            hooks: functions to call while it trains.
+
+        Returns:
+            The version, active or a candidate, and what the gate found.
+
+        Raises:
+            UserError: for anything that the user has to mend; nothing is changed then.
+            Preempted: after SIGTERM or SIGINT; the same call continues.
+        """
+        library.check_name(name)
+        with self._held(make=config is not None) as folder:
+            old = self._state_or_new(folder, config)
+            plan, dataset = _planned(old, name, data, extend, start_from)
+            version, finished = self._train(folder, old, plan, dataset, hooks)
+            new, version = _with_version(old, plan, version)
+            folder.take_in(finished, version)
+            if keep_test_images:
+                self._keep_tests(folder, new, dataset, version)
+            verdict = self._judge(folder, old, new, name, version, gate or Gate())
+            new, version = _decided(new, name, version, verdict)
+            before = old if old.changes or old.tasks else None
+            folder.commit(before, new, command, _verdict_note(verdict))
+            shutil.rmtree(self.root / "learning" / plan.folder)
+        return version, verdict
+
+    @contextlib.contextmanager
+    def _held(self, make: bool = False) -> Iterator[LibraryFolder]:
+        with contextlib.closing(LibraryFolder(self.root, make)) as folder:
+            yield folder
+
+    def _state_or_new(self, folder: LibraryFolder, config: Config | None) -> LibraryState:
+        is_run = (self.root / "config.json").exists()
+        if library.holds_library(self.root) or is_run:
+            state = folder.read()
+            _check_is_finished(folder, state)
+            ours = _config_of(state)
+            _check_method(ours)
+            if config is not None:
+                _check_same(ours, config)
+            return state
+        if config is None:
+            raise UserError(f"library: there is none in {self.root}")
+        settings_lib.check(config)
+        _check_method(config)
+        loaded = _load_backbone(config)
+        return LibraryState(config=dataclasses.asdict(config), backbone_sha256=loaded.fingerprint)
+
+    def _train(
+        self,
+        folder: LibraryFolder,
+        state: LibraryState,
+        plan: "_Plan",
+        dataset: sources.Dataset,
+        hooks: Hooks | None,
+    ) -> tuple[Version, Path]:
+        """Train what is planned; return it as a version without a place, and its folder."""
+        workdir = self.root / "learning" / plan.folder
+        named = {"dataset": plan.parts[-1].dataset, "data_dir": plan.parts[-1].data_dir}
+        config = dataclasses.replace(_config_of(state), **named, **_ONE_TASK)
+        begin = _start(folder, state, plan)
+        manifests = loop.run(
+            config, workdir, self.console, dataset, hooks, figures=False, start=begin
+        )
+        finished = workdir / "tasks" / "000"
+        test = dataset.test
+        version = Version(
+            id=state.next_id,
+            number=plan.number,
+            state=CANDIDATE,
+            classes=(),
+            created=library.now(),
+            data=tuple(part.to_json() for part in plan.parts),
+            test={"images": len(test.labels), "sha256": _hash_of(dataset)},
+            seconds=float(manifests[0].seconds["train"]),
+            bytes=library.checkpoint_bytes(finished),
+        )
+        return version, finished
+
+    def _keep_tests(
+        self,
+        folder: LibraryFolder,
+        state: LibraryState,
+        dataset: sources.Dataset,
+        version: Version,
+    ) -> None:
+        size = _load_backbone(_config_of(state)).architecture.image_size
+        images = dataset.test.prepared(np.arange(len(dataset.test.labels)), size)
+        file = folder.tests(version)
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f".{file.name}")
+        try:
+            with open(partial, "wb") as out:
+                np.savez_compressed(out, images=images, labels=dataset.test.labels)
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(f"{file} could not be written ({error}); make room") from error
+
+    # The gate.
+
+    def check(self, max_drop: float = MAX_DROP) -> Verdict:
+        """Evaluate all active tasks on their test images, against their figures when accepted.
+
+        Raises UserError where there is no active task.
+        """
+        reader = LibraryReader(self.root)
+        state = reader.read()
+        return self._evaluate(reader, state, state.figures, Gate(max_drop))
+
+    def _judge(
+        self,
+        folder: LibraryFolder,
+        old: LibraryState,
+        new: LibraryState,
+        name: str,
+        version: Version,
+        gate: Gate,
+    ) -> Verdict:
+        """Evaluate the library as it would be with `version` as the active one of task `name`."""
+        tried = _activated(new, name, version)
+        before = {task: figures for task, figures in old.figures.items() if task in tried.active}
+        if missing := [task for task in old.active if task not in before and task in tried.active]:
+            # A run that becomes a library has none yet.
+            known = self._evaluate(folder, old, {}, gate).figures
+            before |= {task: known[task] for task in missing if task in known}
+        verdict = self._evaluate(folder, tried, before, gate)
+        own = verdict.figures.get(name, {}).get(GIVEN, 0.0)
+        if own < gate.min_accuracy:
+            low = f"{name}: {own:.2f}% with the task given is below {gate.min_accuracy:g}%"
+            verdict = dataclasses.replace(verdict, fallen=(*verdict.fallen, low))
+        return verdict
+
+    def _evaluate(
+        self,
+        reader: LibraryReader,
+        state: LibraryState,
+        before: Mapping[str, Mapping[str, float]],
+        gate: Gate,
+    ) -> Verdict:
+        versions = state.active
+        if not versions:
+            raise UserError(f"library: {self.root} has no active task")
+        predictor = _predictor(reader, state, versions, None)
+        figures, fallen, unchecked = {}, [], {}
+        for place, (name, version) in enumerate(versions.items()):
+            try:
+                images, labels = _tests(reader, state, version, predictor)
+            except UserError as error:
+                unchecked[name] = str(error)
+                continue
+            figures[name] = _accuracies(predictor, images, labels, place, version)
+            for measured in MEASURED:
+                drop = before.get(name, {}).get(measured, -math.inf) - figures[name][measured]
+                if drop > gate.max_drop + 1e-9:
+                    was = before[name][measured]
+                    fallen.append(
+                        f"{name}: {_SHOWN[measured]} {was:.2f} → {figures[name][measured]:.2f}, "
+                        f"{drop:.2f} points lower"
+                    )
+        return Verdict(figures, tuple(fallen), unchecked)
+
+    # Versions.
+
+    def activate(
+        self, name: str, number: int, gate: Gate | None = None, command: str = "activate"
+    ) -> Verdict:
+        """Make a version the active one, if it passes the gate. Raises UserError where it is
+        archived, or not there.
+        """
+        with self._held() as folder:
+            old = self._adopted(folder)
+            version = old.version(name, number)
+            if version.state == ARCHIVED:
+                raise UserError(f"version: {name}@{number} is archived; restore it first")
+            if version.state == ACTIVE:
+                raise UserError(f"version: {name}@{number} is the active one already")
+            verdict = self._judge(folder, old, old, name, version, gate or Gate())
+            if not verdict.fallen:
+                new = dataclasses.replace(
+                    _activated(old, name, version), figures=dict(verdict.figures)
+                )
+                folder.commit(old, new, command, _verdict_note(verdict))
+        return verdict
+
+    def rollback(self, name: str, command: str = "rollback") -> tuple[Version, Verdict]:
+        """Make the version before the active one the active one again.
+
+        It was accepted once, so the gate is asked, and not obeyed. Raises UserError where there is
+        none before.
+        """
+        with self._held() as folder:
+            old = self._adopted(folder)
+            versions = old.versions(name)
+            active = old.active.get(name)
+            upto = active.number if active else versions[-1].number + 1
+            earlier = [v for v in versions if v.number < upto and v.state == RETIRED]
+            if not earlier:
+                raise UserError(
+                    f"rollback: {name} has no version before "
+                    f"{f'{name}@{upto}' if active else 'that'} that was active and is not archived"
+                )
+            version = earlier[-1]
+            new = _activated(old, name, version)
+            verdict = self._evaluate(folder, new, old.figures, Gate(100.0))
+            new = dataclasses.replace(new, figures=dict(verdict.figures))
+            folder.commit(old, new, command, _verdict_note(verdict))
+        return version, verdict
+
+    def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
+        """Pack a version small; it is loaded no more, and `restore` brings it back to the bit."""
+        with self._held() as folder:
+            old = self._adopted(folder)
+            version = old.version(name, number)
+            if version.state == ARCHIVED:
+                raise UserError(f"version: {name}@{version.number} is archived already")
+            new = _without(old, version)
+            digest = folder.pack(version)
+            archived = dataclasses.replace(version, state=ARCHIVED, archive_sha256=digest)
+            new = new.replaced(name, archived)
+            figures = {task: new.figures[task] for task in new.figures if task in new.active}
+            folder.commit(old, dataclasses.replace(new, figures=figures), command)
+        return archived
+
+    def restore(self, name: str, number: int | None = None, command: str = "restore") -> Version:
+        """Unpack an archived version; `activate` then makes it the active one."""
+        with self._held() as folder:
+            old = self._adopted(folder)
+            if number is None:
+                archived = [v for v in old.versions(name) if v.state == ARCHIVED]
+                if not archived:
+                    raise UserError(f"restore: {name} has no archived version")
+                number = archived[-1].number
+            version = old.version(name, number)
+            if version.state != ARCHIVED:
+                raise UserError(f"version: {name}@{number} is not archived")
+            folder.unpack(version)
+            restored = dataclasses.replace(version, state=RETIRED, archive_sha256="")
+            folder.commit(old, old.replaced(name, restored), command)
+        return restored
+
+    def rename(self, name: str, to: str, command: str = "rename") -> None:
+        """Give a task another name; its versions and classes stay as they are."""
+        library.check_name(to)
+        with self._held() as folder:
+            old = self._adopted(folder)
+            old.versions(name)
+            if to in old.tasks:
+                raise UserError(f"rename: there is a task {to!r} already")
+            renamed = {to if task == name else task: found for task, found in old.tasks.items()}
+            figures = {to if task == name else task: row for task, row in old.figures.items()}
+            new = dataclasses.replace(old, tasks=renamed, figures=figures)
+            folder.commit(old, new, command)
+
+    def remove(self, name: str, number: int | None = None, command: str = "remove") -> None:
+        """Remove a version, or a task with all its versions, for ever; the log keeps the record."""
+        with self._held() as folder:
+            old = self._adopted(folder)
+            removed = old.versions(name) if number is None else (old.version(name, number),)
+            new = functools.reduce(_without, removed, old)
+            ids = {version.id for version in removed}
+            left = tuple(v for v in new.versions(name) if v.id not in ids)
+            tasks = {task: left if task == name else found for task, found in new.tasks.items()}
+            tasks = {task: found for task, found in tasks.items() if found}
+            new = dataclasses.replace(new, tasks=tasks)
+            figures = {task: new.figures[task] for task in new.figures if task in new.active}
+            folder.commit(old, dataclasses.replace(new, figures=figures), command)
+
+    def tidy_plan(
+        self, unused_days: float | None = None, keep_versions: int | None = None
+    ) -> list[tuple[str, Version, str]]:
+        """Return the versions that a rule archives, with the task and why.
+
+        Active versions that nothing has loaded for `unused_days`, and all but the newest
+        `keep_versions` of a task.
+        """
+        reader = LibraryReader(self.root)
+        found = []
+        for name, versions in reader.read().tasks.items():
+            there = [version for version in versions if version.state != ARCHIVED]
+            for age, version in enumerate(reversed(there)):
+                days = library.age_in_days(reader.last_used(version))
+                if keep_versions is not None and age >= keep_versions and version.state != ACTIVE:
+                    found.append((name, version, f"{age} newer versions"))
+                elif unused_days is not None and days >= unused_days:
+                    found.append((name, version, f"not used for {days:.0f} days"))
+        return found
+
+    def _adopted(self, folder: LibraryFolder) -> LibraryState:
+        state = folder.read()
+        _check_is_finished(folder, state)
+        return state
+
+    def predictor(
+        self,
+        task_id: str | None = None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Predictor:
+        """Return the predictor of the active tasks, or of those in `names`.
+
+        `task_id` and the other options are `Predictor.load`'s.
+        """
+        return Predictor.load(self.root, names, task_id, **options)
+
+
+_SHOWN = {GIVEN: "with the task given", PER_SAMPLE: "each image by itself"}
+# A version is learned as a run of one task.
+_ONE_TASK = {
+    "scenario": "equal",
+    "tasks": 1,
+    "initial_classes": 0,
+    "increment": 10,
+    "scenario_file": "",
+    "class_order_seed": -1,
+    "freeze_g_prompt": False,
+    "train_images_per_class": 0,
+    "test_images_per_class": 0,
+}
+_OF_DATA = ("name", "dataset", "data_dir", *_ONE_TASK)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to be learned: version `number` of task `name`, with `classes` in this order, whose
+    images are in `parts`.
+    """
+
+    name: str
+    number: int
+    classes: tuple[str, ...]
+    parts: tuple[Data, ...]
+    start_from: Version | None
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the folder that it is learned in."""
+        begun = f"-from-{self.start_from.id:03d}" if self.start_from else ""
+        return f"{self.name}@{self.number}{begun}"
+
+
+def _planned(
+    state: LibraryState, name: str, data: Data, extend: bool, start_from: str | None
+) -> tuple[_Plan, sources.Dataset]:
+    """Return what `learn` has to do, and the images.
+
+    Raises UserError for classes that don't go together with those that are there, and Preempted
+    after a signal.
+    """
+    versions = state.tasks.get(name, ())
+    if extend and not versions:
+        raise UserError(f"extend: there is no task {name!r} in this library yet")
+    begin = _begin_of(state, start_from) if start_from is not None else None
+    with stop_at_signals() as stop:
+        try:
+            dataset = data.load(stop)
+            here: tuple[str, ...] = ()
+            if versions:
+                here = tuple(state.classes[class_] for class_ in versions[-1].classes)
+            _check_classes(state, name, dataset.class_names, here, extend)
+            newer = tuple(c for c in dataset.class_names if c not in here)
+            parts = (dataclasses.replace(data, classes=(*here, *newer)),)
+            if extend and len(newer) == len(dataset.class_names):
+                older = [Data.from_json(part) for part in versions[-1].data]
+                parts = (*older, dataclasses.replace(data, classes=newer))
+                dataset = data_spec.joined(
+                    functools.reduce(data_spec.joined, (part.load(stop) for part in older)),
+                    dataset,
+                )
+        except Stopped:
+            raise Preempted("Stopped while reading images") from None
+    dataset = data_spec.subset(dataset, (*here, *newer))
+    number = versions[-1].number + 1 if versions else 1
+    return _Plan(name, number, dataset.class_names, parts, begin), dataset
+
+
+def _begin_of(state: LibraryState, start_from: str) -> Version:
+    version = state.version(*library.split_name(start_from))
+    if version.state == ARCHIVED:
+        raise UserError(f"start_from: {start_from} is archived; restore it first")
+    return version
+
+
+def _check_classes(
+    state: LibraryState, name: str, given: Sequence[str], here: Sequence[str], extend: bool
+) -> None:
+    """Raise UserError where the classes `given` don't suit task `name`, which has `here`."""
+    for class_ in given:
+        known = class_ in state.classes
+        owner = state.task_of_class(state.classes.index(class_)) if known else None
+        if owner not in (None, name):
+            raise UserError(
+                f"classes: {class_!r} is in task {owner!r} already; leave it out, or learn a new "
+                f"version of {owner!r} with --extend"
+            )
+    both = set(given) & set(here)
+    if extend:
+        if both == set(given):
+            raise UserError(f"extend: {name} has all of these classes already")
+        if both and both != set(here):
+            raise UserError(
+                f"extend: of the older classes of {name}, the data has only some "
+                f"({', '.join(sorted(both))}); give all of them, or none"
+            )
+    elif here and set(given) != set(here):
+        odd = sorted(set(given) ^ set(here))[0]
+        raise UserError(
+            f"classes: a new version of {name} has the same classes, and {odd!r} is in one of the "
+            "two only; take another task name, or --extend"
+        )
+
+
+def _start(folder: LibraryFolder, state: LibraryState, plan: _Plan) -> Start:
+    """Return what the training of a plan begins with."""
+    config = _config_of(state)
+    whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
+    backbone = _load_backbone(config)
+    shared, adapter = {}, {}
+    if state.shared_from is not None:
+        source = next(
+            version
+            for versions in state.tasks.values()
+            for version in versions
+            if version.id == state.shared_from
+        )
+        manifest = folder.load_manifest(source)
+        method = registry.make_method(config, backbone.architecture, ("",))
+        template = jax.eval_shape(method.init_shared, jax.random.key(0), backbone.params)
+        template = {name: like for name, like in template.items() if name != "head"}
+        items = checkpoint.load_items(
+            folder.path(source), manifest.sha256, {"shared": template}, whole, part=True
+        )
+        shared = jax.device_get(items["shared"])
+    if plan.start_from:
+        version = plan.start_from
+        manifest = folder.load_manifest(version)
+        names = [""] * len(version.classes)
+        method = registry.make_method(config, backbone.architecture, names, len(names))
+        template = method.packed_shapes(backbone.params)
+        template = {k: like for k, like in template.items() if k not in ("key", "context")}
+        items = checkpoint.load_items(
+            folder.path(version), manifest.sha256, {"adapter": template}, whole, part=True
+        )
+        adapter = jax.device_get(method.unpack(items["adapter"], backbone.params))
+    return Start(alone=True, number=state.next_id, adapter=adapter, shared=shared)
+
+
+def _with_version(
+    state: LibraryState, plan: _Plan, version: Version
+) -> tuple[LibraryState, Version]:
+    """Return the state with a version more, as a candidate, and the version in its place."""
+    classes = list(state.classes)
+    classes += [name for name in plan.classes if name not in classes]
+    numbers = tuple(classes.index(name) for name in plan.classes)
+    version = dataclasses.replace(version, classes=numbers)
+    shared_from = version.id if state.shared_from is None else state.shared_from
+    state = dataclasses.replace(
+        state, classes=tuple(classes), next_id=state.next_id + 1, shared_from=shared_from
+    )
+    return state.replaced(plan.name, version), version
+
+
+def _activated(state: LibraryState, name: str, version: Version) -> LibraryState:
+    """Return the state with `version` as the active one of its task."""
+    changed = [dataclasses.replace(version, state=ACTIVE)]
+    if (before := state.active.get(name)) and before.id != version.id:
+        changed.append(dataclasses.replace(before, state=RETIRED))
+    return state.replaced(name, *changed)
+
+
+def _decided(
+    state: LibraryState, name: str, version: Version, verdict: Verdict
+) -> tuple[LibraryState, Version]:
+    """Return the state after the gate, and the version, active or a candidate."""
+    found = {
+        "fallen": list(verdict.fallen),
+        "unchecked": dict(verdict.unchecked),
+        "figures": {task: dict(row) for task, row in verdict.figures.items()},
+    }
+    learned = dict(verdict.figures.get(name, {}))
+    version = dataclasses.replace(version, gate=found, learned=learned)
+    if verdict.fallen:
+        return state.replaced(name, version), version
+    state = _activated(state.replaced(name, version), name, version)
+    figures = {**state.figures, **verdict.figures}
+    return dataclasses.replace(state, figures=figures), state.version(name, version.number)
+
+
+def _without(state: LibraryState, version: Version) -> LibraryState:
+    """Return the state with another version's shared part where it was `version`'s.
+
+    Raises UserError where none of the others has the same.
+    """
+    if version.id != state.shared_from:
+        return state
+    others = [
+        other
+        for versions in state.tasks.values()
+        for other in versions
+        if other.id > version.id and other.state != ARCHIVED
+    ]
+    # All that were learned after it began with its shared part, and left it as it was.
+    if not others and len(state.active) > 1:
+        raise UserError(
+            "the shared part (a G-prompt) of this version serves all others; archive or remove "
+            "those first"
+        )
+    return dataclasses.replace(state, shared_from=others[0].id if others else None)
+
+
+def _verdict_note(verdict: Verdict) -> str:
+    parts = [*verdict.fallen, *(f"{k}: not checked, {v}" for k, v in verdict.unchecked.items())]
+    return "; ".join(parts)
+
+
+def _config_of(state: LibraryState) -> Config:
+    return from_settings(state.config)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_backbone(config: Config) -> backbones.Backbone:
+    return backbones.load(config.backbone, config.backbone_path, config.image_size, config.dtype)
+
+
+def _check_method(config: Config) -> None:
+    """Raise UserError for a method whose tasks can't be learned apart."""
+    parts = registry.parse(config.method)
+    if parts.strategy or parts.whole_network or parts.host.pools or not parts.by_task:
+        raise UserError(
+            f"method: {config.method!r} has arrays that every task trains, so its tasks can't be "
+            "learned one by one and stay as they are; take softtf, lora, adapter, wsn or softnet, "
+            "with dualprompt or clipprompt or alone"
+        )
+    if parts.host.reads_text and not parts.host.per_task:
+        raise UserError(
+            f"method: {config.method!r} has one image prompt for all tasks; take clipprompt"
+        )
+
+
+def _check_same(ours: Config, given: Config) -> None:
+    """Raise UserError where a library's settings are not those that are given."""
+    there, now = (
+        {k: v for k, v in settings_lib.used_settings(c).items() if k not in _OF_DATA}
+        for c in (ours, given)
+    )
+    odd = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+    if odd:
+        lines = "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in odd)
+        raise UserError(f"library: it has other settings ({lines}); leave --config out")
+
+
+def _check_is_finished(folder: LibraryFolder, state: LibraryState) -> None:
+    """Raise UserError where the folder is that of a run that is not finished."""
+    if library.holds_library(folder.root):
+        return
+    planned = folder.load_manifest(state.versions(next(iter(state.tasks)))[0]).num_tasks
+    if len(state.tasks) < planned:
+        raise UserError(
+            f"library: {folder.root} is a run of which {len(state.tasks)} of {planned} tasks are "
+            "finished; finish it before it is changed as a library"
+        )
+
+
+def _predictor(
+    reader: LibraryReader,
+    state: LibraryState,
+    versions: Mapping[str, Version],
+    task_id: str | None,
+) -> Predictor:
+    config = _config_of(state)
+    backbone = _load_backbone(config)
+    method = assembly.method_of(config, backbone, state, versions)
+    rule, because = assembly.choose(method, config, task_id)
+    batching = engine.Batching(distributed.data_mesh(), config.eval_batch_size)
+    cache = config.weights_cache_mb * 2**20
+    model = assembly.assemble(reader, state, versions, config, backbone, rule, cache, batching)
+    return Predictor(
+        model, rule, state.classes, batching, None, because, task_names=tuple(versions)
+    )
+
+
+def _hash_of(dataset: sources.Dataset) -> str:
+    return "-".join(part[:16] for part in dataset.test.fingerprint)
+
+
+def _tests(
+    reader: LibraryReader, state: LibraryState, version: Version, predictor: Predictor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a version's test images at the model's size, and the library's numbers of their
+    classes. Raises UserError where they can't be had, or are others than it was learned with.
+    """
+    places = np.asarray(version.classes)
+    if reader.tests(version).is_file():
+        try:
+            with np.load(reader.tests(version)) as kept:
+                return kept["images"], places[kept["labels"]]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{reader.tests(version)} can't be read ({error})") from error
+    names = [state.classes[class_] for class_ in version.classes]
+    parts = [Data.from_json(part) for part in version.data]
+    dataset = functools.reduce(data_spec.joined, (part.load() for part in parts))
+    if set(names) != set(dataset.class_names):
+        raise UserError("its classes are not those of its images")
+    dataset = data_spec.subset(dataset, names)
+    if version.test and version.test["sha256"] != _hash_of(dataset):
+        where = " and ".join(part.where for part in parts)
+        raise UserError(f"its test images in {where} are others than it was learned with")
+    size = predictor.model.method.architecture.image_size
+    count = len(dataset.test.labels)
+    return dataset.test.prepared(np.arange(count), size), places[dataset.test.labels]
+
+
+def _accuracies(
+    predictor: Predictor, images: np.ndarray, labels: np.ndarray, place: int, version: Version
+) -> dict[str, float]:
+    """Return the share of right answers with the task given and each image by itself, percent."""
+    chunk, right = predictor.batching.chunk, {GIVEN: 0, PER_SAMPLE: 0}
+    for first in range(0, len(images), chunk):
+        part, truth = images[first : first + chunk], labels[first : first + chunk]
+        given = predictor.predict_prepared(part, np.full(len(part), place))
+        alone = predictor.predict_prepared(part)
+        right[GIVEN] += int((given.classes == truth).sum())
+        right[PER_SAMPLE] += int((alone.classes == truth).sum())
+    return {name: 100 * count / len(images) for name, count in right.items()}

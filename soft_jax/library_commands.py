@@ -1,0 +1,387 @@
+"""The commands of a library of tasks, from their arguments to an exit status.
+
+What takes long to import is imported where it is used.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from soft_jax import commands, paths
+from soft_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from soft_jax.experiment.library import Gate, Library, Verdict
+    from soft_jax.store.library import Version
+
+LEARN_FLAGS = {
+    "config": "the settings of a new library, as of soft-jax train; default: library",
+}
+_LIBRARY = "the library's folder, or that of a finished run"
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Add the parsers of all commands of a library; each names its function as `function`."""
+    learn = _add(subparsers, "learn", "add a task to a library, or a new version of one", learn_)
+    learn.description = (
+        "Learn a task and take it in, unless another task would fall by more than --max-drop "
+        "points: then it stays a candidate. The first task makes the library, with the settings "
+        "of --config (soft-jax train --help lists them). Killed anywhere, the same command "
+        "continues."
+    )
+    learn.add_argument("name", help="the task's name")
+    learn.add_argument(
+        "data", help="a folder with train/CLASS/* (and test/CLASS/*), or the name of a data set"
+    )
+    learn.add_argument("--classes", help="some of its classes, such as cat,dog; default: all")
+    learn.add_argument(
+        "--start-from", help="a task, or a version such as birds@2, whose masks it begins with"
+    )
+    learn.add_argument(
+        "--extend", action="store_true", help="a new version of the task, with these classes more"
+    )
+    learn.add_argument(
+        "--keep-test-images", action="store_true", help="keep its test images in the library"
+    )
+    _add_gate(learn)
+
+    check = _add(
+        subparsers, "check", "evaluate all active tasks again; status 1 if one fell", check_
+    )
+    _add_gate(check, of_version=False)
+
+    _add(subparsers, "tasks", "list a library's tasks and versions", tasks_)
+    show = _add(subparsers, "show", "show a task's versions and their figures", show_)
+    show.add_argument("task", help="its name, or a version such as birds@2")
+    _add(subparsers, "log", "list all changes of a library", log_)
+
+    activate = _add(subparsers, "activate", "make a version the active one", activate_)
+    activate.add_argument("task", help="the version, such as birds@2")
+    _add_gate(activate)
+    rollback = _add(subparsers, "rollback", "go back to the version before", rollback_)
+    rollback.add_argument("task", help="the task's name")
+
+    archive = _add(subparsers, "archive", "pack a version small; it is not loaded", archive_)
+    archive.add_argument("task", help="a task (its active version), or a version such as birds@2")
+    restore = _add(subparsers, "restore", "unpack an archived version, to the bit", restore_)
+    restore.add_argument("task", help="a task (its newest archived version), or a version")
+    rename = _add(subparsers, "rename", "give a task another name", rename_)
+    rename.add_argument("task", help="the name that it has")
+    rename.add_argument("to", help="the name that it gets")
+    remove = _add(subparsers, "remove", "remove a task or a version for ever", remove_)
+    remove.add_argument("task", help="a task with all its versions, or a version such as birds@2")
+    remove.add_argument("--yes", action="store_true", help="needed; what is removed is gone")
+
+    tidy = _add(subparsers, "tidy", "archive what nobody uses", tidy_)
+    tidy.description = "Say which versions the rules archive; with --yes, archive them."
+    tidy.add_argument("--archive-unused", help="versions not used for so long, such as 90d")
+    tidy.add_argument(
+        "--keep-versions", help="of each task, the newest so many, and the active one"
+    )
+    tidy.add_argument("--yes", action="store_true", help="archive them")
+
+
+def _add(
+    subparsers: argparse._SubParsersAction, name: str, what: str, function: Any
+) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    parser.add_argument("library", help=_LIBRARY)
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _add_gate(parser: argparse.ArgumentParser, of_version: bool = True) -> None:
+    parser.add_argument(
+        "--max-drop",
+        default="1",
+        help="points of accuracy that a task may fall by, with the task given or each image by "
+        "itself; default: 1",
+    )
+    if of_version:
+        parser.add_argument(
+            "--min-accuracy",
+            default="0",
+            help="percent that the version itself needs with the task given; default: 0",
+        )
+
+
+def _open(arguments: argparse.Namespace) -> "Library":
+    root = paths.local(arguments.library, "library")
+    from rich.console import Console
+
+    from soft_jax.experiment.library import Library
+
+    return Library(root, Console())
+
+
+def _gate(arguments: argparse.Namespace) -> "Gate":
+    from soft_jax.experiment.library import Gate
+
+    return Gate(
+        _percent(arguments.max_drop, "--max-drop"),
+        _percent(getattr(arguments, "min_accuracy", "0"), "--min-accuracy"),
+    )
+
+
+def _percent(text: str, flag: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", text) or float(text) > 100:
+        raise UserError(f"{flag}: {text[:80]!r} is not a number of points from 0 to 100")
+    return float(text)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return how the log calls the command: as it was given, without the library's folder."""
+    return " ".join([arguments.command, *arguments.given])
+
+
+def learn_(arguments: argparse.Namespace) -> int:
+    """Learn a task; the exit status is 1 where it stays a candidate."""
+    root = paths.local(arguments.library, "library")
+    gate = _gate(arguments)
+    classes = [name.strip() for name in (arguments.classes or "").split(",") if name.strip()]
+    from soft_jax.store import library
+
+    library.check_name(arguments.name)
+    config = None
+    is_new = not library.holds_library(root) and not (root / "config.json").exists()
+    if arguments.flags or is_new:
+        flags = arguments.flags
+        if not any(re.match(r"--?config=", flag) or flag == "--config" for flag in flags):
+            flags = ["--config=library", *flags]
+        config = commands.read_config(flags, LEARN_FLAGS)
+    from absl import logging
+
+    from soft_jax.experiment.data_spec import Data
+
+    logging.set_verbosity(logging.ERROR)
+    opened = _open(arguments)
+    limits = vars(config) if config else opened.state().config
+    data = Data.parse(arguments.data, classes, limits)
+    version, verdict = opened.learn(
+        arguments.name,
+        data,
+        config=config,
+        start_from=arguments.start_from,
+        extend=arguments.extend,
+        gate=gate,
+        keep_test_images=arguments.keep_test_images,
+        command=_command(arguments),
+    )
+    _print_verdict(verdict)
+    called = f"{arguments.name}@{version.number}"
+    if version.state == library.ACTIVE:
+        print(f"{called} is active: {_learned(version)}")
+        return 0
+    print(
+        f"{called} stays a candidate: {_learned(version)}. To take it all the same: "
+        f"soft-jax activate {arguments.library} {called} --max-drop=100"
+    )
+    return 1
+
+
+def _learned(version: "Version") -> str:
+    figures = version.learned
+    if not figures:
+        return "not evaluated"
+    return (
+        f"{figures['given']:.2f}% with the task given, {figures['per_sample']:.2f}% each image by "
+        "itself"
+    )
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    for name, figures in verdict.figures.items():
+        print(f"{name}: {figures['given']:.2f}% given, {figures['per_sample']:.2f}% by itself")
+    for line in verdict.fallen:
+        print(f"fell: {line}")
+    for name, why in verdict.unchecked.items():
+        print(f"not checked: {name}: {why}")
+
+
+def check_(arguments: argparse.Namespace) -> int:
+    """Evaluate all active tasks; the exit status is 1 where one fell or can't be checked."""
+    verdict = _open(arguments).check(_gate(arguments).max_drop)
+    _print_verdict(verdict)
+    print("All tasks are as they were." if verdict.passed else "Not all tasks are as they were.")
+    return 0 if verdict.passed else 1
+
+
+def tasks_(arguments: argparse.Namespace) -> int:
+    """Print a line for each version."""
+    from soft_jax.store.library import LibraryReader
+
+    reader = LibraryReader(paths.local(arguments.library, "library"))
+    state = reader.read()
+    rows = [("version", "state", "classes", "learned", "now", "bytes", "last use")]
+    for name, versions in state.tasks.items():
+        for version in versions:
+            now = state.figures.get(name) if version.state == "active" else None
+            rows.append(
+                (
+                    f"{name}@{version.number}",
+                    version.state,
+                    str(len(version.classes)),
+                    _two(version.learned),
+                    _two(now),
+                    f"{version.bytes:,}",
+                    reader.last_used(version)[:10],
+                )
+            )
+    _print_table(rows)
+    print("learned, now: percent with the task given / each image by itself")
+    return 0
+
+
+def _two(figures: Mapping[str, float] | None) -> str:
+    return f"{figures['given']:.1f} / {figures['per_sample']:.1f}" if figures else "–"
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+def show_(arguments: argparse.Namespace) -> int:
+    """Print what is known of a task's versions, or of one."""
+    from soft_jax.store import library
+
+    reader = library.LibraryReader(paths.local(arguments.library, "library"))
+    state = reader.read()
+    name, number = library.split_name(arguments.task)
+    versions = state.versions(name) if number is None else (state.version(name, number),)
+    for version in versions:
+        print(f"{name}@{version.number}, {version.state}, made {version.created}")
+        print(f"  classes: {', '.join(state.classes[c] for c in version.classes)}")
+        for part in version.data:
+            where = part["data_dir"] if part["dataset"] == "folder" else part["dataset"]
+            print(f"  images of {', '.join(part['classes'])}: {where}")
+        if version.test:
+            kept = ", kept here" if reader.tests(version).is_file() else ""
+            print(f"  test images: {version.test['images']}{kept}")
+        print(f"  when learned: {_learned(version)}")
+        for line in version.gate.get("fallen", ()):
+            print(f"  at the gate: {line}")
+        for task, why in version.gate.get("unchecked", {}).items():
+            print(f"  not checked: {task}: {why}")
+        print(f"  {version.bytes:,} bytes, {version.seconds:.0f} s of training")
+    return 0
+
+
+def log_(arguments: argparse.Namespace) -> int:
+    """Print a line for each change."""
+    for record in _open(arguments).log():
+        note = f": {record['note']}" if record["note"] else ""
+        print(f"{record['number']}  {record['when']}  {record['command']}{note}")
+    return 0
+
+
+def _version_of(text: str) -> tuple[str, int]:
+    from soft_jax.store import library
+
+    name, number = library.split_name(text)
+    if number is None:
+        raise UserError(f"version: write which version of {name}, such as {name}@1")
+    return name, number
+
+
+def activate_(arguments: argparse.Namespace) -> int:
+    """Make a version the active one; the exit status is 1 where the gate holds it back."""
+    name, number = _version_of(arguments.task)
+    verdict = _open(arguments).activate(name, number, _gate(arguments), _command(arguments))
+    _print_verdict(verdict)
+    if verdict.fallen:
+        print(f"{name}@{number} is not active: --max-drop is what may fall")
+        return 1
+    print(f"{name}@{number} is active")
+    return 0
+
+
+def rollback_(arguments: argparse.Namespace) -> int:
+    """Go back to the version before the active one."""
+    version, verdict = _open(arguments).rollback(arguments.task, _command(arguments))
+    _print_verdict(verdict)
+    print(f"{arguments.task}@{version.number} is active")
+    return 0
+
+
+def archive_(arguments: argparse.Namespace) -> int:
+    """Pack a version."""
+    from soft_jax.store import library
+
+    opened = _open(arguments)
+    name, number = library.split_name(arguments.task)
+    version = opened.archive(name, number, _command(arguments))
+    packed = library.LibraryReader(opened.root).archive(version)
+    print(f"{name}@{version.number} is archived: {packed.stat().st_size:,} bytes in {packed}")
+    return 0
+
+
+def restore_(arguments: argparse.Namespace) -> int:
+    """Unpack an archived version."""
+    from soft_jax.store import library
+
+    name, number = library.split_name(arguments.task)
+    version = _open(arguments).restore(name, number, _command(arguments))
+    called = f"{name}@{version.number}"
+    print(
+        f"{called} is there again; soft-jax activate {arguments.library} {called} makes it active"
+    )
+    return 0
+
+
+def rename_(arguments: argparse.Namespace) -> int:
+    """Give a task another name."""
+    _open(arguments).rename(arguments.task, arguments.to, _command(arguments))
+    print(f"{arguments.task} is {arguments.to} now")
+    return 0
+
+
+def remove_(arguments: argparse.Namespace) -> int:
+    """Remove a task or a version."""
+    from soft_jax.store import library
+
+    name, number = library.split_name(arguments.task)
+    opened = _open(arguments)
+    state = opened.state()
+    found = state.versions(name) if number is None else (state.version(name, number),)
+    if not arguments.yes:
+        raise UserError(
+            f"remove: {len(found)} version(s) of {name} would be gone for ever; give --yes, or "
+            "archive instead"
+        )
+    opened.remove(name, number, _command(arguments))
+    print(f"{arguments.task} is removed; the log has the record")
+    return 0
+
+
+def tidy_(arguments: argparse.Namespace) -> int:
+    """Say what the rules archive, and with --yes archive it."""
+    days, keep = None, None
+    if arguments.archive_unused is not None:
+        found = re.fullmatch(r"([0-9]{1,5})d", arguments.archive_unused)
+        if not found:
+            raise UserError(
+                f"--archive-unused: {arguments.archive_unused[:80]!r}; write days as 90d"
+            )
+        days = float(found[1])
+    if arguments.keep_versions is not None:
+        keep = commands.whole_number(arguments.keep_versions, "--keep-versions")
+    if days is None and keep is None:
+        raise UserError("tidy: give --archive-unused=90d, --keep-versions=3, or both")
+    opened = _open(arguments)
+    planned = opened.tidy_plan(days, keep)
+    for name, version, why in planned:
+        if arguments.yes:
+            opened.archive(name, version.number, _command(arguments))
+        done = "archived" if arguments.yes else "would be archived"
+        print(f"{name}@{version.number} {done}: {why}")
+    if not planned:
+        print("There is nothing to archive.")
+    elif not arguments.yes:
+        print("Give --yes to archive them.", file=sys.stderr)
+    return 0

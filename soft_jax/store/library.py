@@ -1,0 +1,493 @@
+"""The folder of a library: tasks with versions, and a log of every change.
+
+    LIBRARY/library.json       which tasks, versions and classes there are (`LibraryState`)
+    LIBRARY/log/000001.json    a change: when, by which command, what the state was and is
+    LIBRARY/tasks/000/         a version: a checkpoint as a run keeps of a task
+    LIBRARY/tests/000.npz      its test images, where they are kept
+    LIBRARY/archive/000.tar.xz an archived version, packed
+    LIBRARY/learning/NAME@1/   the run that learns a version, until it is taken in
+    LIBRARY/used/000           is touched when a version is loaded to predict
+
+A change is made by one write of `library.json`. Before it, new files are put where nothing names
+them; behind it, what nothing names any more is removed. So a command that is killed leaves the
+library as it was or as it should be, and the next command clears away the rest (`Folder.recover`).
+
+A run's folder is a library too, whose tasks were planned: there is no `library.json` in it until
+something is changed, and its tasks are "task1", "task2" and so on, each of one version.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from soft_jax import paths
+from soft_jax.errors import UserError
+from soft_jax.store import checkpoint, formats
+from soft_jax.store.folder import Reader
+from soft_jax.store.records import TaskManifest
+
+JSON = Any
+STATE_FILE = "library.json"
+# The states of a version. One of a task's is active at most.
+ACTIVE, CANDIDATE, RETIRED, ARCHIVED = "active", "candidate", "retired", "archived"
+STATES = (ACTIVE, CANDIDATE, RETIRED, ARCHIVED)
+RESERVED = ("best", "all", "none")
+_NAME = re.compile(r"\w[\w.-]{0,63}")
+
+
+def check_name(name: str) -> None:
+    """Raise UserError where `name` can't be a task's."""
+    if not _NAME.fullmatch(name) or name in RESERVED:
+        raise UserError(
+            f"task name: {name[:80]!r} can't be one; take letters, digits, '_', '-' and '.', at "
+            f"most 64, beginning with a letter or digit, and none of {', '.join(RESERVED)}"
+        )
+
+
+def split_name(text: str) -> tuple[str, int | None]:
+    """Return the task and the version that "birds@2" names; of "birds", None as the version."""
+    name, at, number = text.partition("@")
+    check_name(name)
+    if not at:
+        return name, None
+    if not re.fullmatch("[1-9][0-9]{0,8}", number):
+        raise UserError(f"version: {text[:80]!r}; write a task's version as {name}@2")
+    return name, int(number)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version of a task. `id` is its folder in `tasks/`, `number` counts from 1 in its task.
+
+    `classes` are the library's numbers of its classes, in the order of its own classifier.
+    `data` says where its images are from (`experiment.data_spec.Data`, one or several), `test` how
+    many test images it has and the hash of them all. `learned` and `gate` are figures in percent,
+    of when it was learned: its own with and without the task given, and what the gate found.
+    """
+
+    id: int
+    number: int
+    state: str
+    classes: tuple[int, ...]
+    created: str  # UTC, ISO 8601
+    data: tuple[Mapping[str, JSON], ...] = ()
+    test: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
+    learned: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    gate: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    bytes: int = 0
+    archive_sha256: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LibraryState:
+    """What a library holds: `library.json`.
+
+    `config` is the whole `Config` that tasks are learned with; `shared_from` the version whose
+    shared part (a G-prompt) serves all. `classes` are the names of all classes ever learned; their
+    places are their numbers, and stay. `tasks` has the versions by task, in the order that tasks
+    came in. `figures` are those of the active tasks when they were last accepted, in percent.
+    `changes` is the number of the last record of the log.
+    """
+
+    config: Mapping[str, JSON]
+    backbone_sha256: str
+    shared_from: int | None = None
+    next_id: int = 0
+    classes: tuple[str, ...] = ()
+    tasks: Mapping[str, tuple[Version, ...]] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    changes: int = 0
+
+    @property
+    def active(self) -> dict[str, Version]:
+        """Return the active version of each task that has one."""
+        return {
+            name: version
+            for name, versions in self.tasks.items()
+            for version in versions
+            if version.state == ACTIVE
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Return the hex SHA-256 of the state."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def task_of_class(self, class_: int) -> str | None:
+        """Return the task that has a class, by any of its versions; None: none has it any more."""
+        for name, versions in self.tasks.items():
+            if any(class_ in version.classes for version in versions):
+                return name
+        return None
+
+    def versions(self, name: str) -> tuple[Version, ...]:
+        """Return a task's versions. Raises UserError where there is no such task."""
+        if name not in self.tasks:
+            known = ", ".join(self.tasks) or "none yet"
+            raise UserError(f"task: there is no {name!r} in this library; there are {known}")
+        return self.tasks[name]
+
+    def version(self, name: str, number: int | None = None) -> Version:
+        """Return a task's version `number`; None: the active one, else the newest.
+
+        Raises UserError where it is not there.
+        """
+        versions = self.versions(name)
+        if number is None:
+            return self.active.get(name, versions[-1])
+        for version in versions:
+            if version.number == number:
+                return version
+        raise UserError(
+            f"version: there is no {name}@{number}; there are "
+            f"{', '.join(f'{name}@{version.number}' for version in versions)}"
+        )
+
+    def replaced(self, name: str, *changed: Version) -> "LibraryState":
+        """Return the state with `changed` in the places of the same versions of task `name`."""
+        by_id = {version.id: version for version in changed}
+        versions = tuple(by_id.pop(old.id, old) for old in self.tasks.get(name, ()))
+        tasks = {**self.tasks, name: (*versions, *by_id.values())}
+        return dataclasses.replace(self, tasks=tasks)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return the state as it is written."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, JSON], where: Any) -> "LibraryState":
+        """Return the state that `to_json` gave. Raises UserError, naming `where`, for another."""
+        _check_keys(cls, data, where)
+        tasks = {}
+        for name, versions in data["tasks"].items():
+            for version in versions:
+                _check_keys(Version, version, f"{where}: {name}")
+            tasks[name] = tuple(
+                Version(
+                    **{
+                        **version,
+                        "classes": tuple(version["classes"]),
+                        "data": tuple(version["data"]),
+                    }
+                )
+                for version in versions
+            )
+        return cls(**{**data, "classes": tuple(data["classes"]), "tasks": tasks})
+
+
+def _check_keys(record: type, data: Mapping[str, JSON], where: Any) -> None:
+    names = {field.name for field in dataclasses.fields(record)}
+    if not isinstance(data, Mapping) or names != data.keys():
+        odd = names ^ (data.keys() if isinstance(data, Mapping) else set())
+        raise UserError(f"{where}: {', '.join(sorted(odd))} is missing or unknown; restore it")
+
+
+def holds_library(root: str | Path) -> bool:
+    """Whether a folder is a library's that was made or changed as one."""
+    return os.path.lexists(paths.local(root, "library") / STATE_FILE)
+
+
+def now() -> str:
+    """Return this moment as UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class LibraryReader:
+    """A library's folder, to read from, also while another program changes it."""
+
+    def __init__(self, root: str | Path):
+        self.root = paths.local(root, "library")
+        self.tasks = self.root / "tasks"
+
+    def read(self) -> LibraryState:
+        """Return the state. Raises UserError where there is no library, or it can't be read."""
+        file = self.root / STATE_FILE
+        checkpoint.refuse_link(file)
+        if not file.exists():
+            return _state_of_run(self.root)
+        try:
+            data = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"library: {file} can't be read ({error}); restore it") from error
+        return LibraryState.from_json(formats.upgrade("library", data, file), file)
+
+    def path(self, version: Version) -> Path:
+        """Return the folder of a version."""
+        return self.tasks / f"{version.id:03d}"
+
+    def tests(self, version: Version) -> Path:
+        """Return the file of a version's test images, where they are kept."""
+        return self.root / "tests" / f"{version.id:03d}.npz"
+
+    def archive(self, version: Version) -> Path:
+        """Return the file of an archived version."""
+        return self.root / "archive" / f"{version.id:03d}.tar.xz"
+
+    def load_manifest(self, version: Version) -> TaskManifest:
+        """Return a version's manifest. Raises UserError where it is missing or damaged."""
+        path = self.path(version)
+        data = formats.upgrade("task", checkpoint.load_manifest(path), path)
+        return TaskManifest.from_json(data, path)
+
+    def log(self) -> list[dict[str, JSON]]:
+        """Return the records of the log that are part of the library, in order."""
+        changes = self.read().changes
+        records = []
+        for number in range(1, changes + 1):
+            file = self.root / "log" / f"{number:06d}.json"
+            try:
+                records.append(json.loads(file.read_bytes()))
+            except (OSError, ValueError) as error:
+                raise UserError(f"library: {file} can't be read ({error}); restore it") from error
+        return records
+
+    def last_used(self, version: Version) -> str:
+        """Return when a version was last loaded to predict, or else when it was made."""
+        try:
+            seconds = (self.root / "used" / f"{version.id:03d}").stat().st_mtime
+        except OSError:
+            return version.created
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+    def note_use(self, versions: Sequence[Version]) -> None:
+        """Note that versions are loaded to predict; where nothing can be written, nothing is."""
+        with contextlib.suppress(OSError):
+            folder = self.root / "used"
+            folder.mkdir(exist_ok=True)
+            for version in versions:
+                (folder / f"{version.id:03d}").touch()
+
+
+def _state_of_run(root: Path) -> LibraryState:
+    """Return a run as the state of a library whose tasks were planned."""
+    reader = Reader(root)
+    record, there = reader.read_record(), reader.present()
+    if not there:
+        raise UserError(f"library: {root} holds a run without a finished task, and no library")
+    reader.check_complete(there)
+    manifests = [reader.load_task_manifest(task) for task in there]
+    last = manifests[-1]
+    # Classes that are in no finished task yet have no name that is written down.
+    names = [f"class {class_}" for class_ in range(last.num_classes)]
+    for manifest in manifests:
+        for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
+            names[class_] = name
+    tasks = {}
+    for task, manifest in zip(there, manifests, strict=True):
+        path = reader.task_path(task)
+        created = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        config = manifest.config
+        tasks[f"task{task + 1}"] = (
+            Version(
+                id=task,
+                number=1,
+                state=ACTIVE,
+                classes=manifest.classes,
+                created=created,
+                data=(
+                    {
+                        "dataset": config["dataset"],
+                        "data_dir": config["data_dir"],
+                        "classes": list(manifest.class_names),
+                        "train_images_per_class": config["train_images_per_class"],
+                        "test_images_per_class": config["test_images_per_class"],
+                    },
+                ),
+                seconds=float(manifest.seconds.get("train", 0.0)),
+                bytes=checkpoint_bytes(path),
+            ),
+        )
+    return LibraryState(
+        config=last.config,
+        backbone_sha256=record.backbone_sha256,
+        shared_from=there[-1],
+        next_id=there[-1] + 1,
+        classes=tuple(names),
+        tasks=tasks,
+    )
+
+
+def checkpoint_bytes(path: Path) -> int:
+    """Return the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+class LibraryFolder(LibraryReader):
+    """A library's folder, held by one program at a time, which may change it."""
+
+    def __init__(self, root: str | Path, make: bool = False):
+        """Hold the folder; with `make`, it is made if it is not there.
+
+        Raises UserError where it can't be written, is not there, or another program holds it.
+        """
+        super().__init__(root)
+        if not make and not self.root.is_dir():
+            raise UserError(f"library: {self.root} is not there")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            checkpoint.refuse_link(self.root / ".lock")
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            self._lock = open(os.open(self.root / ".lock", flags, 0o666), "r+b")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"library: {self.root} can't be written ({error})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UserError(
+                f"library: another program is changing {self.root}; wait for it"
+            ) from error
+        try:
+            if holds_library(self.root):
+                self.recover(self.read())
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def close(self) -> None:
+        """Let other programs change the folder."""
+        self._lock.close()
+
+    def recover(self, state: LibraryState) -> None:
+        """Remove what commands that were killed left behind: files that the state doesn't name."""
+        kept = {version.id: version for versions in state.tasks.values() for version in versions}
+        for folder in (self.root / "tasks", self.root / "archive", self.root / "tests"):
+            for path in sorted(folder.glob("[!.]*")) if folder.is_dir() else ():
+                version = kept.get(int(path.name[:3])) if path.name[:3].isdigit() else None
+                archived = version is not None and version.state == ARCHIVED
+                named = version is not None and (
+                    folder.name == "tests" or archived == (folder.name == "archive")
+                )
+                if not named:
+                    _remove(path)
+            for partial in folder.glob(".*") if folder.is_dir() else ():
+                _remove(partial)
+        for file in (self.root / "log").glob("*.json") if (self.root / "log").is_dir() else ():
+            if int(file.stem) > state.changes:
+                file.unlink()
+
+    def commit(
+        self, old: LibraryState | None, new: LibraryState, command: str, note: str = ""
+    ) -> LibraryState:
+        """Make `new` the library's state in the place of `old`, with a record in the log.
+
+        Returns it as it is written. What `new` doesn't name is removed.
+        """
+        new = dataclasses.replace(new, changes=(old.changes if old else 0) + 1)
+        record = {
+            "number": new.changes,
+            "when": now(),
+            "command": command,
+            "note": note,
+            "state_before": old.sha256 if old else None,
+            "state_after": new.sha256,
+        }
+        folder = self.root / "log"
+        folder.mkdir(exist_ok=True)
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        checkpoint.write_text(folder / f"{new.changes:06d}.json", text)
+        data = formats.stamped("library", new.to_json())
+        checkpoint.write_text(
+            self.root / STATE_FILE, json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        )
+        self.recover(new)
+        return new
+
+    def take_in(self, finished: Path, version: Version) -> None:
+        """Copy a finished task's folder to where the version's is; no state names it yet."""
+        self.tasks.mkdir(exist_ok=True)
+        target = self.path(version)
+        partial = target.with_name(f".{target.name}.partial")
+        _remove(partial)
+        _remove(target)
+        with _disk(target):
+            shutil.copytree(finished, partial)
+            _sync(partial)
+            os.replace(partial, target)
+
+    def pack(self, version: Version) -> str:
+        """Write a version's folder as an archive; return the archive's hex SHA-256."""
+        target = self.archive(version)
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        with _disk(target):
+            with tarfile.open(partial, "w:xz") as archive:
+                for file in sorted(self.path(version).rglob("*")):
+                    archive.add(file, file.relative_to(self.tasks).as_posix(), recursive=False)
+            _sync(partial)
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+            os.replace(partial, target)
+        return digest
+
+    def unpack(self, version: Version) -> None:
+        """Write an archived version's folder again, to the bit.
+
+        Raises UserError where the archive is missing, or not what was written.
+        """
+        file, target = self.archive(version), self.path(version)
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"library: {file} can't be read ({error}); restore it") from error
+        if hashlib.sha256(raw).hexdigest() != version.archive_sha256:
+            raise UserError(
+                f"library: {file} is not what was archived (its SHA-256 differs); restore it"
+            )
+        partial = target.with_name(f".{target.name}.partial")
+        _remove(partial)
+        with _disk(target):
+            with tarfile.open(fileobj=io.BytesIO(raw), mode="r:xz") as archive:
+                archive.extractall(partial, filter="data")
+            _sync(partial)
+            _remove(target)
+            os.replace(partial / target.name, target)
+            _remove(partial)
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Say which file or folder a full or broken disk keeps from being written."""
+    try:
+        yield
+    except (OSError, shutil.Error) as error:
+        raise UserError(
+            f"{path} could not be written ({error}); make room or mend the disk, and give the "
+            "same command again"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or all files in a folder, are on the disk."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def age_in_days(moment: str) -> float:
+    """Return how many days ago a moment in ISO 8601 was."""
+    return (time.time() - datetime.fromisoformat(moment).timestamp()) / 86400
