@@ -3,7 +3,8 @@ a forward pass.
 
 A `Method` is put together from three parts, each of which may be absent:
 
-- a prompt host: DualPrompt's prefixes or L2P's pool (`hosts`);
+- a prompt host: DualPrompt's prefixes or L2P's pool (`hosts`), or CLIP's image prompts with text
+  contexts (`clip_hosts`);
 - a reparametrization of chosen weights, a task's own (`masks`: soft masks, WSN, SoftNet;
   `low_rank`: LoRA, adapters);
 - a strategy, which keeps something from older tasks (`regularization`: PGP, EWC, LwF;
@@ -14,11 +15,15 @@ the classifier alone, "ft" the whole network. Joint training, the upper bound of
 method with one task of all classes. `registry` has the grammar.
 
 An adapter is a task's own pytree, `{"key": [feature_dim], "prompt": [layers, 2, length, heads,
-head_dim], "mask": {...}}` ("prompt" for DualPrompt only; the last under the reparametrization's
-`adapter_key`; empty where a method has nothing of a task's own). The shared part is trained by
-every task in turn: `{"head": {"kernel": [feature_dim, classes], "bias": [classes]}}` or whatever
-classifier the backbone has, with "g_prompt" for DualPrompt, "pool" `{"key": [size, feature_dim],
-"prompt": [size, length, dim]}` for L2P, and "weights", the whole backbone, where that is trained.
+head_dim], "mask": {...}}` ("prompt" for DualPrompt; for `clipprompt` it is `[length, dim]`, and
+CLIP's hosts add "context" `[classes_at_once or 1, length, text_dim]`; the last under the
+reparametrization's `adapter_key`; empty where a method has nothing of a task's own). The shared
+part is trained by every task in turn: `{"head": {"kernel": [feature_dim, classes], "bias":
+[classes]}}`, with "g_prompt" for DualPrompt, "pool" `{"key": [size, feature_dim], "prompt": [size,
+length, dim]}` for L2P, "image_prompt" `[length, dim]` for `clip`, and "weights", the whole
+backbone, where that is trained. On CLIP its "head" is `{"text": [classes, feature_dim]}`: text
+features of the classes, which no step trains; each task's are made once, of its contexts, when it
+is finished.
 
 What a method forgets comes from two places. With the task given, from the shared part alone: the
 G-prompt, the pool, the weights; the classifier's columns of older classes only where those are
