@@ -58,6 +58,18 @@ class SharedImagePrompt(PromptHost):
             config.image_prompt_length, config.text_context == "class", config.text_context_length
         )
 
+    @classmethod
+    def check_backbone(cls, config: Config, architecture: Architecture) -> None:
+        """Raise UserError for contexts that leave no room for any class name."""
+        # A name takes one token at least, and beside it are start, full stop and end.
+        most = architecture.context_length - 4
+        if config.text_context_length > most:
+            raise UserError(
+                f"text_context_length: {config.text_context_length} vectors leave no room for a "
+                f"class name; {config.backbone} reads {architecture.context_length} tokens, so "
+                f"take at most {most}"
+            )
+
     def check_names(self, architecture: Architecture, class_names: Sequence[str]) -> None:
         """Raise UserError for a class name that does not fit behind the contexts."""
         for name in class_names:
