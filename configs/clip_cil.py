@@ -29,5 +29,7 @@ MASKS = {"mask_layers": tuple(range(1, 13))}
 def get_config(argument=None):
     given = parse_argument(argument)
     paper = {"name": "clip_cil", "method": METHOD, "seed": 42 if given.get("tasks") == 20 else 59}
-    masks = MASKS if given.get("method", METHOD) == METHOD else {}
+    has_masks = set(given.get("method", METHOD).split("+")) == set(METHOD.split("+"))
+    in_vision = "vision" in given.get("mask_towers", "vision").split("+")
+    masks = MASKS if has_masks and in_vision else {}
     return config_dict(**CLIP | CLIP_HOST | paper | masks | given)

@@ -77,7 +77,8 @@ class Config:
     # ft, ewc, lwf, derpp, icarl, bic. CLIP has prompt hosts of its own: clip, clipprompt.
     method: str = "dualprompt+softtf"
     mask_layers: tuple[int, ...] = (10, 11, 12)  # that the reparametrization changes
-    mask_towers: str = "vision"  # of CLIP, in which it changes layers: vision, text, vision+text
+    # Of CLIP's towers, those whose layers the reparametrization changes: vision, text, vision+text.
+    mask_towers: str = "vision"
     text_mask_layers: tuple[int, ...] = (10, 11, 12)  # the text tower's, where it is among them
     target_modules: str = "qkv+proj"  # of those layers, joined by "+": qkv, proj, mlp; lora also qv
     mask_init: str = "uniform"  # U(0.99, 1); or ones, xavier, kaiming, normal (Table 5)

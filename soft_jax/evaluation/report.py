@@ -24,6 +24,7 @@ from soft_jax.inference.rules import (
     PER_SAMPLE,
     FrozenFeatures,
     TaskGiven,
+    is_reference,
     title,
 )
 from soft_jax.methods import registry
@@ -313,8 +314,11 @@ def gain(manifests: Manifests) -> str:
     if not {frozen, frozen_given} <= manifests[-1].metrics.keys():
         return ""
     part = VALIDATION if manifests[-1].validation else TEST
-    rules = [key for key in metrics.counts(manifests[-1], part) if key.startswith(f"{PER_SAMPLE}/")]
-    rules.remove(frozen)
+    rules = [
+        key
+        for key in metrics.counts(manifests[-1], part)
+        if key.startswith(f"{PER_SAMPLE}/") and not is_reference(key)
+    ]
     best = max(rules, key=lambda key: _final(manifests, key, part))
     trained, before = (_final(manifests, key) for key in (best, frozen))
     given, given_before = (

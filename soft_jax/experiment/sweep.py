@@ -187,8 +187,9 @@ def figure_of(manifests: Sequence[TaskManifest], protocol: str | None) -> Figure
 
 
 def _is_candidate(protocol: str) -> bool:
+    """Whether training has a part in a protocol's figure, and no batch or task is given."""
     rule = rules.rule_of(protocol)
-    return rule is not None and rule.can_stand_alone()
+    return rule is not None and rule.can_stand_alone() and not rules.is_reference(protocol)
 
 
 def ranked(results: Sequence[Result]) -> list[Result]:

@@ -41,7 +41,7 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """Classes of images whose tasks nobody names. Made by `Predictor.load`.
+    """Classes of images whose tasks nobody names. Made by `load`, or by `zero_shot`.
 
     A prediction does not depend on what else is asked for in the same call. Several threads may
     call the same predictor. `rule` is how images find their tasks, `chosen_because` a few words on
@@ -86,7 +86,9 @@ class Predictor:
                 library; all that are finished, or active, when None.
             task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs
                 weights of each task's own), "prototype" (statistics of the frozen features),
-                "none" (where tasks have nothing of their own), or "oracle" (`predict` is told).
+                "none" (where tasks have nothing of their own), on CLIP "k_means" (centres of the
+                frozen features) or "zero_shot" (class names alone), or "oracle" (`predict` is
+                told).
                 None: the one that was best on the images that the run held out for validation;
                 without those, "prototype" where the run keeps its statistics, else the first of
                 the others that means something.
