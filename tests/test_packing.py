@@ -7,11 +7,14 @@ import pytest
 from rich.console import Console
 
 from soft_jax import pytrees
+from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures, report
 from soft_jax.experiment import loop
 from soft_jax.inference.predictor import Predictor
+from soft_jax.methods import masks as masks_lib
+from soft_jax.methods.masks import SoftMask
 from soft_jax.store import packing
-from tests.conftest import tiny_config
+from tests.conftest import TINY, tiny_config
 
 
 def masks(shape=(24, 71)):
@@ -36,7 +39,7 @@ def test_a_step_is_a_rows_own(way, levels):
     np.testing.assert_array_equal(back["blocks_2"]["attn"]["qkv"]["kernel"][3], 1)
 
 
-@pytest.mark.parametrize("way", packing.STORED_AS)
+@pytest.mark.parametrize("way", ("float32", *packing.KINDS))
 def test_ones_are_ones_and_bytes_are_what_they_should_be(way):
     like = {"a": jnp.ones((24, 71), jnp.float32)}
     packed = packing.pack(like, way, 4)
@@ -60,9 +63,79 @@ def test_a_low_rank_mask_is_kept_whole():
         assert np.allclose(back, mask, atol=1e-4) == close
 
 
+def soft_mask(bits, init_as="uniform"):
+    paths = TINY.kernel_paths(("qkv", "proj"), (2, 3))
+    return SoftMask(paths, (2, 3), init_as, f"delta{bits}")
+
+
+def moved(drawn, rng, by=0.08):
+    return jax.tree.map(lambda m: m + by * rng.normal(size=m.shape).astype(np.float32), drawn)
+
+
+def distance(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return np.sqrt(sum(float(((x - y) ** 2).sum()) for x, y in leaves))
+
+
+@pytest.mark.parametrize(("bits", "lost"), [(1, 0.6028), (2, 0.3448), (4, 0.1074)])
+@pytest.mark.parametrize("init_as", ["uniform", "normal"])
+def test_a_delta_loses_what_so_many_even_levels_lose(backbone, rng, bits, lost, init_as):
+    """Of a normal distribution, that is: Max (1960), Table II, has the squares of these."""
+    kind, key = soft_mask(bits, init_as), jax.random.key(5)
+    drawn = kind.init(key, backbone)
+    trained = moved(drawn, rng)
+    packed = jax.jit(kind.pack)(trained, key)
+    back = kind.unpack(packed, backbone)
+    assert distance(back, trained) / distance(drawn, trained) == pytest.approx(lost, rel=0.03)
+    sizes = [leaf.size for leaf in jax.tree.leaves(trained)]
+    assert pytrees.nbytes(packed) == 8 + sum(size * bits // 8 + 4 + 16 * 4 for size in sizes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_mask_that_training_left_alone_is_its_draw(backbone, bits):
+    kind, key = soft_mask(bits), jax.random.key(5)
+    drawn = kind.init(key, backbone)
+    jax.tree.map(np.testing.assert_array_equal, kind.unpack(kind.pack(drawn, key), backbone), drawn)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_delta_of_even_levels_is_kept_whole(rng, bits):
+    """Also where the last byte isn't full, and whatever the draw was."""
+    step, levels = {1: 1.6, 2: 1, 4: 0.34}[bits], 2**bits
+    codes = np.clip(np.floor(rng.normal(size=(45, 7)) / step), -levels / 2, levels / 2 - 1)
+    delta = (step * (codes + 0.5)).astype(np.float32)
+    drawn = {"a": jnp.asarray(rng.normal(size=delta.shape), jnp.float32)}
+    packed = packing.pack_delta({"a": drawn["a"] + delta}, drawn, bits)
+    assert packed["a"]["codes"].shape == (-(-315 * bits // 8),)
+    back = packing.unpack_delta(packed, drawn, bits)["a"]
+    np.testing.assert_allclose(back, drawn["a"] + delta, rtol=0, atol=2e-6)
+
+
+def test_another_generator_is_named(backbone, rng, monkeypatch):
+    """Other random bits, or other floats of the same: an error, not another mask."""
+    kind, key = soft_mask(1), jax.random.key(5)
+    packed = kind.pack(moved(kind.init(key, backbone), rng), key)
+    named = r"mask of blocks_2/attn/proj/kernel is stored as a delta .* jax in the task's manifest"
+    with jax.threefry_partitionable(False), pytest.raises(UserError, match=named):
+        kind.unpack(packed, backbone)
+    monkeypatch.setitem(
+        masks_lib.MASK_INITS,
+        "uniform",
+        lambda key, shape: 1.99 - jax.random.uniform(key, shape, jnp.float32, 0.99, 1),
+    )
+    with pytest.raises(UserError, match=named):
+        kind.unpack(packed, backbone)
+
+
+def test_a_delta_needs_the_key_of_the_draw(backbone):
+    kind = soft_mask(1)
+    with pytest.raises(ValueError, match="delta1 are packed with their draw's key"):
+        kind.pack(kind.init(jax.random.key(0), backbone))
+
+
 @pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize(
-    "settings", [{"mask_storage": "int4"}, {"method": "dualprompt+softnet", "density": 0.7}]
+    "settings", [{"mask_storage": "delta1"}, {"method": "dualprompt+softnet", "density": 0.7}]
 )
 def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypatch):
     """Its figures are those of the stored masks: read again, by the run and by a predictor, they

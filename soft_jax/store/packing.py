@@ -15,8 +15,8 @@ integers that every device computes alike; how JAX spends them on an array (`jax
 `jax_threefry_partitionable`) and makes floats of them may change with its version. So some entries
 of the draw are kept, and compared whenever it is drawn again: another generator is an error, never
 another mask. They are compared within a tolerance, not by a hash, because floats made of the same
-bits differ in their last digits: a quarter of the entries of a normal draw do between a compiled
-program and single operations on one CPU.
+bits differ in their last digits: half the entries of a kaiming draw do, on one CPU, between a
+compiled program and operations one by one.
 """
 
 import math
