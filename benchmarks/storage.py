@@ -2,7 +2,8 @@
 [WORKDIR ...]
 
 Each workdir holds a finished run with masks as float32. They are packed and unpacked in every way,
-and every protocol evaluates all tasks again. Nothing in a workdir changes.
+and every protocol evaluates all tasks again. Nothing in a workdir changes. KiB are those of a
+task's masks in the run, MB (10⁶ bytes) what ViT-B/16's q,k,v,proj of three layers would take.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import json
 import threading
 from contextlib import closing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from rich.console import Console
@@ -23,7 +26,7 @@ from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.bank import TaskBank
 from soft_jax.experiment.run import Run, prepare
 from soft_jax.inference import rules
-from soft_jax.store import packing
+from soft_jax.methods.masks import SoftMask
 from soft_jax.store.folder import Reader, Store
 
 WAYS = {  # by name, the rank of "lowrank"
@@ -33,6 +36,9 @@ WAYS = {  # by name, the rank of "lowrank"
     "lowrank 4": 4,
     "lowrank 16": 16,
     "lowrank 64": 64,
+    "delta1": 0,
+    "delta2": 0,
+    "delta4": 0,
 }
 
 
@@ -42,15 +48,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdirs", nargs="+")
+    parser.add_argument("--ways", help="some of them, joined by ','; default: all")
     parser.add_argument("--data-dir", help="where the images are; default: where each run had them")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    ways = arguments.ways.split(",") if arguments.ways else list(WAYS)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for workdir in arguments.workdirs:
         config = config_of(workdir, arguments.data_dir)
         with closing(Store(workdir)) as store:
             run = prepare(config, store, Console(quiet=True), threading.Event())
-            for name in WAYS:
+            for name in ways:
                 found[name].append(evaluate(run, name))
     rows = {
         name: {
@@ -87,10 +95,13 @@ def config_of(workdir: str, data_dir: str | None) -> Config:
 def evaluate(run: Run, name: str) -> dict[str, float]:
     """Evaluate all tasks of a run with their masks packed and unpacked in the way `name`.
 
-    Returns the final average accuracy of each protocol in percent, the KiB of a task's masks, and
-    the root mean square error of their entries.
+    Returns the final average accuracy of each protocol in percent, the KiB of a task's masks, the
+    MB of ViT-B/16's, and the root mean square error of their entries.
     """
-    way, rank = name.split(maxsplit=1)[0], WAYS[name]
+    kind = dataclasses.replace(
+        run.method.reparametrization, stored_as=name.split(maxsplit=1)[0], stored_rank=WAYS[name]
+    )
+    method = dataclasses.replace(run.method, reparametrization=kind)
     bank, error = TaskBank(run), []
     for task in range(run.scenario.num_tasks):
         templates = {
@@ -99,26 +110,36 @@ def evaluate(run: Run, name: str) -> dict[str, float]:
             "statistics": run.statistics_shapes(task),
         }
         items, _ = run.store.load_task(task, templates, distributed.replicated(run.mesh))
-        masks = items["adapter"]["mask"]
-        packed = packing.pack(masks, way, rank)
-        unpacked = packing.unpack(packed, way, masks)
+        packed = method.pack(items["adapter"], run.adapter_key(task))
+        unpacked = method.unpack(packed, run.params)
         a, b = (
             np.concatenate(
-                [np.asarray(leaf).reshape(-1) for leaf in pytrees.flatten(tree).values()]
+                [np.asarray(leaf).reshape(-1) for leaf in pytrees.flatten(tree["mask"]).values()]
             )
-            for tree in (masks, unpacked)
+            for tree in (items["adapter"], unpacked)
         )
         error.append(np.sqrt(np.mean((a - b) ** 2)))
-        bank.add(task, items["adapter"] | {"mask": unpacked}, items["statistics"])
+        bank.add(task, unpacked, items["statistics"])
     stage = loop.evaluate_stage(run, bank.model(items["shared"]), TEST)
     accuracy = {
         protocol: float(np.mean([100 * row.correct / row.total for row in rows]))
         for protocol, rows in stage.rows.items()
     }
     return accuracy | {
-        "KiB a task": pytrees.nbytes(packed) / 1024,
+        "KiB a task": pytrees.nbytes(packed["mask"]) / 1024,
+        "MB on ViT-B/16": _bytes_on_vit_b16(kind) / 1e6,
         "error of an entry": float(np.mean(error)),
     }
+
+
+def _bytes_on_vit_b16(kind: SoftMask) -> int:
+    """Return the bytes of a task's masks on q,k,v,proj of three layers of ViT-B/16."""
+    columns = {
+        f"{layer}/{name}": n for layer in "abc" for name, n in (("qkv", 2304), ("proj", 768))
+    }
+    kind = dataclasses.replace(kind, kernels=tuple(columns))
+    masks = {path: jax.ShapeDtypeStruct((768, n), jnp.float32) for path, n in columns.items()}
+    return pytrees.nbytes(jax.eval_shape(kind.pack, pytrees.unflatten(masks), jax.random.key(0)))
 
 
 def _columns(values: list[dict[str, float]]) -> dict[str, list[float]]:
