@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -182,3 +183,5 @@ def test_a_run_goes_on_with_what_it_stored(settings, digits, tmp_path, monkeypat
     stored = json.loads((tmp_path / "tasks/000/manifest/metadata").read_text())
     assert stored["parameters"]["adapter"] == pytrees.count(seen[0])
     assert stored["bytes"]["adapter"] < pytrees.nbytes(seen[0]) / 2
+    shutil.rmtree(tmp_path / "tasks/001")  # as a run that was cut off after its first task
+    assert loop.run(config, tmp_path, Console(quiet=True))[1].metrics == manifests[1].metrics
