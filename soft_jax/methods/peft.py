@@ -192,7 +192,7 @@ def _read_arrays(
             f"{file} can't be read: {error}; give the folder of a PEFT LoRA, saved as .safetensors"
         ) from error
     arrays = {}
-    for name, entry in entries:
+    for name, entry in sorted(entries, key=lambda entry: entry[0]):
         if entry["dtype"] not in _FLOATS:
             raise UserError(
                 f"{file}: array {name!r} is of the type {entry['dtype']}, expected floats"
