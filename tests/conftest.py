@@ -16,7 +16,7 @@ COMPILED = os.environ["SOFT_JAX_TESTS_COMPILED"]
 import jax
 
 jax.config.update("jax_compilation_cache_dir", COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -30,6 +30,7 @@ import pytest
 
 from soft_jax.config import Config
 from soft_jax.data import sources
+from soft_jax.evaluation import pictures
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.methods import hosts, masks
 from soft_jax.methods.method import Method
@@ -98,7 +99,7 @@ def backbone():
 @contextmanager
 def tiny_world(backbone, patch):
     """Runs and predictors get the tiny backbone and the first 80 training and test digits, which
-    are given, until `patch` is undone.
+    are given, until `patch` is undone. Runs there draw no pictures, which take longer than they do.
     """
     digits = sources.load("digits")
     few = sources.Dataset(
@@ -112,6 +113,7 @@ def tiny_world(backbone, patch):
         backbones, "load", lambda *_: backbones.Backbone("tiny", TINY, backbone, "0" * 64)
     )
     patch.setattr(sources, "load", lambda *_: few)
+    patch.setattr(pictures, "draw", lambda *_: [])
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int
         yield few
 

@@ -3,6 +3,8 @@
 MOMENT is one of: none; kill-step:TASK:STEP, kill-save:FOLDER (just before Orbax commits it),
 kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); int-step:TASK:STEP (SIGINT, as Ctrl-C);
 nan-step:TASK:STEP (the loss that is read is not a number). Tasks, steps and calls from 0.
+
+No pictures are drawn: that takes longer than many a run, and changes nothing in it.
 """
 
 import functools
@@ -13,7 +15,8 @@ import sys
 
 
 def strike(moment: str) -> None:
-    """Arm the moment; everything else of the run is as a user's."""
+    """Arm the moment; everything else of the run, but for pictures, is as a user's."""
+    from soft_jax.evaluation import pictures
     from soft_jax.experiment import loop
     from soft_jax.hooks import Hooks
 
@@ -40,6 +43,7 @@ def strike(moment: str) -> None:
         ):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    pictures.draw = lambda *_: []
     loop.run = functools.partial(loop.run, hooks=Hooks(after_step, before_evaluation))
     if kind == "kill-save":
         sys.addaudithook(at_rename)
