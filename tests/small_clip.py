@@ -1,4 +1,6 @@
-"""A tiny CLIP with the vocabulary of CLIP's tokenizer, so that classes can be told by their names."""
+"""A tiny CLIP with the vocabulary of CLIP's tokenizer: classes are told by their names."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -24,6 +26,8 @@ SMALL = CLIPConfig(
     embed_dim=10,
     quick_gelu=True,
 )
+# For tests that compile gradients of a whole network.
+ONE = dataclasses.replace(SMALL, depth=1, text_depth=1)
 NAMES = ("cat", "green_sea turtle", "apple", "dog", "rose", "aquarium fish")
 # Where a run on it has masks.
 LAYERS = {"mask_layers": (2,), "text_mask_layers": (1,)}
