@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from soft_jax.evaluation import calibration, metrics, pictures, predictions, report
@@ -481,3 +482,10 @@ def test_labels_at_the_ends_of_curves_do_not_overlap_or_leave_the_picture(manife
     low, high = axes.get_ylim()
     assert min(np.diff(heights)) > 0.05 * (high - low)
     assert heights[0] >= low
+
+
+def test_a_class_name_that_the_font_lacks_costs_no_warning(tmp_path):
+    figure = Figure()
+    figure.text(0, 0, "日本")
+    pictures.save(figure, tmp_path / "drawn.png")  # warnings are errors here
+    assert (tmp_path / "drawn.png").stat().st_size

@@ -7,6 +7,7 @@ titles, names for tasks and classes.
 
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,11 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file, whole or not at all; a link there is replaced, not followed."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    figure.savefig(partial, dpi=_DPI, format="png", facecolor="white")
+    with warnings.catch_warnings():
+        # A class name may have signs that the font lacks: boxes stand for them, and nobody can
+        # mend that here.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(partial, dpi=_DPI, format="png", facecolor="white")
     os.replace(partial, path)
 
 

@@ -57,7 +57,7 @@ def make(
         seconds=dict(seconds),
         parameters={
             "adapter": pytrees.count(adapter),
-            "shared": pytrees.count(items["shared"]),
+            "shared": pytrees.count(run.method.trained_of_shared(items["shared"])),
             "fixed": run.method.count_fixed(adapter),
         },
         step_flops=run.step_flops,

@@ -261,6 +261,12 @@ class Method:
         name = self.reparametrization.adapter_key
         return packed | {name: self.reparametrization.unpack(packed[name], backbone)}
 
+    def trained_of_shared(self, shared: Shared) -> Shared:
+        """Return the part of `shared` that steps train: all but a classifier made of text."""
+        if not self.host.reads_text:
+            return shared
+        return {name: part for name, part in shared.items() if name != "head"}
+
     def count_fixed(self, adapter: Adapter) -> int:
         """Return how many of an adapter's numbers are kept but never trained."""
         if not self.reparametrization:

@@ -231,11 +231,8 @@ def _decayed(
 ) -> pytrees.Tree:
     """Return gradients with `decay` × weights added, but for what no step trains."""
     decayed = jax.tree.map(lambda g, w: g + (decay * w).astype(g.dtype), grads, trainable)
-    if not method.host.reads_text:
-        return decayed
-    # The classifier of old classes is what was made of their text; it is not trained.
-    shared = decayed["shared"] | {"head": grads["shared"]["head"]}
-    return decayed | {"shared": shared}
+    trained = method.trained_of_shared(decayed["shared"])
+    return decayed | {"shared": grads["shared"] | trained}
 
 
 def train_steps(
