@@ -58,7 +58,7 @@ def written(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _tiny_backbone(written, monkeypatch):
     monkeypatch.setitem(backbones.BACKBONES, "tiny", backbones.Source(TINY, "tiny.npz"))
-    monkeypatch.setattr(backbones, "locate", lambda name, path="": written / "tiny.npz")
+    monkeypatch.setattr(backbones, "locate", lambda name, path="", stop=None: written / "tiny.npz")
     with jax.numpy_dtype_promotion("standard"):
         yield
 
