@@ -1,5 +1,5 @@
-"""The command line: soft-jax train|predict|table|sweep|compare|export, and the same as
-python -m soft_jax.
+"""The command line: soft-jax train|predict|table|sweep|compare|export, the commands of a library,
+and the same as python -m soft_jax.
 """
 
 import argparse
@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # They change nothing, and have nothing to continue.
-_READERS = (["predict"], ["compare"], ["export"])
+_READERS = [[n] for n in ("predict", "compare", "export", "check", "tasks", "show", "log")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = getattr(commands, argv[0])(argv[1:])
         else:
             arguments, rest = _parser().parse_known_args(argv)
-            arguments.flags, arguments.given = rest, argv[2:]
+            arguments.flags, arguments.given = rest, argv[1:]
             if rest and arguments.command != "learn":  # which takes a config's fields as flags
                 _parser().parse_args(argv)
             function = getattr(arguments, "function", None)
@@ -136,7 +136,9 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "counted from 1 everywhere. How images find their tasks is printed on the error output.",
     )
     predict.register("action", None, _Once)
-    predict.add_argument("workdir", help="the folder that the run was trained in")
+    predict.add_argument(
+        "workdir", help="the folder that the run was trained in, or that of a library"
+    )
     predict.add_argument(
         "images", nargs="+", help="image files; a folder stands for all in it and below"
     )
@@ -152,10 +154,14 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "(CLIP), whatever was trained",
     )
     predict.add_argument(
-        "--tasks", help="the tasks to choose from, such as 1,3, counted from 1; default: all"
+        "--tasks",
+        help="the tasks to choose from, such as 1,3, counted from 1, or names in a library; "
+        "default: all",
     )
     predict.add_argument(
-        "--task", help="the task of all images, counted from 1; they are then not identified"
+        "--task",
+        help="the task of all images, counted from 1, or its name in a library; they are then not "
+        "identified",
     )
     predict.add_argument(
         "--top",

@@ -296,15 +296,14 @@ def predict(arguments: argparse.Namespace) -> int:
     top = whole_number(arguments.top, "--top")
     if arguments.json and arguments.csv:
         raise UserError("--json, --csv: take one of them")
-    task = None if arguments.task is None else whole_number(arguments.task, "--task")
-    load = _by_task(arguments, task) if arguments.classes is None else _by_names(arguments)
+    load = _by_task(arguments) if arguments.classes is None else _by_names(arguments)
     from soft_jax.data import images
 
     files = images.find(arguments.images, tell=lambda note: print(note, file=sys.stderr))
     predictor = load()
     write = _writer(arguments)
     failed = 0
-    given = None if task is None else task - 1
+    given = None if arguments.task is None else _given(predictor, arguments.task)
     for answered, prediction, errors in predictor.predict_chunks(files, given):
         rows = dict(zip(answered, zip(*prediction, strict=True), strict=True))
         for index in sorted(answered + list(errors)):
@@ -324,12 +323,20 @@ def _places(arguments: argparse.Namespace) -> tuple[Path, Path | str]:
     return workdir, path and paths.local(path, "--backbone-path")
 
 
-def _by_task(arguments: argparse.Namespace, task: int | None) -> Callable[[], "Predictor"]:
-    """Return what loads the predictor of a run's tasks, and says how images find theirs."""
-    tasks = None
-    if arguments.tasks is not None:
-        tasks = [whole_number(text.strip(), "--tasks") for text in arguments.tasks.split(",")]
+def _by_task(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
+    """Return what loads the predictor of tasks, and says how images find theirs.
+
+    Those of a run are numbers from 1, those of a library names.
+    """
     workdir, backbone_path = _places(arguments)
+    named = os.path.lexists(workdir / "library.json")
+    task: int | str | None = arguments.task
+    tasks: list[Any] | None = None
+    if arguments.tasks is not None:
+        tasks = [text.strip() for text in arguments.tasks.split(",")]
+    if not named:
+        task = None if task is None else whole_number(task, "--task")
+        tasks = None if tasks is None else [whole_number(text, "--tasks") for text in tasks]
     from soft_jax.inference import rules
     from soft_jax.inference.predictor import Predictor
 
@@ -337,10 +344,11 @@ def _by_task(arguments: argparse.Namespace, task: int | None) -> Callable[[], "P
         raise UserError(f"--task-id: {arguments.task_id!r} needs --task, the task of all images")
 
     def load() -> Predictor:
-        _check_tasks(workdir, tasks, task)
+        if not named:
+            _check_tasks(workdir, tasks, task)
         predictor = Predictor.load(
             workdir,
-            None if tasks is None else [number - 1 for number in tasks],
+            tasks if named or tasks is None else [number - 1 for number in tasks],
             rules.TaskGiven.option if task is not None else arguments.task_id,
             backbone_path=backbone_path,
         )
@@ -350,6 +358,17 @@ def _by_task(arguments: argparse.Namespace, task: int | None) -> Callable[[], "P
         return predictor
 
     return load
+
+
+def _given(predictor: "Predictor", task: str) -> int:
+    """Return the place of the task that all images are of. Raises UserError where it has none."""
+    names = [str(name) for name in predictor.task_names]
+    name = str(int(task)) if isinstance(predictor.task_names[0], int) else task.strip()
+    if name not in names:
+        raise UserError(
+            f"--task: {name!r} is not a task to choose from; those are {', '.join(names)}"
+        )
+    return names.index(name)
 
 
 def _by_names(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:

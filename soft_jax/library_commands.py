@@ -5,6 +5,7 @@ What takes long to import is imported where it is used.
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,9 @@ def _percent(text: str, flag: str) -> float:
 
 def _command(arguments: argparse.Namespace) -> str:
     """Return how the log calls the command: as it was given, without the library's folder."""
-    return " ".join([arguments.command, *arguments.given])
+    given = list(arguments.given)
+    given.remove(arguments.library)
+    return shlex.join([arguments.command, *given])
 
 
 def learn_(arguments: argparse.Namespace) -> int:

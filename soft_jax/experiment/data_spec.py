@@ -65,10 +65,17 @@ class Data:
     def load(self, stop: threading.Event | None = None) -> sources.Dataset:
         """Return the images, with the labels of `classes` counted from 0.
 
-        Raises UserError where they can't be had, a class is unknown, or there are fewer than two.
+        Raises UserError where they can't be had, or a class is unknown.
         """
+        return self.of(self.whole(stop))
+
+    def whole(self, stop: threading.Event | None = None) -> sources.Dataset:
+        """Return the images of all classes of the data set. Raises UserError as `load`."""
         whole = sources.load(self.dataset, self.data_dir, stop)
-        whole = whole.first(self.train_images_per_class, self.test_images_per_class)
+        return whole.first(self.train_images_per_class, self.test_images_per_class)
+
+    def of(self, whole: sources.Dataset) -> sources.Dataset:
+        """Return the part of `whole` that `load` returns. Raises UserError as `load`."""
         names = self.classes or whole.class_names
         if unknown := [name for name in names if name not in whole.class_names]:
             known = ", ".join(whole.class_names[:20])

@@ -12,8 +12,9 @@ version stays a candidate.
 import contextlib
 import dataclasses
 import functools
-import math
-import shutil
+import hashlib
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -53,6 +54,7 @@ from soft_jax.store.library import (
 GIVEN, PER_SAMPLE = "given", "per_sample"
 MEASURED = (GIVEN, PER_SAMPLE)
 MAX_DROP = 1.0  # points that a task may fall by at the gate
+RUN_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +165,12 @@ class Library:
             new, version = _with_version(old, plan, version)
             folder.take_in(finished, version)
             if keep_test_images:
-                self._keep_tests(folder, new, dataset, version)
+                version = self._keep_tests(folder, new, dataset, version)
+                new = new.replaced(name, version)
             verdict = self._judge(folder, old, new, name, version, gate or Gate())
             new, version = _decided(new, name, version, verdict)
             before = old if old.changes or old.tasks else None
             folder.commit(before, new, command, _verdict_note(verdict))
-            shutil.rmtree(self.root / "learning" / plan.folder)
         return version, verdict
 
     @contextlib.contextmanager
@@ -177,17 +179,15 @@ class Library:
             yield folder
 
     def _state_or_new(self, folder: LibraryFolder, config: Config | None) -> LibraryState:
-        is_run = (self.root / "config.json").exists()
-        if library.holds_library(self.root) or is_run:
+        if config is None or library.holds_library(self.root) or (self.root / RUN_FILE).exists():
             state = folder.read()
-            _check_is_finished(folder, state)
             ours = _config_of(state)
             _check_method(ours)
             if config is not None:
                 _check_same(ours, config)
+            _checked_backbone(state)
             return state
-        if config is None:
-            raise UserError(f"library: there is none in {self.root}")
+        folder.check_new()
         settings_lib.check(config)
         _check_method(config)
         loaded = _load_backbone(config)
@@ -202,9 +202,9 @@ class Library:
         hooks: Hooks | None,
     ) -> tuple[Version, Path]:
         """Train what is planned; return it as a version without a place, and its folder."""
-        workdir = self.root / "learning" / plan.folder
         named = {"dataset": plan.parts[-1].dataset, "data_dir": plan.parts[-1].data_dir}
         config = dataclasses.replace(_config_of(state), **named, **_ONE_TASK)
+        workdir = self.root / "learning" / _training_name(state, plan, config, dataset)
         begin = _start(folder, state, plan)
         manifests = loop.run(
             config, workdir, self.console, dataset, hooks, figures=False, start=begin
@@ -230,25 +230,19 @@ class Library:
         state: LibraryState,
         dataset: sources.Dataset,
         version: Version,
-    ) -> None:
+    ) -> Version:
         size = _load_backbone(_config_of(state)).architecture.image_size
         images = dataset.test.prepared(np.arange(len(dataset.test.labels)), size)
-        file = folder.tests(version)
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(f".{file.name}")
-        try:
-            with open(partial, "wb") as out:
-                np.savez_compressed(out, images=images, labels=dataset.test.labels)
-            partial.replace(file)
-        except OSError as error:
-            raise UserError(f"{file} could not be written ({error}); make room") from error
+        digest = folder.keep_tests(version, images, dataset.test.labels)
+        return dataclasses.replace(version, test={**version.test, "kept_sha256": digest})
 
     # The gate.
 
     def check(self, max_drop: float = MAX_DROP) -> Verdict:
         """Evaluate all active tasks on their test images, against their figures when accepted.
 
-        Raises UserError where there is no active task.
+        A version that is damaged counts as one that can't be checked; the others are evaluated
+        without it. Raises UserError where there is no active task.
         """
         reader = LibraryReader(self.root)
         state = reader.read()
@@ -265,15 +259,14 @@ class Library:
     ) -> Verdict:
         """Evaluate the library as it would be with `version` as the active one of task `name`."""
         tried = _activated(new, name, version)
-        before = {task: figures for task, figures in old.figures.items() if task in tried.active}
-        if missing := [task for task in old.active if task not in before and task in tried.active]:
-            # A run that becomes a library has none yet.
-            known = self._evaluate(folder, old, {}, gate).figures
-            before |= {task: known[task] for task in missing if task in known}
-        verdict = self._evaluate(folder, tried, before, gate)
-        own = verdict.figures.get(name, {}).get(GIVEN, 0.0)
-        if own < gate.min_accuracy:
-            low = f"{name}: {own:.2f}% with the task given is below {gate.min_accuracy:g}%"
+        verdict = self._evaluate(folder, tried, old.figures, gate, name)
+        if name in verdict.figures:
+            own = verdict.figures[name][GIVEN]
+            low = f"{own:.2f}% with the task given" if own < gate.min_accuracy else ""
+        else:
+            low = "it could not be evaluated, which" if gate.min_accuracy else ""
+        if low:
+            low = f"{name}: {low} is below {gate.min_accuracy:g}%"
             verdict = dataclasses.replace(verdict, fallen=(*verdict.fallen, low))
         return verdict
 
@@ -283,21 +276,42 @@ class Library:
         state: LibraryState,
         before: Mapping[str, Mapping[str, float]],
         gate: Gate,
+        new: str | None = None,
     ) -> Verdict:
-        versions = state.active
-        if not versions:
+        """Evaluate the active tasks of `state`, against their figures `before`.
+
+        Raises UserError where there are none, or task `new`, which is to be the active one, is
+        damaged.
+        """
+        config, backbone = _config_of(state), _checked_backbone(state)
+        if not state.active:
             raise UserError(f"library: {self.root} has no active task")
-        predictor = _predictor(reader, state, versions, None)
-        figures, fallen, unchecked = {}, [], {}
+        versions, figures, fallen, unchecked = {}, {}, [], {}
+        for name, version in state.active.items():
+            try:
+                assembly.check_version(reader, state, name, version, config, backbone)
+                versions[name] = version
+            except UserError as error:
+                if name == new:
+                    raise
+                unchecked[name] = str(error)
+        if not versions:
+            return Verdict({}, (), unchecked)
+        predictor = _predictor(reader, state, versions)
+        whole: dict[Data, tuple[sources.Dataset, str]] = {}
         for place, (name, version) in enumerate(versions.items()):
             try:
-                images, labels = _tests(reader, state, version, predictor)
+                images, labels = _tests(reader, state, version, predictor, whole)
             except UserError as error:
                 unchecked[name] = str(error)
                 continue
-            figures[name] = _accuracies(predictor, images, labels, place, version)
+            figures[name] = _accuracies(predictor, images, labels, place)
+            if name not in before:
+                if name != new:
+                    unchecked[name] = "there are no figures of it to compare with"
+                continue
             for measured in MEASURED:
-                drop = before.get(name, {}).get(measured, -math.inf) - figures[name][measured]
+                drop = before[name][measured] - figures[name][measured]
                 if drop > gate.max_drop + 1e-9:
                     was = before[name][measured]
                     fallen.append(
@@ -315,7 +329,7 @@ class Library:
         archived, or not there.
         """
         with self._held() as folder:
-            old = self._adopted(folder)
+            old = folder.read()
             version = old.version(name, number)
             if version.state == ARCHIVED:
                 raise UserError(f"version: {name}@{number} is archived; restore it first")
@@ -323,9 +337,7 @@ class Library:
                 raise UserError(f"version: {name}@{number} is the active one already")
             verdict = self._judge(folder, old, old, name, version, gate or Gate())
             if not verdict.fallen:
-                new = dataclasses.replace(
-                    _activated(old, name, version), figures=dict(verdict.figures)
-                )
+                new = _with_figures(_activated(old, name, version), name, verdict)
                 folder.commit(old, new, command, _verdict_note(verdict))
         return verdict
 
@@ -333,10 +345,10 @@ class Library:
         """Make the version before the active one the active one again.
 
         It was accepted once, so the gate is asked, and not obeyed. Raises UserError where there is
-        none before.
+        none before, or it is damaged.
         """
         with self._held() as folder:
-            old = self._adopted(folder)
+            old = folder.read()
             versions = old.versions(name)
             active = old.active.get(name)
             upto = active.number if active else versions[-1].number + 1
@@ -348,30 +360,31 @@ class Library:
                 )
             version = earlier[-1]
             new = _activated(old, name, version)
-            verdict = self._evaluate(folder, new, old.figures, Gate(100.0))
-            new = dataclasses.replace(new, figures=dict(verdict.figures))
+            verdict = self._evaluate(folder, new, old.figures, Gate(100.0), name)
+            new = _with_figures(new, name, verdict)
             folder.commit(old, new, command, _verdict_note(verdict))
         return version, verdict
 
     def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
         """Pack a version small; it is loaded no more, and `restore` brings it back to the bit."""
         with self._held() as folder:
-            old = self._adopted(folder)
+            old = folder.read()
             version = old.version(name, number)
             if version.state == ARCHIVED:
                 raise UserError(f"version: {name}@{version.number} is archived already")
-            new = _without(old, version)
+            folder.keep_shared(old, version)
             digest = folder.pack(version)
-            archived = dataclasses.replace(version, state=ARCHIVED, archive_sha256=digest)
-            new = new.replaced(name, archived)
-            figures = {task: new.figures[task] for task in new.figures if task in new.active}
-            folder.commit(old, dataclasses.replace(new, figures=figures), command)
+            again = RETIRED if version.state == ACTIVE else version.state
+            archived = dataclasses.replace(
+                version, state=ARCHIVED, archive_sha256=digest, restored_as=again
+            )
+            folder.commit(old, _of_active(old.replaced(name, archived)), command)
         return archived
 
     def restore(self, name: str, number: int | None = None, command: str = "restore") -> Version:
         """Unpack an archived version; `activate` then makes it the active one."""
         with self._held() as folder:
-            old = self._adopted(folder)
+            old = folder.read()
             if number is None:
                 archived = [v for v in old.versions(name) if v.state == ARCHIVED]
                 if not archived:
@@ -381,7 +394,9 @@ class Library:
             if version.state != ARCHIVED:
                 raise UserError(f"version: {name}@{number} is not archived")
             folder.unpack(version)
-            restored = dataclasses.replace(version, state=RETIRED, archive_sha256="")
+            restored = dataclasses.replace(
+                version, state=version.restored_as, archive_sha256="", restored_as=""
+            )
             folder.commit(old, old.replaced(name, restored), command)
         return restored
 
@@ -389,7 +404,7 @@ class Library:
         """Give a task another name; its versions and classes stay as they are."""
         library.check_name(to)
         with self._held() as folder:
-            old = self._adopted(folder)
+            old = folder.read()
             old.versions(name)
             if to in old.tasks:
                 raise UserError(f"rename: there is a task {to!r} already")
@@ -401,16 +416,19 @@ class Library:
     def remove(self, name: str, number: int | None = None, command: str = "remove") -> None:
         """Remove a version, or a task with all its versions, for ever; the log keeps the record."""
         with self._held() as folder:
-            old = self._adopted(folder)
+            old = folder.read()
             removed = old.versions(name) if number is None else (old.version(name, number),)
-            new = functools.reduce(_without, removed, old)
             ids = {version.id for version in removed}
-            left = tuple(v for v in new.versions(name) if v.id not in ids)
-            tasks = {task: left if task == name else found for task, found in new.tasks.items()}
+            left = tuple(v for v in old.versions(name) if v.id not in ids)
+            tasks = {task: left if task == name else found for task, found in old.tasks.items()}
             tasks = {task: found for task, found in tasks.items() if found}
-            new = dataclasses.replace(new, tasks=tasks)
-            figures = {task: new.figures[task] for task in new.figures if task in new.active}
-            folder.commit(old, dataclasses.replace(new, figures=figures), command)
+            new = dataclasses.replace(old, tasks=tasks)
+            if tasks:  # which go on with the shared part that they were learned with
+                for version in removed:
+                    folder.keep_shared(old, version)
+            else:
+                new = dataclasses.replace(new, shared_from=None)
+            folder.commit(old, _of_active(new), command)
 
     def tidy_plan(
         self, unused_days: float | None = None, keep_versions: int | None = None
@@ -431,11 +449,6 @@ class Library:
                 elif unused_days is not None and days >= unused_days:
                     found.append((name, version, f"not used for {days:.0f} days"))
         return found
-
-    def _adopted(self, folder: LibraryFolder) -> LibraryState:
-        state = folder.read()
-        _check_is_finished(folder, state)
-        return state
 
     def predictor(
         self,
@@ -478,11 +491,18 @@ class _Plan:
     parts: tuple[Data, ...]
     start_from: Version | None
 
-    @property
-    def folder(self) -> str:
-        """Return the name of the folder that it is learned in."""
-        begun = f"-from-{self.start_from.id:03d}" if self.start_from else ""
-        return f"{self.name}@{self.number}{begun}"
+
+def _training_name(
+    state: LibraryState, plan: _Plan, config: Config, dataset: sources.Dataset
+) -> str:
+    """Return the name of the folder that a plan is learned in, after all that it depends on.
+
+    So what a command that was killed left there is gone on with by the same command alone.
+    """
+    begun = plan.start_from.id if plan.start_from else None
+    of = [settings_lib.used_settings(config), dataset.fingerprint, begun, state.shared_from]
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+    return f"{plan.name}@{plan.number}-{digest[:12]}"
 
 
 def _planned(
@@ -561,25 +581,11 @@ def _start(folder: LibraryFolder, state: LibraryState, plan: _Plan) -> Start:
     config = _config_of(state)
     whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
     backbone = _load_backbone(config)
-    shared, adapter = {}, {}
-    if state.shared_from is not None:
-        source = next(
-            version
-            for versions in state.tasks.values()
-            for version in versions
-            if version.id == state.shared_from
-        )
-        manifest = folder.load_manifest(source)
-        method = registry.make_method(config, backbone.architecture, ("",))
-        template = jax.eval_shape(method.init_shared, jax.random.key(0), backbone.params)
-        template = {name: like for name, like in template.items() if name != "head"}
-        items = checkpoint.load_items(
-            folder.path(source), manifest.sha256, {"shared": template}, whole, part=True
-        )
-        shared = jax.device_get(items["shared"])
+    method = registry.make_method(config, backbone.architecture, ("",))
+    shared, adapter = assembly.load_shared(folder, state, method, backbone.params), {}
     if plan.start_from:
         version = plan.start_from
-        manifest = folder.load_manifest(version)
+        manifest = folder.load_manifest(folder.path(version))
         names = [""] * len(version.classes)
         method = registry.make_method(config, backbone.architecture, names, len(names))
         template = method.packed_shapes(backbone.params)
@@ -588,7 +594,9 @@ def _start(folder: LibraryFolder, state: LibraryState, plan: _Plan) -> Start:
             folder.path(version), manifest.sha256, {"adapter": template}, whole, part=True
         )
         adapter = jax.device_get(method.unpack(items["adapter"], backbone.params))
-    return Start(alone=True, number=state.next_id, adapter=adapter, shared=shared)
+    # Not the version's id: another may be taken in before a killed command is given again.
+    number = zlib.crc32(f"{plan.name}@{plan.number}".encode())
+    return Start(alone=True, number=number, adapter=adapter, shared=shared)
 
 
 def _with_version(
@@ -628,30 +636,22 @@ def _decided(
     if verdict.fallen:
         return state.replaced(name, version), version
     state = _activated(state.replaced(name, version), name, version)
-    figures = {**state.figures, **verdict.figures}
-    return dataclasses.replace(state, figures=figures), state.version(name, version.number)
+    return _with_figures(state, name, verdict), state.version(name, version.number)
 
 
-def _without(state: LibraryState, version: Version) -> LibraryState:
-    """Return the state with another version's shared part where it was `version`'s.
+def _with_figures(state: LibraryState, name: str, verdict: Verdict) -> LibraryState:
+    """Return the state with the figures of a verdict that made a version of `name` active.
 
-    Raises UserError where none of the others has the same.
+    Those of tasks that could not be evaluated stay, but for those of `name`'s version before.
     """
-    if version.id != state.shared_from:
-        return state
-    others = [
-        other
-        for versions in state.tasks.values()
-        for other in versions
-        if other.id > version.id and other.state != ARCHIVED
-    ]
-    # All that were learned after it began with its shared part, and left it as it was.
-    if not others and len(state.active) > 1:
-        raise UserError(
-            "the shared part (a G-prompt) of this version serves all others; archive or remove "
-            "those first"
-        )
-    return dataclasses.replace(state, shared_from=others[0].id if others else None)
+    kept = {task: row for task, row in state.figures.items() if task != name}
+    return _of_active(dataclasses.replace(state, figures={**kept, **verdict.figures}))
+
+
+def _of_active(state: LibraryState) -> LibraryState:
+    """Return the state without the figures of tasks that are not active."""
+    figures = {task: row for task, row in state.figures.items() if task in state.active}
+    return dataclasses.replace(state, figures=figures)
 
 
 def _verdict_note(verdict: Verdict) -> str:
@@ -695,28 +695,24 @@ def _check_same(ours: Config, given: Config) -> None:
         raise UserError(f"library: it has other settings ({lines}); leave --config out")
 
 
-def _check_is_finished(folder: LibraryFolder, state: LibraryState) -> None:
-    """Raise UserError where the folder is that of a run that is not finished."""
-    if library.holds_library(folder.root):
-        return
-    planned = folder.load_manifest(state.versions(next(iter(state.tasks)))[0]).num_tasks
-    if len(state.tasks) < planned:
+def _checked_backbone(state: LibraryState) -> backbones.Backbone:
+    """Load a library's backbone. Raises UserError where the file that is found is another."""
+    backbone = _load_backbone(_config_of(state))
+    if backbone.fingerprint != state.backbone_sha256:
         raise UserError(
-            f"library: {folder.root} is a run of which {len(state.tasks)} of {planned} tasks are "
-            "finished; finish it before it is changed as a library"
+            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this library's has "
+            f"{state.backbone_sha256}; put the library's own in its place"
         )
+    return backbone
 
 
 def _predictor(
-    reader: LibraryReader,
-    state: LibraryState,
-    versions: Mapping[str, Version],
-    task_id: str | None,
+    reader: LibraryReader, state: LibraryState, versions: Mapping[str, Version]
 ) -> Predictor:
     config = _config_of(state)
     backbone = _load_backbone(config)
     method = assembly.method_of(config, backbone, state, versions)
-    rule, because = assembly.choose(method, config, task_id)
+    rule, because = assembly.choose(method, config, None)
     batching = engine.Batching(distributed.data_mesh(), config.eval_batch_size)
     cache = config.weights_cache_mb * 2**20
     model = assembly.assemble(reader, state, versions, config, backbone, rule, cache, batching)
@@ -730,26 +726,36 @@ def _hash_of(dataset: sources.Dataset) -> str:
 
 
 def _tests(
-    reader: LibraryReader, state: LibraryState, version: Version, predictor: Predictor
+    reader: LibraryReader,
+    state: LibraryState,
+    version: Version,
+    predictor: Predictor,
+    whole: dict[Data, tuple[sources.Dataset, str]],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a version's test images at the model's size, and the library's numbers of their
-    classes. Raises UserError where they can't be had, or are others than it was learned with.
+    classes. `whole` holds the data set that was read last, and its hash.
+
+    Raises UserError where they can't be had, or are others than it was learned with.
     """
     places = np.asarray(version.classes)
-    if reader.tests(version).is_file():
-        try:
-            with np.load(reader.tests(version)) as kept:
-                return kept["images"], places[kept["labels"]]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{reader.tests(version)} can't be read ({error})") from error
+    if "kept_sha256" in version.test:
+        images, labels = reader.load_tests(version)
+        return images, places[labels]
     names = [state.classes[class_] for class_ in version.classes]
     parts = [Data.from_json(part) for part in version.data]
-    dataset = functools.reduce(data_spec.joined, (part.load() for part in parts))
-    if set(names) != set(dataset.class_names):
-        raise UserError("its classes are not those of its images")
-    dataset = data_spec.subset(dataset, names)
-    if version.test and version.test["sha256"] != _hash_of(dataset):
-        where = " and ".join(part.where for part in parts)
+    where = " and ".join(part.where for part in parts)
+    found = []
+    for part in parts:
+        key = dataclasses.replace(part, classes=())
+        if key not in whole:
+            whole.clear()
+            loaded = part.whole()
+            whole[key] = (loaded, loaded.fingerprint)
+        found.append(part.of(whole[key][0]))
+    dataset = data_spec.subset(functools.reduce(data_spec.joined, found), names)
+    of_run = "dataset_sha256" in version.test  # and so of all its images
+    theirs = version.test["dataset_sha256" if of_run else "sha256"]
+    if theirs != (whole[key][1] if of_run else _hash_of(dataset)):
         raise UserError(f"its test images in {where} are others than it was learned with")
     size = predictor.model.method.architecture.image_size
     count = len(dataset.test.labels)
@@ -757,7 +763,7 @@ def _tests(
 
 
 def _accuracies(
-    predictor: Predictor, images: np.ndarray, labels: np.ndarray, place: int, version: Version
+    predictor: Predictor, images: np.ndarray, labels: np.ndarray, place: int
 ) -> dict[str, float]:
     """Return the share of right answers with the task given and each image by itself, percent."""
     chunk, right = predictor.batching.chunk, {GIVEN: 0, PER_SAMPLE: 0}

@@ -2,13 +2,18 @@
 
 A version keeps a classifier of its own classes; the model's has a column for each class of the
 library, by its number there. The other shared arrays (a G-prompt) are the same for all. Tasks,
-classes and prompts are padded to a few fixed sizes, so that a task more compiles nothing anew.
+classes and prompts are padded to a few fixed sizes, so that a task more compiles nothing anew. The
+classifier is applied to so many classes at a time: a matrix product's rounding depends on its
+sizes, and an old task's logits are to stay the same to the bit when there are more classes.
 """
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import distributed, pytrees
@@ -17,13 +22,39 @@ from soft_jax.errors import UserError
 from soft_jax.inference import engine, rules, zero_shot
 from soft_jax.inference.rules import TaskIdentityRule
 from soft_jax.methods import registry
-from soft_jax.methods.method import Adapter, Method
+from soft_jax.methods.method import Adapter, Method, Shared
 from soft_jax.models import backbones
 from soft_jax.store import checkpoint
 from soft_jax.store.library import LibraryReader, LibraryState, Version
 from soft_jax.store.records import TaskManifest
 
 LEAST_TASKS, LEAST_CLASSES = 8, 32  # that a model has room for
+BLOCK = 16  # classes that the classifier is applied to at a time; at least two blocks, so a loop
+
+
+class LibraryMethod(Method):
+    """A method whose classifier is applied to `BLOCK` classes at a time.
+
+    A class's logits are then the same to the bit, whatever the number of classes beside it.
+    """
+
+    def head(self, params: pytrees.Tree, shared: Shared, features: jax.Array) -> jax.Array:
+        """Return logits as `Method.head` does, of a number of classes that `BLOCK` divides."""
+        axis = _class_axis(self)
+
+        def cut(array: jax.Array, axis: int) -> jax.Array:
+            shape = (*array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :])
+            return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+        flat = pytrees.flatten(shared["head"])
+        blocks = {name: cut(array, axis[name]) for name, array in flat.items()}
+
+        def of_block(block: Mapping[str, jax.Array]) -> jax.Array:
+            head = pytrees.unflatten(block)
+            return super(LibraryMethod, self).head(params, {"head": head}, features)
+
+        logits = jax.lax.map(of_block, blocks)
+        return jnp.moveaxis(logits, 0, 1).reshape(len(features), -1)
 
 
 def room(count: int, least: int) -> int:
@@ -41,15 +72,16 @@ def method_of(
 ) -> Method:
     """Return the method of a model of `versions`, with room for more tasks and classes.
 
-    Class names are left out but for backbones that read text: with a name more, all would be
-    compiled again.
+    Class names, and the number of the largest task's, are left out but for backbones that read
+    text: with one more, all would be compiled again.
     """
-    classes = room(len(state.classes), LEAST_CLASSES)
-    names = [""] * classes
+    names, largest = [""] * room(len(state.classes), LEAST_CLASSES), 1
     if backbone.architecture.reads_text:
         names[: len(state.classes)] = state.classes
-    largest = max((len(version.classes) for version in versions.values()), default=1)
-    return registry.make_method(config, backbone.architecture, names, room(largest, 4))
+        largest = room(max((len(version.classes) for version in versions.values()), default=1), 4)
+    method = registry.make_method(config, backbone.architecture, names, largest)
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return LibraryMethod(**fields)
 
 
 def rules_of(method: Method, config: Config) -> tuple[TaskIdentityRule, ...]:
@@ -90,7 +122,7 @@ def assemble(
     """Make the model of `versions`, at least one, whose places are the tasks' numbers in it.
 
     `params` are the backbone's on the devices, if they are there already. Raises UserError where a
-    version is damaged, and names it.
+    version is damaged, and says which.
     """
     whole = distributed.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole) if params is None else params
@@ -103,46 +135,46 @@ def assemble(
     }
     shapes = jax.eval_shape(method.init_shared, jax.random.key(0), params)
     shared = jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), shapes)
+    shared |= load_shared(reader, state, method, params)
     axis = _class_axis(method)
     task_of_class = np.full(method.num_classes, -1)
     adapters: dict[int, Any] = {}
     for task, (name, version) in enumerate(versions.items()):
-        manifest, own = reader.load_manifest(version), _method_of_version(config, backbone, version)
-        adapter, loaded = _templates(own, params, manifest)
-        templates = {
-            "adapter": {name: adapter[name] for name in rows if name in adapter},
-            "shared": loaded,
-        }
-        if collector:
-            shapes = rule.statistics_shapes(len(version.classes))
-            templates["statistics"] = manifest.stored("statistics", shapes)
-        try:
+        own = _method_of_version(config, backbone, version)
+        with _naming(reader, state, name, version):
+            manifest = reader.load_manifest(reader.path(version))
+            adapter, loaded = _templates(own, params, manifest)
+            templates = {
+                "adapter": {name: adapter[name] for name in rows if name in adapter},
+                "shared": {"head": loaded["head"]},
+            }
+            if collector:
+                shapes = rule.statistics_shapes(len(version.classes))
+                templates["statistics"] = manifest.stored("statistics", shapes)
             items = checkpoint.load_items(
                 reader.path(version), manifest.sha256, templates, whole, part=True
             )
-        except UserError as error:
-            raise UserError(f"{name}@{version.number}: {error}") from error
         for row, array in items["adapter"].items():
             rows[row][task][tuple(map(slice, array.shape))] = array
         places, theirs = list(version.classes), list(manifest.classes)
         _put_classes(shared["head"], items["shared"]["head"], axis, places, theirs)
-        if version.id == state.shared_from or task == 0:
-            shared |= {key: value for key, value in items["shared"].items() if key != "head"}
         task_of_class[places] = task
         if collector:
             collector.add(version.classes, items["statistics"])
-        adapters[task] = (
-            version,
-            manifest,
-            own,
-            {key: like for key, like in adapter.items() if key not in rows},
-        )
+        template = {key: like for key, like in adapter.items() if key not in rows}
+        adapters[task] = (name, version, manifest, own, template)
 
     def load(task: int) -> Adapter:
-        version, manifest, own, template = adapters[task]
-        items = checkpoint.load_items(
-            reader.path(version), manifest.sha256, {"adapter": template}, whole, part=True
-        )
+        name, version, manifest, own, template = adapters[task]
+        if not reader.path(version).is_dir():
+            raise UserError(
+                f"task: {name}@{version.number} was archived or removed after this predictor was "
+                "opened; refresh it"
+            )
+        with _naming(reader, state, name, version):
+            items = checkpoint.load_items(
+                reader.path(version), manifest.sha256, {"adapter": template}, whole, part=True
+            )
         return own.unpack(items["adapter"], params)
 
     return engine.Model(
@@ -160,6 +192,66 @@ def assemble(
         if isinstance(rule, rules.ZeroShot)
         else None,
     )
+
+
+def load_shared(
+    reader: LibraryReader, state: LibraryState, method: Method, params: pytrees.Tree
+) -> Shared:
+    """Return what all tasks share beside the classifier, as NumPy arrays; empty before the first.
+
+    Raises UserError where it is damaged.
+    """
+    shapes = jax.eval_shape(method.init_shared, jax.random.key(0), params)
+    template = {name: like for name, like in shapes.items() if name != "head"}
+    folder = reader.shared(state)
+    if folder is None or not template:
+        return {}
+    manifest = reader.load_manifest(folder)
+    whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
+    items = checkpoint.load_items(folder, manifest.sha256, {"shared": template}, whole, part=True)
+    return jax.device_get(items["shared"])
+
+
+def check_version(
+    reader: LibraryReader,
+    state: LibraryState,
+    name: str,
+    version: Version,
+    config: Config,
+    backbone: backbones.Backbone,
+) -> None:
+    """Read all of a version that answers are made of. Raises UserError where it is damaged."""
+    own = _method_of_version(config, backbone, version)
+    whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
+    with _naming(reader, state, name, version):
+        manifest = reader.load_manifest(reader.path(version))
+        adapter, shared = _templates(own, backbone.params, manifest)
+        templates = {"adapter": adapter, "shared": shared}
+        for rule in rules.keepers(rules_of(own, config)).values():
+            shapes = rule.statistics_shapes(len(version.classes))
+            templates.setdefault("statistics", {}).update(manifest.stored("statistics", shapes))
+        checkpoint.load_items(reader.path(version), manifest.sha256, templates, whole, part=True)
+
+
+@contextlib.contextmanager
+def _naming(
+    reader: LibraryReader, state: LibraryState, name: str, version: Version
+) -> Iterator[None]:
+    """Say which version is damaged, and what can be done."""
+    try:
+        yield
+    except UserError as error:
+        earlier = any(v.number < version.number for v in state.tasks.get(name, ()))
+        others = ",".join(task for task in state.active if task != name)
+        ways = [
+            "restore its folder from a copy",
+            *([f"go back with soft-jax rollback {reader.root} {name}"] if earlier else []),
+            *([f"predict without it, with --tasks={others}"] if others else []),
+        ]
+        why = str(error).removesuffix(f"; {checkpoint.ADVICE}")
+        raise UserError(
+            f"{name}@{version.number} is damaged ({why}); {', or '.join(ways)}"
+        ) from error
 
 
 def _method_of_version(config: Config, backbone: backbones.Backbone, version: Version) -> Method:

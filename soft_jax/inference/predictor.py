@@ -2,6 +2,7 @@
 that task's network.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,7 +70,7 @@ class Predictor:
     def load(
         cls,
         workdir: str | PathLike,
-        tasks: Sequence[int] | None = None,
+        tasks: Sequence[int] | Sequence[str] | None = None,
         task_id: str | None = None,
         *,
         backbone_path: str | PathLike = "",
@@ -185,9 +186,12 @@ class Predictor:
         """Take in what the library holds by now, for the calls that come; nothing is compiled anew.
 
         More tasks or classes than the model had room for (8, 16, ... tasks; 32, 64, ... classes)
-        are compiled once. A predictor goes on with what it opened until this is called, as far as
-        the versions' files are still there. Raises UserError as `load`, and where this predictor is
-        not a library's; it is then as it was.
+        are compiled once, and on a backbone that reads text (CLIP) any new class. Until this is
+        called, and in a call that has begun, a predictor goes on with what it opened; but of a task
+        that is archived or removed before any image was given to it, it can't read the weights any
+        more. A task's number is its place in `task_names`, and may be another afterwards; those of
+        classes stay. Raises UserError as `load`, and where this predictor is not a library's; it is
+        then as it was.
         """
         if self._reload is None:
             raise UserError("refresh: only the predictor of a library has something to take in")
@@ -227,9 +231,10 @@ class Predictor:
             The indices of a chunk's usable images, the prediction for those, and by index the
             errors of the others.
         """
+        now = copy.copy(self)  # as it is now, whatever `refresh` brings meanwhile
         images = images_lib.as_list(images)
-        given = self._given(task, len(images))
-        for prepared in self._prepared(images):
+        given = now._given(task, len(images))
+        for prepared in now._prepared(images):
             failed = {
                 index: error for index, error in prepared.items() if isinstance(error, UserError)
             }
@@ -238,7 +243,7 @@ class Predictor:
                 stacked = np.stack([prepared[index] for index in usable])
                 yield (
                     usable,
-                    self.predict_prepared(stacked, given if given is None else given[usable]),
+                    now.predict_prepared(stacked, given if given is None else given[usable]),
                     failed,
                 )
             else:
@@ -246,7 +251,7 @@ class Predictor:
                     [],
                     Prediction(
                         *(np.zeros(0, int),) * 3,
-                        np.zeros((0, self.model.method.num_classes), np.float32),
+                        np.zeros((0, now.model.method.num_classes), np.float32),
                     ),
                     failed,
                 )
@@ -383,10 +388,30 @@ def _library_predictor(
     Of `before`, a predictor of the same library, the backbone on the devices is taken over.
     """
     reader = library.LibraryReader(root)
-    state = reader.read()
+    options = (backbone_path, cache_bytes, batch_size, devices, before)
+    while True:
+        state = reader.read()
+        try:
+            return _predictor_of(state, reader, names, task_id, *options)
+        except UserError:
+            if reader.read() == state:  # else it was changed while it was read
+                raise
+
+
+def _predictor_of(
+    state: library.LibraryState,
+    reader: library.LibraryReader,
+    names: Sequence[str] | None,
+    task_id: str | None,
+    backbone_path: str | PathLike,
+    cache_bytes: int,
+    batch_size: int,
+    devices: Sequence[jax.Device] | None,
+    before: Predictor | None,
+) -> Predictor:
     versions = state.active
     if names is not None:
-        wanted = [str(name) for name in names]
+        wanted = [names] if isinstance(names, str) else [str(name) for name in names]
         if unknown := [name for name in wanted if name not in versions]:
             there = ", ".join(versions) or "none"
             raise UserError(f"tasks: {unknown[0]!r} is no active task; there are {there}")
@@ -420,7 +445,7 @@ def _library_predictor(
     )
     predictor._reload = functools.partial(
         _library_predictor,
-        root,
+        reader.root,
         names,
         task_id,
         backbone_path,

@@ -5,7 +5,9 @@
     LIBRARY/tasks/000/         a version: a checkpoint as a run keeps of a task
     LIBRARY/tests/000.npz      its test images, where they are kept
     LIBRARY/archive/000.tar.xz an archived version, packed
-    LIBRARY/learning/NAME@1/   the run that learns a version, until it is taken in
+    LIBRARY/shared/000/        the part that all tasks share (a G-prompt), where the version that it
+                               is from is archived or removed
+    LIBRARY/learning/NAME@1-*/ the run that learns a version, until it is taken in
     LIBRARY/used/000           is touched when a version is loaded to predict
 
 A change is made by one write of `library.json`. Before it, new files are put where nothing names
@@ -32,6 +34,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from soft_jax import paths
 from soft_jax.errors import UserError
 from soft_jax.store import checkpoint, formats
@@ -44,15 +48,23 @@ STATE_FILE = "library.json"
 ACTIVE, CANDIDATE, RETIRED, ARCHIVED = "active", "candidate", "retired", "archived"
 STATES = (ACTIVE, CANDIDATE, RETIRED, ARCHIVED)
 RESERVED = ("best", "all", "none")
-_NAME = re.compile(r"\w[\w.-]{0,63}")
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
+_NAME_BYTES = 128  # in UTF-8: names are parts of names of folders, which have 255 at most
+# Ours in `tasks`, `tests`, `archive` and `shared`, whole or under way; we touch nothing else there.
+_OURS = re.compile(r"([0-9]{3,})(\.npz|\.tar\.xz)?|\.[0-9]{3,}(\.npz|\.tar\.xz)?\.partial")
+_FOLDERS = ("tasks", "tests", "archive", "shared", "log", "learning", "used")
+# Protocols of a run's figures.
+_GIVEN, _PROTOTYPE = "oracle/task_given", "per_sample/prototype"
+_REFERENCES = ("per_sample/frozen_features", "per_sample/zero_shot")
 
 
 def check_name(name: str) -> None:
     """Raise UserError where `name` can't be a task's."""
-    if not _NAME.fullmatch(name) or name in RESERVED:
+    if not _NAME.fullmatch(name) or name in RESERVED or len(name.encode()) > _NAME_BYTES:
         raise UserError(
             f"task name: {name[:80]!r} can't be one; take letters, digits, '_', '-' and '.', at "
-            f"most 64, beginning with a letter or digit, and none of {', '.join(RESERVED)}"
+            f"most 64 ({_NAME_BYTES} bytes), beginning with a letter or digit, and none of "
+            f"{', '.join(RESERVED)}"
         )
 
 
@@ -73,8 +85,10 @@ class Version:
 
     `classes` are the library's numbers of its classes, in the order of its own classifier.
     `data` says where its images are from (`experiment.data_spec.Data`, one or several), `test` how
-    many test images it has and the hash of them all. `learned` and `gate` are figures in percent,
-    of when it was learned: its own with and without the task given, and what the gate found.
+    many test images it has and the hash of them all, and of the file where they are kept; of a run,
+    the hash of the run's data set. `learned` and `gate` are figures in percent, of when it was
+    learned: its own with and without the task given, and what the gate found. `restored_as` is the
+    state that an archived version comes back with.
     """
 
     id: int
@@ -89,6 +103,7 @@ class Version:
     seconds: float = 0.0
     bytes: int = 0
     archive_sha256: str = ""
+    restored_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,21 +187,20 @@ class LibraryState:
     def from_json(cls, data: Mapping[str, JSON], where: Any) -> "LibraryState":
         """Return the state that `to_json` gave. Raises UserError, naming `where`, for another."""
         _check_keys(cls, data, where)
-        tasks = {}
-        for name, versions in data["tasks"].items():
-            for version in versions:
-                _check_keys(Version, version, f"{where}: {name}")
-            tasks[name] = tuple(
-                Version(
-                    **{
-                        **version,
-                        "classes": tuple(version["classes"]),
-                        "data": tuple(version["data"]),
-                    }
-                )
-                for version in versions
-            )
-        return cls(**{**data, "classes": tuple(data["classes"]), "tasks": tasks})
+        try:
+            tasks = {
+                name: tuple(_version(version, f"{where}: {name}") for version in versions)
+                for name, versions in data["tasks"].items()
+            }
+            return cls(**{**data, "classes": tuple(data["classes"]), "tasks": tasks})
+        except (TypeError, AttributeError) as error:  # a value of another type
+            raise UserError(f"{where}: it is not what was written ({error}); restore it") from error
+
+
+def _version(data: Mapping[str, JSON], where: Any) -> Version:
+    _check_keys(Version, data, where)
+    lists = {name: tuple(data[name]) for name in ("classes", "data")}
+    return Version(**{**data, **lists})
 
 
 def _check_keys(record: type, data: Mapping[str, JSON], where: Any) -> None:
@@ -218,6 +232,8 @@ class LibraryReader:
         file = self.root / STATE_FILE
         checkpoint.refuse_link(file)
         if not file.exists():
+            if not os.path.lexists(self.root / "config.json"):
+                raise UserError(f"library: there is none in {self.root}, and no run")
             return _state_of_run(self.root)
         try:
             data = json.loads(file.read_bytes())
@@ -233,13 +249,33 @@ class LibraryReader:
         """Return the file of a version's test images, where they are kept."""
         return self.root / "tests" / f"{version.id:03d}.npz"
 
+    def load_tests(self, version: Version) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `keep_tests` kept. Raises UserError where it is not that any more."""
+        file = self.tests(version)
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} can't be read ({error}); restore it") from error
+        if hashlib.sha256(raw).hexdigest() != version.test["kept_sha256"]:
+            raise UserError(f"{file} is not what was kept (its SHA-256 differs); restore it")
+        with np.load(io.BytesIO(raw)) as kept:
+            return kept["images"], kept["labels"]
+
     def archive(self, version: Version) -> Path:
         """Return the file of an archived version."""
         return self.root / "archive" / f"{version.id:03d}.tar.xz"
 
-    def load_manifest(self, version: Version) -> TaskManifest:
-        """Return a version's manifest. Raises UserError where it is missing or damaged."""
-        path = self.path(version)
+    def shared(self, state: LibraryState) -> Path | None:
+        """Return the folder of the part that all tasks share; None where there is none yet."""
+        if state.shared_from is None:
+            return None
+        kept = self.root / "shared" / f"{state.shared_from:03d}"
+        return kept if kept.is_dir() else self.tasks / kept.name
+
+    def load_manifest(self, path: Path) -> TaskManifest:
+        """Return the manifest in a version's folder. Raises UserError where it is missing or
+        damaged.
+        """
         data = formats.upgrade("task", checkpoint.load_manifest(path), path)
         return TaskManifest.from_json(data, path)
 
@@ -273,15 +309,23 @@ class LibraryReader:
 
 
 def _state_of_run(root: Path) -> LibraryState:
-    """Return a run as the state of a library whose tasks were planned."""
+    """Return a run as the state of a library whose tasks were planned.
+
+    Raises UserError where it is not finished.
+    """
     reader = Reader(root)
     record, there = reader.read_record(), reader.present()
-    if not there:
-        raise UserError(f"library: {root} holds a run without a finished task, and no library")
     reader.check_complete(there)
     manifests = [reader.load_task_manifest(task) for task in there]
+    planned = manifests[-1].num_tasks if manifests else 0
+    if not manifests or len(there) < planned:
+        of = f" of {planned}" if planned else ""
+        raise UserError(
+            f"library: {root} is a run of which {len(there)}{of} tasks are finished; finish it "
+            "before it is used as a library"
+        )
     last = manifests[-1]
-    # Classes that are in no finished task yet have no name that is written down.
+    # Classes that are in no task have no name that is written down.
     names = [f"class {class_}" for class_ in range(last.num_classes)]
     for manifest in manifests:
         for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
@@ -307,6 +351,11 @@ def _state_of_run(root: Path) -> LibraryState:
                         "test_images_per_class": config["test_images_per_class"],
                     },
                 ),
+                test={
+                    "images": manifest.metrics[_GIVEN][task]["total"],
+                    "dataset_sha256": record.dataset_sha256,
+                },
+                learned=_figures(manifest, task),
                 seconds=float(manifest.seconds.get("train", 0.0)),
                 bytes=checkpoint_bytes(path),
             ),
@@ -318,7 +367,20 @@ def _state_of_run(root: Path) -> LibraryState:
         next_id=there[-1] + 1,
         classes=tuple(names),
         tasks=tasks,
+        figures={f"task{task + 1}": _figures(last, task) for task in there},
     )
+
+
+def _figures(manifest: TaskManifest, task: int) -> dict[str, float]:
+    """Return a task's figures in percent, as a run had them when the task of `manifest` was done.
+
+    Without the task given they are of the rule that a library takes (`rules.choose`).
+    """
+    able = (key for key in manifest.metrics if key.startswith("per_sample/"))
+    able = [key for key in able if key not in _REFERENCES]
+    key = _PROTOTYPE if _PROTOTYPE in able else able[0]
+    rows = {"given": manifest.metrics[_GIVEN][task], "per_sample": manifest.metrics[key][task]}
+    return {name: 100 * row["correct"] / row["total"] for name, row in rows.items()}
 
 
 def checkpoint_bytes(path: Path) -> int:
@@ -337,9 +399,15 @@ class LibraryFolder(LibraryReader):
         super().__init__(root)
         if not make and not self.root.is_dir():
             raise UserError(f"library: {self.root} is not there")
+        self._made = [
+            path
+            for path in (self.root / ".lock", self.root, *self.root.absolute().parents)
+            if not os.path.lexists(path)
+        ]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            checkpoint.refuse_link(self.root / ".lock")
+            for name in (".lock", *_FOLDERS):
+                checkpoint.refuse_link(self.root / name)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             self._lock = open(os.open(self.root / ".lock", flags, 0o666), "r+b")  # noqa: SIM115
         except OSError as error:
@@ -359,26 +427,42 @@ class LibraryFolder(LibraryReader):
             raise
 
     def close(self) -> None:
-        """Let other programs change the folder."""
-        self._lock.close()
+        """Let other programs change the folder. What was made for nothing is removed."""
+        with contextlib.closing(self._lock):
+            for path in () if holds_library(self.root) else self._made:
+                with contextlib.suppress(OSError):  # a folder that holds something stays
+                    path.rmdir() if path.is_dir() else path.unlink()
+
+    def check_new(self) -> None:
+        """Raise UserError where a new library would be made among other things."""
+        others = {path.name for path in self.root.iterdir()} - {".lock", *_FOLDERS}
+        others = {name for name in others if not name.startswith(f".{STATE_FILE}")}
+        if others:
+            raise UserError(
+                f"library: {self.root} holds other things ({paths.shown(min(others))}) and no "
+                "library; name a new folder"
+            )
 
     def recover(self, state: LibraryState) -> None:
         """Remove what commands that were killed left behind: files that the state doesn't name."""
         kept = {version.id: version for versions in state.tasks.values() for version in versions}
-        for folder in (self.root / "tasks", self.root / "archive", self.root / "tests"):
-            for path in sorted(folder.glob("[!.]*")) if folder.is_dir() else ():
-                version = kept.get(int(path.name[:3])) if path.name[:3].isdigit() else None
-                archived = version is not None and version.state == ARCHIVED
-                named = version is not None and (
-                    folder.name == "tests" or archived == (folder.name == "archive")
-                )
-                if not named:
+        for kind in ("tasks", "archive", "tests", "shared"):
+            for path in self._files_of(kind):
+                found = _OURS.fullmatch(path.name)
+                if found and not (found[1] and _is_named(state, kept, kind, int(found[1]))):
                     _remove(path)
-            for partial in folder.glob(".*") if folder.is_dir() else ():
-                _remove(partial)
-        for file in (self.root / "log").glob("*.json") if (self.root / "log").is_dir() else ():
-            if int(file.stem) > state.changes:
+        for file in self._files_of("log"):
+            record = re.fullmatch(r"([0-9]{6,})\.json|\.[0-9]{6,}\.json\.partial", file.name)
+            if record and not (record[1] and int(record[1]) <= state.changes):
                 file.unlink()
+        done = {f"{name}@{v.number}" for name, found in state.tasks.items() for v in found}
+        for path in self._files_of("learning"):
+            if path.name.rpartition("-")[0] in done:
+                _remove(path)
+
+    def _files_of(self, name: str) -> list[Path]:
+        folder = self.root / name
+        return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def commit(
         self, old: LibraryState | None, new: LibraryState, command: str, note: str = ""
@@ -397,40 +481,53 @@ class LibraryFolder(LibraryReader):
             "state_after": new.sha256,
         }
         folder = self.root / "log"
-        folder.mkdir(exist_ok=True)
+        with _disk(folder):
+            folder.mkdir(exist_ok=True)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         checkpoint.write_text(folder / f"{new.changes:06d}.json", text)
         data = formats.stamped("library", new.to_json())
         checkpoint.write_text(
             self.root / STATE_FILE, json.dumps(data, indent=1, ensure_ascii=False) + "\n"
         )
-        self.recover(new)
+        # Done; what can't be removed now is removed by the next command.
+        with contextlib.suppress(OSError):
+            self.recover(new)
         return new
 
     def take_in(self, finished: Path, version: Version) -> None:
         """Copy a finished task's folder to where the version's is; no state names it yet."""
-        self.tasks.mkdir(exist_ok=True)
-        target = self.path(version)
-        partial = target.with_name(f".{target.name}.partial")
-        _remove(partial)
-        _remove(target)
-        with _disk(target):
+        with self._replacing(self.path(version)) as partial:
             shutil.copytree(finished, partial)
-            _sync(partial)
-            os.replace(partial, target)
+
+    def keep_tests(self, version: Version, images: np.ndarray, labels: np.ndarray) -> str:
+        """Keep a version's test images, uint8 `[N, size, size, 3]`, and their labels, int `[N]`.
+
+        Returns the file's hex SHA-256.
+        """
+        with self._replacing(self.tests(version)) as partial:
+            with open(partial, "wb") as file:
+                np.savez_compressed(file, images=images, labels=labels)
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        return digest
+
+    def keep_shared(self, state: LibraryState, version: Version) -> None:
+        """Copy the part that all tasks share out of `version`, if it is from there and goes away.
+
+        Versions that are archived will ask for it too.
+        """
+        if version.id != state.shared_from or version.state == ARCHIVED:
+            return
+        with self._replacing(self.root / "shared" / f"{version.id:03d}") as partial:
+            for part in ("shared", "manifest"):
+                shutil.copytree(self.path(version) / part, partial / part)
 
     def pack(self, version: Version) -> str:
         """Write a version's folder as an archive; return the archive's hex SHA-256."""
-        target = self.archive(version)
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        with _disk(target):
+        with self._replacing(self.archive(version)) as partial:
             with tarfile.open(partial, "w:xz") as archive:
                 for file in sorted(self.path(version).rglob("*")):
                     archive.add(file, file.relative_to(self.tasks).as_posix(), recursive=False)
-            _sync(partial)
             digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-            os.replace(partial, target)
         return digest
 
     def unpack(self, version: Version) -> None:
@@ -438,7 +535,7 @@ class LibraryFolder(LibraryReader):
 
         Raises UserError where the archive is missing, or not what was written.
         """
-        file, target = self.archive(version), self.path(version)
+        file = self.archive(version)
         try:
             raw = file.read_bytes()
         except OSError as error:
@@ -447,15 +544,44 @@ class LibraryFolder(LibraryReader):
             raise UserError(
                 f"library: {file} is not what was archived (its SHA-256 differs); restore it"
             )
+        with (
+            self._replacing(self.path(version)) as partial,
+            tarfile.open(fileobj=io.BytesIO(raw), mode="r:xz") as archive,
+        ):
+            for member in archive.getmembers():
+                member.name = member.name.partition("/")[2]  # without the version's folder
+                archive.extract(member, partial, filter="data")
+
+    @contextlib.contextmanager
+    def _replacing(self, target: Path) -> Iterator[Path]:
+        """Yield where to write a file or folder, which then takes the place of `target`, on the
+        disk. Raises UserError where it can't be written; what was written is removed then.
+        """
         partial = target.with_name(f".{target.name}.partial")
-        _remove(partial)
         with _disk(target):
-            with tarfile.open(fileobj=io.BytesIO(raw), mode="r:xz") as archive:
-                archive.extractall(partial, filter="data")
-            _sync(partial)
-            _remove(target)
-            os.replace(partial / target.name, target)
-            _remove(partial)
+            try:
+                target.parent.mkdir(exist_ok=True)
+                _remove(partial)
+                yield partial
+                _sync(partial)
+                _remove(target)
+                os.replace(partial, target)
+                _sync(target.parent, below=False)
+            except (OSError, shutil.Error):
+                with contextlib.suppress(OSError):
+                    _remove(partial)
+                raise
+
+
+def _is_named(state: LibraryState, kept: Mapping[int, Version], kind: str, number: int) -> bool:
+    """Whether a state names file or folder `number` of a kind of folder."""
+    version = kept.get(number)
+    archived = version is not None and version.state == ARCHIVED
+    if kind == "shared":
+        return number == state.shared_from and (version is None or archived)
+    if kind == "tests":
+        return version is not None and "kept_sha256" in version.test
+    return version is not None and archived == (kind == "archive")
 
 
 @contextlib.contextmanager
@@ -470,9 +596,9 @@ def _disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or all files in a folder, are on the disk."""
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+def _sync(path: Path, below: bool = True) -> None:
+    """Wait until a file, or a folder and all that is `below` it, is on the disk."""
+    for file in [path, *path.rglob("*")] if below and path.is_dir() else [path]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):

@@ -1,0 +1,1128 @@
+"""A library of tasks: what stays to the bit, what survives a kill, and what is refused.
+
+Training is left out: a version is drawn at random in its place, and saved as a run saves it.
+`test_library_commands` learns for real.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings, strategies
+
+from soft_jax.config import Config
+from soft_jax.data import sources
+from soft_jax.errors import UserError
+from soft_jax.experiment import library, loop
+from soft_jax.experiment.data_spec import Data
+from soft_jax.experiment.library import Gate, Library, Verdict
+from soft_jax.experiment.run import Start, prepare
+from soft_jax.inference import assembly, engine
+from soft_jax.inference.predictor import Predictor
+from soft_jax.methods.method import Method
+from soft_jax.models import backbones
+from soft_jax.store import checkpoint, formats
+from soft_jax.store.folder import Store
+from soft_jax.store.library import (
+    ACTIVE,
+    ARCHIVED,
+    CANDIDATE,
+    RETIRED,
+    LibraryFolder,
+    LibraryReader,
+    LibraryState,
+    split_name,
+)
+from soft_jax.store.records import RunRecord
+from tests.conftest import TINY, names, tiny_config
+from tests.manifests import manifest_of
+
+CLASSES = tuple(f"c{number:02d}" for number in range(60))
+OPEN_GATE = Gate(100.0)
+SETTINGS = {"batch_size": 8, "epochs": 1, "eval_batch_size": 16, "prototype_features": 20}
+WITH_G_PROMPT = tiny_config(method="dualprompt+softtf", tasks=1, **SETTINGS)
+WITHOUT = tiny_config(method="softtf", tasks=1, **SETTINGS)
+
+
+def letters(seed: int = 0) -> sources.Dataset:
+    """60 classes of 16 × 16 pixels, 3 images each to train on and 2 to test, a colour a class."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(0, 200, (len(CLASSES), 1, 1, 3))
+
+    def split(count):
+        labels = np.repeat(np.arange(len(CLASSES), dtype=np.int32), count)
+        noise = rng.integers(0, 56, (len(labels), 16, 16, 3))
+        return sources.InMemoryImages((colours[labels] + noise).astype(np.uint8), labels)
+
+    return sources.Dataset(split(3), split(2), CLASSES)
+
+
+def drawn(config, workdir, console, dataset, hooks=None, figures=True, start=None):
+    """Draw a task in the place of `loop.run`, from the folder's name, and save it as a run does."""
+    with closing(Store(workdir)) as store:
+        begin = start or Start()
+        run = prepare(config, store, console, threading.Event(), None, dataset, hooks, begin)
+        if store.finished():
+            return [store.load_task_manifest(0)]
+        rng = np.random.default_rng(zlib.crc32(Path(workdir).name.partition("-")[0].encode()))
+        counts, features = np.bincount(dataset.train.labels), config.prototype_features
+
+        def draw(like):
+            return jax.numpy.asarray(rng.normal(1, 0.3, like.shape), like.dtype)
+
+        shared = jax.eval_shape(run.method.init_shared, jax.random.key(0), run.params)
+        phi = rng.normal(size=(len(counts), features)).astype(np.float32)
+        statistics = {
+            "gram": (phi.T @ (phi * counts[:, None]))[np.triu_indices(features)],
+            "sums": phi * counts[:, None],
+            "counts": counts.astype(np.int32),
+        }
+        items = {
+            "adapter": jax.tree.map(draw, run.method.packed_shapes(run.params)),
+            "shared": {**jax.tree.map(draw, shared), **begin.shared},
+            "statistics": statistics,
+        }
+        items = jax.tree.map(jax.numpy.asarray, items)
+        manifest = manifest_of(
+            task=0,
+            classes=tuple(range(len(dataset.class_names))),
+            class_names=dataset.class_names,
+            num_classes=len(dataset.class_names),
+            num_tasks=1,
+            config=dataclasses.asdict(run.config),
+            backbone={},
+            metrics={},
+        )
+        manifest = dataclasses.replace(manifest, seconds={"train": 1.0})
+        store.save_task(0, items | {"memory": {}}, manifest)
+        return [store.load_task_manifest(0)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world(backbone):
+    """Libraries get the tiny backbone, the letters, and tasks that are drawn."""
+    tiny = backbones.Backbone("tiny", TINY, backbone, "0" * 64)
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(backbones, "load", lambda *_: tiny)
+        patch.setattr(sources, "load", lambda *_: letters())
+        patch.setattr(loop, "run", drawn)
+        library._load_backbone.cache_clear()
+        yield
+        library._load_backbone.cache_clear()
+
+
+def of(*classes) -> Data:
+    """The images of some letters, by number."""
+    return Data("letters", classes=tuple(CLASSES[class_] for class_ in classes))
+
+
+def made(root, config=WITHOUT, tasks=3, each=2) -> Library:
+    """A library of tasks t0, t1, ..., of so many classes each."""
+    opened = Library(root)
+    for task in range(tasks):
+        data = of(*range(task * each, (task + 1) * each))
+        opened.learn(f"t{task}", data, config=config if task == 0 else None, gate=OPEN_GATE)
+    return opened
+
+
+@pytest.fixture
+def paper():
+    with gate_of_paper():
+        yield
+
+
+@contextlib.contextmanager
+def gate_of_paper():
+    """Evaluate nothing at the gate: every task has 50%, whatever is tried."""
+
+    def evaluate(self, reader, state, *_):
+        return Verdict({name: {"given": 50.0, "per_sample": 50.0} for name in state.active}, (), {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Library, "_evaluate", evaluate)
+        yield
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A library of three tasks, not to be changed; t1 has an older version and a candidate."""
+    root = tmp_path_factory.mktemp("three") / "library"
+    opened = made(root)
+    opened.learn("t1", of(2, 3), gate=OPEN_GATE)
+    opened.learn("t1", of(2, 3), gate=Gate(100.0, 100.0))
+    states = {v.number: v.state for v in opened.state().versions("t1")}
+    assert states == {1: RETIRED, 2: ACTIVE, 3: CANDIDATE}
+    return root
+
+
+@pytest.fixture
+def root(three, tmp_path):
+    """A copy of it."""
+    shutil.copytree(three, tmp_path / "library")
+    return tmp_path / "library"
+
+
+def shape_of(state: LibraryState) -> dict[str, dict[int, str]]:
+    return {name: {v.number: v.state for v in found} for name, found in state.tasks.items()}
+
+
+def digest(folder: Path) -> str:
+    """Hash all files in a folder, with their names."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        found.update(str(file.relative_to(folder)).encode())
+        found.update(file.read_bytes() if file.is_file() else b"")
+    return found.hexdigest()
+
+
+def check_whole(root: Path) -> LibraryState:
+    """Check that all that a library's state names is there, and, after clearing up, no more; and
+    that each record of the log goes on from the one before. Returns the state.
+    """
+    reader = LibraryReader(root)
+    state = reader.read()
+    versions = [v for found in state.tasks.values() for v in found]
+    for version in versions:
+        if version.state == ARCHIVED:
+            raw = reader.archive(version).read_bytes()
+            assert hashlib.sha256(raw).hexdigest() == version.archive_sha256
+        else:
+            reader.load_manifest(reader.path(version))
+        if "kept_sha256" in version.test:
+            reader.load_tests(version)
+    if shared := reader.shared(state):
+        reader.load_manifest(shared)
+    records = reader.log()
+    assert [record["number"] for record in records] == list(range(1, state.changes + 1))
+    for one, other in itertools.pairwise(records):
+        assert one["state_after"] == other["state_before"]
+    if records:
+        assert records[-1]["state_after"] == state.sha256
+    with closing(LibraryFolder(root)):
+        pass
+    assert reader.read() == state
+    there = {
+        kind: {path.name for path in (root / kind).glob("*")}
+        for kind in ("tasks", "archive", "tests", "log")
+    }
+    away = {f"{v.id:03d}" for v in versions if v.state == ARCHIVED}
+    assert there["tasks"] == {f"{v.id:03d}" for v in versions} - away
+    assert there["archive"] == {f"{number}.tar.xz" for number in away}
+    assert there["tests"] == {f"{v.id:03d}.npz" for v in versions if "kept_sha256" in v.test}
+    assert there["log"] == {f"{number:06d}.json" for number in range(1, state.changes + 1)}
+    return state
+
+
+# What stays to the bit.
+
+
+def logits_of(root: Path) -> dict[int, np.ndarray]:
+    """The logits of each active version for its test images and others, with the task given."""
+    # As many images in a product as round otherwise when there are more classes beside them.
+    one = jax.devices()[:1]
+    predictor = Predictor.load(root, task_id="oracle", batch_size=128, devices=one)
+    images, state, found = letters().test.images, LibraryReader(root).read(), {}
+    model, batching = predictor.model, predictor.batching
+    tokens, _ = engine.encode(model, images, batching, queried=False)
+    for place, name in enumerate(predictor.task_names):
+        rows = engine.logits(model, tokens, engine.alone(np.full(len(images), place)), batching)
+        version = state.active[name]
+        found[version.id] = rows[:, list(version.classes)]
+    return found
+
+
+def one_of(data, choices, what):
+    return data.draw(strategies.sampled_from(sorted(choices)), label=what)
+
+
+def change_at_random(data, opened: Library, free: list[int]) -> None:
+    """Give one command, as it makes sense now."""
+    state = opened.state()
+    every = [(name, v.number, v.state) for name, found in state.tasks.items() for v in found]
+    there = [(name, number) for name, number, state in every if state != ARCHIVED]
+    away = [(name, number) for name, number, state in every if state == ARCHIVED]
+    idle = [(name, number) for name, number, state in every if state in (RETIRED, CANDIDATE)]
+    able = {"learn", "rename"} | ({"archive", "remove"} if len(there) > 1 else set())
+    able |= {"again"} if state.tasks else set()
+    able |= ({"restore"} if away else set()) | ({"activate"} if idle else set())
+    able |= {"rollback"} if any(s == RETIRED for *_, s in every) else set()
+    command = one_of(data, able, "command")
+    gate = Gate(1.0, data.draw(strategies.sampled_from([0.0, 60.0])))
+    if command == "learn":
+        count = data.draw(strategies.integers(1, 5))
+        classes = [free.pop(0) for _ in range(count)]
+        opened.learn(f"n{classes[0]}", of(*classes), gate=gate)
+    elif command == "again":
+        name = one_of(data, state.tasks, "task")
+        names = [state.classes[class_] for class_ in state.tasks[name][-1].classes]
+        opened.learn(name, Data("letters", classes=tuple(names)), gate=gate)
+    elif command == "rename":
+        name = one_of(data, state.tasks, "task")
+        opened.rename(name, f"{name}x")
+    elif command == "rollback":
+        with contextlib.suppress(UserError):  # the retired version may be a newer one
+            opened.rollback(one_of(data, {n for n, _, s in every if s == RETIRED}, "task"))
+    else:
+        among = {"archive": there, "remove": there + away, "restore": away, "activate": idle}
+        name, number = one_of(data, among[command], "version")
+        if command == "activate":
+            opened.activate(name, number, gate)
+        else:
+            getattr(opened, command)(name, number)
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    """A library with a G-prompt, of 7 tasks and 28 classes: a few more are more than there is room
+    for. Not to be changed; and the logits of its versions.
+    """
+    root = tmp_path_factory.mktemp("seven") / "library"
+    with gate_of_paper():
+        made(root, WITH_G_PROMPT, tasks=7, each=4)
+    return root, logits_of(root)
+
+
+@given(data=strategies.data())
+@settings(
+    max_examples=6,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_with_the_task_given_an_old_task_answers_the_same_to_the_bit(seven, tmp_path_factory, data):
+    base, known = seven
+    known, root = dict(known), tmp_path_factory.mktemp("history") / "library"
+    shutil.copytree(base, root)
+    opened, free, classes = Library(root), list(range(28, 60)), opened_classes(base)
+    for _ in range(7):
+        with gate_of_paper():
+            change_at_random(data, opened, free)
+        state = check_whole(root)
+        assert state.classes[: len(classes)] == classes  # names keep their numbers
+        classes = state.classes
+        if state.active:
+            for version, logits in logits_of(root).items():
+                np.testing.assert_array_equal(known.setdefault(version, logits), logits)
+
+
+def opened_classes(root):
+    return LibraryReader(root).read().classes
+
+
+@pytest.mark.usefixtures("paper")
+def test_more_tasks_and_classes_than_there_was_room_for_change_no_bit(seven, tmp_path):
+    """Nor does it when the first task, whose G-prompt serves all, is archived, or removed."""
+    base, known = seven
+    root = tmp_path / "library"
+    shutil.copytree(base, root)
+    opened = Library(root)
+    assert Predictor.load(root, task_id="oracle").model.method.num_classes == 32
+    opened.learn("more", of(*range(28, 40)), gate=OPEN_GATE)
+    opened.learn("yet_more", of(40), gate=OPEN_GATE)
+    predictor = Predictor.load(root, task_id="oracle")
+    assert predictor.model.method.num_classes == 64
+    assert len(predictor.model.rows["key"]) == 16
+    known = known | logits_of(root)
+    for name in opened.state().tasks:
+        opened.archive(name)
+    opened.remove("t1")
+    opened.learn("last", of(50))  # when no other is there that has the G-prompt
+    known = known | logits_of(root)
+    for name in [name for name in opened.state().tasks if name != "last"]:
+        opened.restore(name)
+        opened.activate(name, 1, OPEN_GATE)
+    check_whole(root)
+    assert not list((root / "shared").iterdir())
+    assert_bits(root, known)
+    opened.remove("t0")
+    assert (root / "shared/000").is_dir()
+    assert_bits(root, known)
+    for name in opened.state().tasks:
+        opened.remove(name)
+    assert check_whole(root).shared_from is None
+    assert not list((root / "shared").iterdir())
+
+
+def assert_bits(root, known):
+    for version, logits in logits_of(root).items():
+        np.testing.assert_array_equal(known[version], logits)
+
+
+def test_an_archived_version_comes_back_to_the_bit_and_as_what_it_was(root):
+    opened = Library(root)
+    before, folder = opened.state(), LibraryReader(root)
+    digests = {v.id: digest(folder.path(v)) for v in before.tasks["t1"]}
+    for number in (1, 2, 3):
+        opened.archive("t1", number)
+    assert shape_of(check_whole(root))["t1"] == {1: ARCHIVED, 2: ARCHIVED, 3: ARCHIVED}
+    with pytest.raises(UserError, match="t1@2 is archived; restore it first"):
+        opened.activate("t1", 2)
+    with pytest.raises(UserError, match="rollback: t1 has no version"):
+        opened.rollback("t1")
+    for _ in range(3):
+        opened.restore("t1")
+    # The active one is active again when it is made so; what never passed the gate has not.
+    after = check_whole(root)
+    assert shape_of(after)["t1"] == {1: RETIRED, 2: RETIRED, 3: CANDIDATE}
+    assert {v.id: digest(folder.path(v)) for v in after.tasks["t1"]} == digests
+    assert opened.rollback("t1")[0].number == 2
+
+
+@pytest.mark.parametrize("rows", [1, 16, 128])
+def test_a_class_has_the_same_logits_to_the_bit_beside_any_number_of_classes(rows):
+    """Left as it is, the product rounds otherwise from some number of images and classes on."""
+    rng = np.random.default_rng(0)
+    architecture = dataclasses.replace(TINY, dim=192)
+    features = rng.normal(size=(rows, 192)).astype(np.float32)
+    head = {
+        "kernel": rng.normal(size=(192, 256)).astype(np.float32),
+        "bias": rng.normal(size=256).astype(np.float32),
+    }
+
+    def logits(kind, count):
+        method = kind(architecture, names(count))
+        shared = {"head": {name: array[..., :count] for name, array in head.items()}}
+        return np.asarray(jax.jit(method.head)({}, shared, features))
+
+    few = logits(assembly.LibraryMethod, 32)
+    np.testing.assert_allclose(few, logits(Method, 32), rtol=1e-4, atol=1e-4)
+    for count in (64, 256):
+        np.testing.assert_array_equal(logits(assembly.LibraryMethod, count)[:, :32], few)
+
+
+# Predictors that are open.
+
+
+@contextlib.contextmanager
+def compilations():
+    """Yield a list that gets an entry for every program that is compiled."""
+    found: list[str] = []
+
+    def note(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("task_id", ["prototype", "prompt", "oracle"])
+def test_refresh_takes_in_what_came_and_compiles_nothing(three, tmp_path, task_id):
+    root = tmp_path / "library"
+    shutil.copytree(three, root)
+    opened, images = Library(root), letters().test.images
+    predictor = Predictor.load(root, task_id=task_id, batch_size=12)
+    predictor.warm_up()
+    asked = {"task": 1} if task_id == "oracle" else {}
+    before = predictor.predict(images[:30], **asked)
+    opened.learn("t3", of(6, 7, 8, 9, 10, 11), gate=OPEN_GATE)
+    opened.rollback("t1")
+    opened.archive("t0")
+    still = predictor.predict(images[:30], **asked)
+    jax.tree.map(np.testing.assert_array_equal, still, before)
+    other = Predictor.load(root, task_id=task_id, batch_size=12).predict(images[:30], **asked)
+    with compilations() as compiled:
+        predictor.refresh()
+        now = predictor.predict(images[:30], **asked)
+    assert not compiled
+    assert predictor.task_names == ("t1", "t2", "t3")
+    jax.tree.map(np.testing.assert_array_equal, now, other)
+
+
+def test_a_call_that_has_begun_goes_on_with_what_it_began_with(root):
+    predictor = Predictor.load(root, batch_size=4)
+    images = np.concatenate([letters().test.images[:12]] * 4)
+    whole = predictor.predict(images)
+    chunks = predictor.predict_chunks(images)
+    found = [next(chunks)[1]]
+    Library(root).archive("t0")
+    predictor.refresh()
+    found += [prediction for _, prediction, _ in chunks]
+    assert len(found) > 1
+    np.testing.assert_array_equal(np.concatenate([part.tasks for part in found]), whole.tasks)
+    assert set(predictor.predict(images).tasks) <= {0, 1}
+
+
+def test_what_an_open_predictor_can_not_read_any_more_is_said(root):
+    images = letters().test.images[:4]
+    predictor = Predictor.load(root, task_id="oracle", batch_size=4)
+    known = predictor.predict(images, task=0)
+    for name in ("t0", "t2"):
+        Library(root).remove(name)
+    again = predictor.predict(images, task=0)  # it has the weights
+    jax.tree.map(np.testing.assert_array_equal, again, known)
+    with pytest.raises(UserError, match="t2@1 was archived or removed .* refresh it"):
+        predictor.predict(images, task=2)
+    predictor.refresh()
+    assert predictor.task_names == ("t1",)
+    Library(root).remove("t1")
+    with pytest.raises(UserError, match="has no active task"):
+        predictor.refresh()
+    assert predictor.task_names == ("t1",)
+
+
+def test_only_a_library_can_be_refreshed(root):
+    predictor = Predictor.load(root)
+    predictor._reload = None
+    with pytest.raises(UserError, match="only the predictor of a library"):
+        predictor.refresh()
+
+
+def test_a_library_that_changes_while_it_is_read_is_read_again(root, monkeypatch):
+    load_manifest, opened = LibraryReader.load_manifest, Library(root)
+
+    def archive_first(reader, path):
+        if "t0" in opened.state().active:
+            opened.archive("t0")
+        return load_manifest(reader, path)
+
+    monkeypatch.setattr(LibraryReader, "load_manifest", archive_first)
+    assert Predictor.load(root).task_names == ("t1", "t2")
+
+
+# The gate.
+
+
+def test_a_version_that_lets_another_fall_stays_a_candidate(root, monkeypatch):
+    opened = Library(root)
+    before = opened.state().figures
+    accuracies = library._accuracies
+
+    def lower(predictor, images, labels, place):
+        found = accuracies(predictor, images, labels, place)
+        return found | ({"given": before["t0"]["given"] - 2.0} if place == 0 else {})
+
+    monkeypatch.setattr(library, "_accuracies", lower)
+    version, verdict = opened.learn("t3", of(6, 7), gate=Gate(1.9))
+    assert version.state == CANDIDATE and "t3" not in opened.state().active
+    assert verdict.fallen[0].startswith("t0: with the task given ")
+    assert verdict.fallen[0].endswith("2.00 points lower")
+    assert version.gate["fallen"] == list(verdict.fallen)
+    assert opened.log()[-1]["note"] == "; ".join(verdict.fallen)
+    assert opened.state().figures == before
+    assert not opened.check(1.9).passed
+    assert opened.activate("t3", 1, Gate(1.9)).fallen
+    monkeypatch.setattr(library, "MEASURED", ("given",))  # the others fall by themselves
+    assert opened.activate("t3", 1, Gate(2.0)).passed
+    assert opened.state().figures["t0"]["given"] == before["t0"]["given"] - 2.0
+    with pytest.raises(UserError, match="t3@1 is the active one already"):
+        opened.activate("t3", 1)
+
+
+def test_a_version_below_the_least_accuracy_stays_a_candidate(root):
+    figures = Library(root).state().figures["t1"]["given"]
+    version, verdict = Library(root).learn("t3", of(6, 7), gate=Gate(100.0, 100.0))
+    own = version.learned["given"]
+    assert own < 100 and version.state == CANDIDATE
+    assert verdict.fallen == (f"t3: {own:.2f}% with the task given is below 100%",)
+    assert Library(root).state().figures["t1"]["given"] == figures
+
+
+@pytest.mark.parametrize("bad", [{"max_drop": -1}, {"max_drop": 101}, {"min_accuracy": 100.5}])
+def test_a_gate_is_in_percent(bad):
+    with pytest.raises(UserError, match="from 0 to 100"):
+        Gate(**bad)
+
+
+def test_test_images_that_changed_are_said_and_their_figures_stay(root, monkeypatch):
+    opened = Library(root)
+    opened.learn("t3", of(6, 7), gate=OPEN_GATE, keep_test_images=True)
+    figures = opened.state().figures
+    assert opened.check().passed
+    monkeypatch.setattr(sources, "load", lambda *_: letters(seed=1))
+    verdict = opened.check()
+    assert not verdict.passed and not verdict.fallen
+    assert set(verdict.unchecked) == {"t0", "t1", "t2"}
+    assert "letters are others than it was learned with" in verdict.unchecked["t0"]
+    assert verdict.figures.keys() == {"t3"}  # its images are kept in the library
+    verdict = opened.activate("t1", 1)
+    assert "t1" in verdict.unchecked
+    state = opened.state()
+    assert state.figures == {name: row for name, row in figures.items() if name != "t1"}
+    assert state.active["t1"].number == 1 and "t0: not checked" in opened.log()[-1]["note"]
+    monkeypatch.undo()
+    verdict = opened.check()  # and of a version that was never evaluated
+    assert verdict.unchecked == {"t1": "there are no figures of it to compare with"}
+
+
+def test_test_images_that_are_gone_are_said(root, monkeypatch):
+    def gone(*_):
+        raise UserError("dataset: it is not there")
+
+    monkeypatch.setattr(sources, "load", gone)
+    verdict = Library(root).check()
+    assert verdict.unchecked == dict.fromkeys(("t0", "t1", "t2"), "dataset: it is not there")
+    verdict = Library(root).activate("t1", 3, Gate(1.0, 50.0))
+    assert verdict.fallen == ("t1: it could not be evaluated, which is below 50%",)
+
+
+def test_kept_test_images_that_are_damaged_are_said(root):
+    opened = Library(root)
+    version, _ = opened.learn("t3", of(6, 7), gate=OPEN_GATE, keep_test_images=True)
+    file = LibraryReader(root).tests(version)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    assert "is not what was kept" in opened.check().unchecked["t3"]
+    file.unlink()
+    assert "can't be read" in opened.check().unchecked["t3"]
+
+
+def damage(root: Path, version, item: str) -> None:
+    """Change a byte of the largest array of an item."""
+    files = [
+        file for file in (root / f"tasks/{version.id:03d}/{item}").rglob("0*") if file.is_file()
+    ]
+    file = max(files, key=lambda file: file.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("item", ["adapter", "shared", "statistics", "manifest"])
+def test_a_damaged_version_is_named_and_the_others_go_on(root, item):
+    opened, images = Library(root), letters().test.images[:12]
+    state = opened.state()
+    others = Predictor.load(root, ["t0", "t2"]).predict(images)
+    if item == "manifest":
+        (root / f"tasks/{state.active['t1'].id:03d}/manifest/metadata").write_text("{}")
+    else:
+        damage(root, state.active["t1"], item)
+    with pytest.raises(UserError, match="t1@2 is damaged .*rollback .* t1, or .*--tasks=t0,t2"):
+        Predictor.load(root).predict(images, task=[0] * 4 + [1] * 4 + [2] * 4)
+    jax.tree.map(
+        np.testing.assert_array_equal, Predictor.load(root, ["t0", "t2"]).predict(images), others
+    )
+    verdict = opened.check()
+    assert set(verdict.unchecked) == {"t1"} and "t1@2 is damaged" in verdict.unchecked["t1"]
+    assert set(verdict.figures) == {"t0", "t2"}
+    version, verdict = opened.rollback("t1")
+    assert version.number == 1 and not verdict.unchecked
+    Predictor.load(root).predict(images)
+    with pytest.raises(UserError, match="t1@2 is damaged"):
+        opened.activate("t1", 2)
+    opened.remove("t1", 2)
+    assert opened.check().passed
+
+
+def test_another_backbone_is_refused(root, monkeypatch, backbone):
+    other = backbones.Backbone("tiny", TINY, backbone, "1" * 64)
+    monkeypatch.setattr(backbones, "load", lambda *_: other)
+    library._load_backbone.cache_clear()
+    for act in (
+        lambda: Library(root).learn("t3", of(6, 7)),
+        Library(root).check,
+        lambda: Predictor.load(root),
+    ):
+        with pytest.raises(UserError, match=f"backbone: the file found has SHA-256 {'1' * 64}"):
+            act()
+    library._load_backbone.cache_clear()
+
+
+# Names, classes and folders.
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "../x", ".", "..", "a b", "-x", "_x", ".x", "a@b", "best", "all", "none",
+             "a\n", "x" * 65, "\U0001d4d0" * 33, "\udcff", "a\0"]
+)  # fmt: skip
+def test_names_that_can_not_be(root, name):
+    with pytest.raises(UserError, match="task name: "):
+        Library(root).learn(name, of(6, 7))
+    with pytest.raises(UserError, match="task name: "):
+        Library(root).rename("t0", name)
+
+
+@pytest.mark.parametrize("name", ["birds", "1", "Vögel", "鳥", "a.b-c_d", "x" * 64])
+def test_names_that_can(root, name):
+    Library(root).rename("t0", name)
+    assert list(check_whole(root).tasks) == [name, "t1", "t2"]
+    assert Predictor.load(root).task_names[0] == name
+    assert split_name(f"{name}@12") == (name, 12)
+
+
+@pytest.mark.parametrize("text", ["t@", "t@0", "t@-1", "t@x", "t@1@2", "t@1234567890"])
+def test_versions_that_can_not_be(text):
+    with pytest.raises(UserError, match="version: .* write a task's version as t@2"):
+        split_name(text)
+
+
+def test_a_class_is_in_one_task(root):
+    opened = Library(root)
+    changes = opened.state().changes
+    for name, data, extend, message in (
+        ("t3", of(5, 6), False, "classes: 'c05' is in task 't2' already"),
+        ("t0", of(0, 1, 2), True, "classes: 'c02' is in task 't1' already"),
+        ("t0", of(0), False, "a new version of t0 has the same classes, and 'c01' is in one"),
+        ("t0", of(0, 1, 6), False, "'c06' is in one of the two only; take another"),
+        ("t0", of(0, 1), True, "extend: t0 has all of these classes already"),
+        ("t0", of(0, 6), True, "extend: of the older classes of t0, the data has only some"),
+        ("t3", of(6), True, "extend: there is no task 't3'"),
+        ("t3", Data("letters", classes=("x",)), False, "letters has no class 'x'; it has c00, c01"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened.learn(name, data, extend=extend)
+    assert opened.state().changes == changes
+    opened.remove("t2")  # and then its classes are free, and keep their numbers
+    version, _ = opened.learn("t3", of(6, 5), gate=OPEN_GATE)
+    assert version.classes == (6, 5)
+    assert opened.state().classes == CLASSES[:7]
+
+
+@pytest.mark.parametrize("given", [(6, 7), (0, 1, 6, 7), (7, 1, 6, 0)])
+def test_extend_makes_a_version_with_more_classes(root, given):
+    """Whether the data has the older classes too, or they are read from where they were."""
+    opened = Library(root)
+    version, _ = opened.learn("t0", of(*given), extend=True, gate=OPEN_GATE)
+    assert version.number == 2 and version.classes[:2] == (0, 1)
+    assert set(version.classes[2:]) == {6, 7}
+    assert version.test["images"] == 8
+    assert opened.check().passed
+    assert opened.rollback("t0")[0].classes == (0, 1)
+
+
+def test_a_task_of_one_class(root):
+    opened = Library(root)
+    version, _ = opened.learn("one", of(9), gate=OPEN_GATE)
+    assert version.learned["given"] == 100
+    assert opened.check().passed
+
+
+def test_start_from(root, monkeypatch):
+    opened, begun = Library(root), []
+
+    def note(*args, start, **others):
+        begun.append(start)
+        return drawn(*args, start=start, **others)
+
+    monkeypatch.setattr(loop, "run", note)
+    opened.learn("t3", of(6, 7), start_from="t1@1", gate=OPEN_GATE)
+    opened.learn("t4", of(8, 9), gate=OPEN_GATE)
+    assert begun[0].adapter["mask"] and "key" not in begun[0].adapter and not begun[1].adapter
+    reader, state = LibraryReader(root), opened.state()
+    folder = reader.path(state.version("t1", 1)) / "adapter"
+    names = {path.name for path in folder.iterdir() if path.name.startswith("mask.")}
+    flat, _ = jax.tree_util.tree_flatten_with_path(begun[0].adapter)
+    assert {jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in flat} == names
+    opened.archive("t1", 1)
+    for start_from, message in (
+        ("t1@1", "t1@1 is archived; restore it first"),
+        ("t1@9", "there is no t1@9; there are t1@1, t1@2, t1@3"),
+        ("t9", "there is no 't9' in this library; there are t0, t1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened.learn("t5", of(10, 11), start_from=start_from)
+
+
+def test_a_library_has_one_set_of_settings(root, tmp_path):
+    opened = Library(root)
+    other = dataclasses.replace(WITHOUT, learning_rate=0.5)
+    with pytest.raises(UserError, match="other settings .learning_rate: 0.03 there, 0.5 now"):
+        opened.learn("t3", of(6, 7), config=other)
+    opened.learn("t3", of(6, 7), config=dataclasses.replace(WITHOUT, eval_batch_size=8))
+    for method in ("head", "dualprompt+ewc", "l2p", "l2p+softtf", "finetune"):
+        with pytest.raises(UserError, match="method: "):
+            Library(tmp_path / "new").learn("t", of(0), config=Config(method=method))
+    with pytest.raises(UserError, match="library: .*new is not there"):
+        Library(tmp_path / "new").learn("t", of(0))
+    assert not (tmp_path / "new").exists()  # nothing is left of what was refused
+
+
+def test_other_things_in_a_folder_are_left_alone(root, tmp_path):
+    (tmp_path / "mine/tests").mkdir(parents=True)
+    (tmp_path / "mine/tests/000.npz").write_text("mine")
+    (tmp_path / "mine/README").write_text("mine")
+    with pytest.raises(UserError, match="holds other things .README. and no library"):
+        Library(tmp_path / "mine").learn("t", of(0, 1), config=WITHOUT)
+    assert sorted(p.name for p in (tmp_path / "mine").rglob("*")) == ["000.npz", "README", "tests"]
+    kept = [root / name for name in ("tasks/notes.txt", "notes.txt", "log/x.json", "learning/x")]
+    for file in kept:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    Library(root).rename("t0", "zero")
+    assert all(file.read_text() == "mine" for file in kept)
+
+
+@pytest.mark.parametrize("name", [".lock", "tasks", "log", "archive", "library.json"])
+def test_links_are_refused(root, tmp_path, name):
+    if not (root / name).exists():
+        (root / name).mkdir()
+    (root / name).rename(tmp_path / "elsewhere")
+    (root / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        Library(root).rename("t0", "zero")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "a JSON object was expected"),
+        ("{}", "is missing or unknown; restore it"),
+        ('{"format": 7, "written_by": "9.1"}', "written by soft_jax 9.1.*upgrade this program"),
+        (None, "is not what was written"),
+    ],
+)
+def test_a_state_that_can_not_be_read(root, text, message):
+    file = root / "library.json"
+    if text is None:
+        text = json.dumps(json.loads(file.read_text()) | {"tasks": {"t0": 5}})
+    file.write_text(text)
+    digests = digest(root / "tasks")
+    for act in (
+        lambda: Library.open(root),
+        lambda: Predictor.load(root),
+        lambda: Library(root).rename("t0", "zero"),
+        lambda: Library(root).learn("t3", of(6, 7), config=WITHOUT),
+    ):
+        with pytest.raises(UserError, match=message):
+            act()
+    assert file.read_text() == text and digest(root / "tasks") == digests
+
+
+def test_two_commands_at_once(root):
+    with (
+        closing(LibraryFolder(root)),
+        pytest.raises(UserError, match="another program is changing"),
+    ):
+        Library(root).rename("t0", "zero")
+    assert Library(root).state().active.keys() == {"t0", "t1", "t2"}
+    Library(root).rename("t0", "zero")
+
+
+def test_training_that_was_cut_off_is_gone_on_with_by_the_same_command_alone(root, monkeypatch):
+    opened, begun = Library(root), []
+
+    def cut_off(config, workdir, console, dataset, *others, **start):
+        begun.append(Path(workdir).name)
+        drawn(config, workdir, console, dataset, *others, **start)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "run", cut_off)
+    for data in (of(6, 7), of(6, 7), of(6, 7, 8)):
+        with pytest.raises(KeyboardInterrupt):
+            opened.learn("t3", data)
+    assert begun[0] == begun[1] != begun[2]
+    assert all((root / "learning" / name).is_dir() for name in begun)
+    monkeypatch.setattr(loop, "run", drawn)
+    opened.learn("other", of(10, 11), gate=OPEN_GATE)  # one in between changes nothing
+    monkeypatch.setattr(loop, "run", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        opened.learn("t3", of(6, 7))
+    assert begun[3] == begun[0]
+    monkeypatch.setattr(loop, "run", drawn)
+    before = digest(root / "learning" / begun[0] / "tasks/000")
+    version, _ = opened.learn("t3", of(6, 7), gate=OPEN_GATE)
+    assert digest(LibraryReader(root).path(version)) == before
+    assert not list((root / "learning").iterdir())
+
+
+def test_tidy_archives_what_is_old(root):
+    opened = Library(root)
+    planned = [(name, v.number, why) for name, v, why in opened.tidy_plan(keep_versions=1)]
+    assert planned == [("t1", 1, "2 newer versions")]  # @2 is the active one
+    assert not opened.tidy_plan(unused_days=1)
+    Predictor.load(root, ["t0"])
+    for version in range(5):
+        file = root / f"used/{version:03d}"
+        file.touch()
+        os.utime(file, (0, 0) if version else None)
+    names = [f"{name}@{v.number}" for name, v, _ in opened.tidy_plan(unused_days=90)]
+    assert sorted(names) == ["t1@1", "t1@2", "t1@3", "t2@1"]
+
+
+# Kills, and full disks.
+
+_at_change: list = []  # what is called before anything on the disk is changed
+_CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "os.link",
+    "os.symlink",
+)
+
+
+def _hook(event, arguments):
+    if not _at_change:
+        return
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    if event in _CHANGES or (event == "open" and (arguments[2] or 0) & writes):
+        _at_change[-1](event, arguments)
+
+
+@pytest.fixture(scope="module")
+def _hooked():
+    sys.addaudithook(_hook)  # for good; it does nothing when nobody asks
+
+
+@contextlib.contextmanager
+def at_change(act):
+    """Call `act` before each change on the disk."""
+    _at_change.append(act)
+    try:
+        yield
+    finally:
+        _at_change.pop()
+
+
+class Killed(BaseException):
+    """The process ends here: no handler for errors runs."""
+
+
+class Clock:
+    """Counts changes on the disk; at number `at` and after it raises `error`."""
+
+    def __init__(self, at=None, error=Killed, only=()):
+        self.count, self._at, self._error, self._only = 0, at, error, only
+
+    def __call__(self, event, arguments):
+        if self._only and event not in self._only:
+            return
+        self.count += 1
+        if self._at is not None and self.count > self._at:
+            raise self._error
+
+
+COMMANDS = {
+    "learn": lambda opened: opened.learn("t3", of(6, 7), keep_test_images=True),
+    "learn_again": lambda opened: opened.learn("t1", of(2, 3)),
+    "learn_refused": lambda opened: opened.learn("t3", of(6), gate=Gate(1.0, 60.0)),
+    "first": lambda opened: opened.learn("t0", of(0, 1), config=WITHOUT),
+    "activate": lambda opened: opened.activate("t1", 1),
+    "rollback": lambda opened: opened.rollback("t1"),
+    "archive": lambda opened: opened.archive("t0"),
+    "restore": lambda opened: opened.restore("t2"),
+    "rename": lambda opened: opened.rename("t1", "one"),
+    "remove": lambda opened: opened.remove("t1"),
+    "remove_version": lambda opened: opened.remove("t0", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def _small(tmp_path_factory, _hooked):
+    """A library as `three`, whose versions are a few small files and can't be loaded; t2 is
+    archived, and t1 keeps test images. Not to be changed.
+    """
+    finished = tmp_path_factory.mktemp("finished")
+    for name in ("adapter/mask/0", "shared/bias/0"):
+        (finished / name).parent.mkdir(parents=True)
+        (finished / name).write_text(name)
+    manifest = manifest_of(
+        task=0,
+        classes=(0,),
+        class_names=("a",),
+        num_classes=1,
+        num_tasks=1,
+        config={},
+        backbone={},
+        metrics={},
+    )
+    manifest = dataclasses.replace(manifest, seconds={"train": 1.0})
+    data = formats.stamped("task", manifest.to_json()) | {"run": RECORD, "sha256": {}}
+    data["manifest_sha256"] = checkpoint._digest(data)
+    (finished / "manifest").mkdir()
+    (finished / "manifest/metadata").write_text(json.dumps(data))
+
+    def copied(config, workdir, *_, **__):
+        if not (workdir / "tasks/000").is_dir():
+            (workdir / "tasks").mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(workdir / "partial", ignore_errors=True)
+            shutil.copytree(finished, workdir / "partial")
+            (workdir / "partial").rename(workdir / "tasks/000")  # as Orbax does
+        return [manifest]
+
+    root = tmp_path_factory.mktemp("small") / "library"
+    with _without_arrays(copied):
+        opened = made(root)
+        opened.learn("t1", of(2, 3), keep_test_images=True)
+        opened.archive("t2")
+    return root, copied
+
+
+@contextlib.contextmanager
+def _without_arrays(train):
+    with pytest.MonkeyPatch.context() as patch, gate_of_paper():
+        patch.setattr(loop, "run", train)
+        patch.setattr(library, "_start", lambda *_: Start())
+        patch.setattr(Library, "_keep_tests", _keep_few)
+        yield
+
+
+@pytest.fixture
+def small(_small):
+    with _without_arrays(_small[1]):
+        yield _small[0]
+
+
+def _keep_few(self, folder, state, dataset, version):
+    found = folder.keep_tests(version, np.zeros(2, np.uint8), np.zeros(2, int))
+    return dataclasses.replace(version, test={**version.test, "kept_sha256": found})
+
+
+RECORD = RunRecord(settings={}, backbone_sha256="", dataset_sha256="", tasks=None).to_json()
+
+
+def copy_of(small: Path, tmp_path: Path, command: str) -> Path:
+    root = tmp_path / "library"
+    shutil.rmtree(root, ignore_errors=True)
+    if command != "first":
+        shutil.copytree(small, root)
+    return root
+
+
+def contents(root: Path) -> dict[int, str]:
+    """The hash of each version's files, packed or not."""
+    reader, found = LibraryReader(root), {}
+    for versions in reader.read().tasks.values():
+        for version in versions:
+            if version.state != ARCHIVED:
+                found[version.id] = digest(reader.path(version))
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_any_change_on_the_disk_a_command_is_done_or_not(small, tmp_path, command):
+    """And the same command then does it, or finds it done."""
+    act, clock = COMMANDS[command], Clock()
+    root = copy_of(small, tmp_path, command)
+    before = shape_of(check_whole(root)) if command != "first" else None
+    known = contents(root) if before else {}
+    with at_change(clock):
+        act(Library(root))
+    after = shape_of(check_whole(root))
+    assert after != before and clock.count > 5
+    known |= contents(root)
+    seen = set()
+    for at in range(clock.count):
+        root = copy_of(small, tmp_path, command)
+        with at_change(Clock(at)), contextlib.suppress(Killed):
+            act(Library(root))
+        if not (root / "library.json").exists():
+            assert before is None
+            seen.add("before")
+        else:
+            shape = shape_of(check_whole(root))
+            assert shape in (before, after)
+            seen.add("after" if shape == after else "before")
+            assert contents(root).items() <= known.items()
+            if shape == after:
+                continue
+        act(Library(root))
+        assert shape_of(check_whole(root)) == after
+    # Some change is left to do when it is done, but for commands that have nothing to remove.
+    assert "before" in seen
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_leaves_the_library_as_it_was(small, tmp_path, command):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    act, clock = COMMANDS[command], Clock(only=("open", "os.mkdir"))
+    root = copy_of(small, tmp_path, command)
+    with at_change(clock):
+        act(Library(root))
+    after = shape_of(check_whole(root))
+    for at in range(clock.count):
+        root = copy_of(small, tmp_path, command)
+        before = shape_of(LibraryReader(root).read()) if command != "first" else None
+        filled = Clock(at, full, ("open", "os.mkdir"))
+        with at_change(filled), pytest.raises((UserError, OSError), match="No space left") as error:
+            act(Library(root))
+        # But for what training says of itself, which stands in for a run here.
+        assert error.type is UserError or "learn" in command or command == "first"
+        if before:
+            assert shape_of(LibraryReader(root).read()) == before
+            assert not list(root.glob("[!l]*/.*.partial*"))  # what was written makes room again
+        act(Library(root))
+        assert shape_of(check_whole(root)) == after
+
+
+KILLS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from soft_jax.experiment.library import Library
+from soft_jax.store.library import LibraryReader
+
+small, work = map(Path, sys.argv[1:])
+COMMANDS = {
+    "archive": lambda opened: opened.archive("t0"),
+    "restore": lambda opened: opened.restore("t2"),
+    "rename": lambda opened: opened.rename("t1", "one"),
+    "remove": lambda opened: opened.remove("t1"),
+}
+
+def state(root):
+    return {n: {v.number: v.state for v in f} for n, f in LibraryReader(root).read().tasks.items()}
+
+def run(root, act, seconds):
+    child = os.fork()
+    if not child:
+        act(Library(root))
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+random.seed(0)
+killed = 0
+for name, act in COMMANDS.items():
+    whole = work / "whole"
+    shutil.copytree(small, whole)
+    began = time.monotonic()
+    assert run(whole, act, None) == 0
+    took, before, after = time.monotonic() - began, state(small), state(whole)
+    shutil.rmtree(whole)
+    for number in range(12):
+        root = work / f"{name}{number}"
+        shutil.copytree(small, root)
+        killed += run(root, act, random.uniform(0, took)) != 0
+        assert state(root) in (before, after), (name, number)
+        if state(root) == before:
+            assert run(root, act, None) == 0
+        assert state(root) == after, (name, number)
+print(killed)
+"""
+
+
+def test_killed_at_any_moment_a_command_is_done_or_not(small, tmp_path):
+    """By SIGKILL, of processes that change a library without training."""
+    command = [sys.executable, "-c", KILLS, str(small), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    assert int(done.stdout) >= 10  # of 48; the others were done before
+    for root in tmp_path.iterdir():
+        check_whole(root)
+
+
+@pytest.mark.usefixtures("_hooked")
+def test_a_library_that_can_not_be_written_is_read(root):
+    readonly = Clock(0, OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    opened, images = Library(root), letters().test.images[:4]
+    before = Predictor.load(root, task_id="oracle").predict(images, task=0)
+    with at_change(readonly):
+        after = Predictor.load(root, task_id="oracle").predict(images, task=0)
+        assert opened.log()[-1]["command"] == "learn"
+        assert opened.state().active.keys() == {"t0", "t1", "t2"}
+        assert opened.check().passed
+        with pytest.raises(UserError, match="can't be written .*Read-only file system"):
+            opened.rename("t0", "zero")
+    jax.tree.map(np.testing.assert_array_equal, after, before)
