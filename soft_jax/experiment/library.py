@@ -28,7 +28,7 @@ from soft_jax import distributed
 from soft_jax.config import Config, from_settings
 from soft_jax.data import sources
 from soft_jax.errors import Stopped, UserError
-from soft_jax.experiment import data_spec, loop
+from soft_jax.experiment import data_spec, loop, transfer
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.run import Start
@@ -53,6 +53,8 @@ from soft_jax.store.library import (
 # What is measured of a task, in percent: with the task given, and each image by itself.
 GIVEN, PER_SAMPLE = "given", "per_sample"
 MEASURED = (GIVEN, PER_SAMPLE)
+BEST = "best"  # in the place of a task to start from
+TRANSFER_FILE = "transfer.json"
 MAX_DROP = 1.0  # points that a task may fall by at the gate
 RUN_FILE = "config.json"
 
@@ -141,7 +143,8 @@ class Library:
             config: the settings that all tasks of a new library are learned with; None: those of
                 the library. Others than the library's are refused.
             start_from: a task, or a version "birds@2", whose prompt and weights the training begins
-                with; None: as they are drawn.
+                with; "best": the active task whose features serve the new images most
+                (`experiment.transfer`); None: as they are drawn.
             extend: whether `data` brings more classes to a task that is there: the new version has
                 both. The older classes' images are taken from `data` if it has them, else from
                 where they were.
@@ -160,7 +163,10 @@ class Library:
         library.check_name(name)
         with self._held(make=config is not None) as folder:
             old = self._state_or_new(folder, config)
-            plan, dataset = _planned(old, name, data, extend, start_from)
+            named = None if start_from == BEST else start_from
+            plan, dataset = _planned(old, name, data, extend, named)
+            if start_from == BEST:
+                plan = dataclasses.replace(plan, start_from=self._best(folder, old, dataset))
             version, finished = self._train(folder, old, plan, dataset, hooks)
             new, version = _with_version(old, plan, version)
             folder.take_in(finished, version)
@@ -319,6 +325,55 @@ class Library:
                         f"{drop:.2f} points lower"
                     )
         return Verdict(figures, tuple(fallen), unchecked)
+
+    # Transfer.
+
+    def _best(
+        self, folder: LibraryReader, state: LibraryState, dataset: sources.Dataset
+    ) -> Version:
+        """Return the active version whose features serve the images of a data set most."""
+        if not state.active:
+            raise UserError("start_from: there is no active task yet to begin with")
+        predictor = _predictor(folder, state, state.active)
+        frozen, gains = transfer.gains(predictor, dataset)
+        best = max(gains, key=lambda task: gains[task])
+        self.console.print(
+            f"Begins with {best}: its features name {frozen + gains[best]:.1f}% of the new images "
+            f"held out of training, the frozen ones {frozen:.1f}%",
+            highlight=False,
+        )
+        return state.active[best]
+
+    def transfer(self) -> dict[str, dict[str, float]]:
+        """Return what each active task's network gives to each active task, `transfer.gains`.
+
+        `[i][j]` is of task i's network on the images of task j, in points; `["frozen"][j]` is the
+        accuracy of the frozen network's probe, in percent. Pairs that were measured before are kept
+        in the library, so that a task more costs one row and one column. Raises UserError where a
+        task's images can't be had.
+        """
+        reader = LibraryReader(self.root)
+        state = reader.read()
+        kept = _kept_transfer(reader)
+        versions = state.active
+        if not versions:
+            raise UserError(f"library: {self.root} has no active task")
+        table: dict[str, dict[str, float]] = {name: {} for name in ("frozen", *versions)}
+        for name, version in versions.items():
+            column = kept.setdefault(str(version.id), {})
+            missing = {n: v for n, v in versions.items() if str(v.id) not in column}
+            if missing:
+                predictor = _predictor(reader, state, missing)
+                frozen, gains = transfer.gains(predictor, _images(version))
+                column["frozen"] = frozen
+                column |= {str(versions[task].id): gain for task, gain in gains.items()}
+            table["frozen"][name] = column["frozen"]
+            for other, of in versions.items():
+                table[other][name] = column[str(of.id)]
+        with contextlib.suppress(UserError):  # a library that can only be read
+            text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
+            checkpoint.write_text(self.root / TRANSFER_FILE, text)
+        return table
 
     # Versions.
 
@@ -723,6 +778,21 @@ def _predictor(
 
 def _hash_of(dataset: sources.Dataset) -> str:
     return "-".join(part[:16] for part in dataset.test.fingerprint)
+
+
+def _images(version: Version) -> sources.Dataset:
+    """Return the images that a version was learned with."""
+    parts = (Data.from_json(part).load() for part in version.data)
+    return functools.reduce(data_spec.joined, parts)
+
+
+def _kept_transfer(reader: LibraryReader) -> dict[str, dict[str, float]]:
+    """Return what is kept of transfer: by version, the frozen probe and each version's gain."""
+    try:
+        kept = json.loads((reader.root / TRANSFER_FILE).read_bytes())
+    except (OSError, ValueError):  # none, or damaged: it is measured again
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _tests(
