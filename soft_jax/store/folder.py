@@ -209,6 +209,7 @@ class Store(Reader):
                 checkpoint.refuse_link(self.root / name)
             self._lock()
             if os.path.lexists(self.root / "library.json"):
+                self._locked.close()
                 raise UserError(
                     f"workdir: {self.root} is a library by now; add a task with soft-jax learn, or "
                     "train a run in another workdir"

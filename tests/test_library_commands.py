@@ -1,0 +1,363 @@
+"""The commands of a library, on tasks that are learned for real, and a run that is a library."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from soft_jax.__main__ import main
+from soft_jax.data import sources
+from soft_jax.errors import UserError
+from soft_jax.experiment import library, loop
+from soft_jax.experiment.data_spec import Data
+from soft_jax.experiment.library import Library
+from soft_jax.experiment.stopping import Preempted
+from soft_jax.hooks import Hooks
+from soft_jax.inference.predictor import Predictor
+from soft_jax.store.folder import Store
+from soft_jax.store.library import ACTIVE, CANDIDATE, RETIRED, LibraryReader
+from tests.conftest import tiny_config, tiny_world
+
+# ml_collections reads config files by a function that Python deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = (
+    "--config=library:batch_size=8,epochs=1,eval_batch_size=16,prototype_features=40,"
+    "mask_layers=3+4,target_modules=qkv"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_world(backbone):
+    load = sources.load
+    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
+        patch.setattr(
+            sources, "load", lambda name, *rest: few if name == "digits" else load(name, *rest)
+        )
+        library._load_backbone.cache_clear()
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+        yield few
+        jax.config.update("jax_disable_most_optimizations", False)
+        library._load_backbone.cache_clear()
+
+
+def digits(*classes):
+    return Data("digits", classes=tuple(map(str, classes)))
+
+
+@pytest.fixture(scope="module")
+def low(_tiny_world, tmp_path_factory):
+    """A library with a task of the digits 0 and 1, not to be changed."""
+    root = tmp_path_factory.mktemp("low") / "library"
+    words = ["learn", str(root), "low", "digits", "--classes=0,1", "--keep-test-images", CONFIG]
+    assert main(words) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def library_(low, tmp_path_factory):
+    """The same with the digits 2 and 3, whose training was stopped by SIGTERM and went on; and a
+    second version of low, a candidate. Not to be changed.
+    """
+    root = tmp_path_factory.mktemp("library") / "library"
+    shutil.copytree(low, root)
+    steps = []
+
+    def after_step(task, step, values):
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    with pytest.raises(Preempted):
+        Library(root).learn("high", digits(2, 3), hooks=Hooks(after_step))
+    assert list(Library(root).state().tasks) == ["low"]
+    words = ["--classes=2,3", "--max-drop=20"]  # more classes, more mistakes
+    assert main(["learn", str(root), "high", "digits", *words]) == 0
+    assert max(steps) == 2
+    assert not list((root / "learning").iterdir())
+    words = ["--classes=0,1", "--start-from=low", "--min-accuracy=100"]
+    assert main(["learn", str(root), "low", "digits", *words]) == 1
+    return root
+
+
+@pytest.fixture
+def root(library_, tmp_path):
+    shutil.copytree(library_, tmp_path / "library")
+    return tmp_path / "library"
+
+
+@pytest.fixture
+def say(root, capsys):
+    """Give a command for the library; return its status and what it printed."""
+
+    def run(command, *words, on=root):
+        status = main([command, str(on), *words])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    capsys.readouterr()
+    return run
+
+
+def hashes(root, name):
+    reader = LibraryReader(root)
+    manifest = reader.load_manifest(reader.path(reader.read().version(name, 1)))
+    return {key: value for key, value in manifest.sha256.items() if key.startswith("adapter/")}
+
+
+def test_a_task_that_was_stopped_and_went_on_is_the_same_to_the_bit(low, library_, tmp_path):
+    shutil.copytree(low, tmp_path / "library")
+    Library(tmp_path / "library").learn("high", digits(2, 3))
+    assert hashes(tmp_path / "library", "high") == hashes(library_, "high")
+
+
+def test_what_was_learned_is_better_than_chance(library_):
+    """One epoch of ten images on a random backbone: the prototypes know more."""
+    state = Library.open(library_).state()
+    assert state.figures["high"]["per_sample"] > 40  # of 4 classes
+    assert {name: v.number for name, v in state.active.items()} == {"low": 1, "high": 1}
+    assert state.classes == ("0", "1", "2", "3")
+
+
+def test_tasks_show_and_log(say, root):
+    status, out, _ = say("tasks")
+    lines = out.splitlines()
+    assert status == 0 and lines[0].split()[:3] == ["version", "state", "classes"]
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        ["low@1", "active", "2"],
+        ["low@2", "candidate", "2"],
+        ["high@1", "active", "2"],
+    ]
+    status, out, _ = say("show", "low")
+    assert "low@1, active, made " in out and "low@2, candidate" in out
+    assert "classes: 0, 1" in out and "test images: " in out and ", kept here" in out
+    assert "at the gate: low: " in out
+    assert "low@2" not in say("show", "low@1")[1]
+    status, out, _ = say("log")
+    commands = [line.split("  ")[2] for line in out.splitlines()]
+    assert commands[0].startswith("learn low digits --classes=0,1 --keep-test-images --config=")
+    assert commands[1] == "learn high digits --classes=2,3 --max-drop=20"
+    assert commands[2].startswith("learn low digits --classes=0,1 --start-from=low --min-accuracy")
+    assert main(["rename", str(root), "low", "small"]) == 0
+    assert say("log")[1].splitlines()[-1].endswith("rename low small")
+
+
+def test_check_says_what_fell(say, root, monkeypatch):
+    status, out, _ = say("check")
+    assert status == 0 and out.endswith("All tasks are as they were.\n")
+    state = json.loads((root / "library.json").read_text())
+    state["figures"]["high"]["given"] += 1.5
+    (root / "library.json").write_text(json.dumps(state))
+    status, out, _ = say("check")
+    assert status == 1 and "fell: high: with the task given" in out and "1.50 points lower" in out
+    assert say("check", "--max-drop=1.5")[0] == 0
+    assert say("check", "--max-drop=x")[2].startswith("error: --max-drop: 'x' is not a number")
+
+    def gone(*_):
+        raise UserError("dataset: it is gone")
+
+    monkeypatch.setattr(sources, "load", gone)
+    status, out, _ = say("check", "--max-drop=100")
+    assert status == 1 and "not checked: high: dataset: it is gone" in out and "low: " in out
+
+
+def test_versions(say, root):
+    assert say("activate", "low")[2].startswith("error: version: write which version of low")
+    status, out, _ = say("activate", "low@2", "--min-accuracy=100")
+    assert status == 1 and "low@2 is not active" in out
+    assert say("activate", "low@2", "--max-drop=100")[0] == 0
+    assert [v.state for v in Library(root).state().tasks["low"]] == [RETIRED, ACTIVE]
+    status, out, _ = say("rollback", "low")
+    assert status == 0 and out.endswith("low@1 is active\n")
+    assert say("rollback", "low")[2].startswith("error: rollback: low has no version before low@1")
+    status, out, _ = say("archive", "low")
+    assert out.startswith("low@1 is archived: ") and "000.tar.xz" in out
+    assert "low@1 is there again" in say("restore", "low")[1]
+    assert say("restore", "low")[2].startswith("error: restore: low has no archived version")
+    assert say("activate", "low@1", "--max-drop=100")[0] == 0
+    assert say("remove", "low")[2].startswith("error: remove: 2 version(s) of low would be gone")
+    assert say("remove", "low@2", "--yes")[0] == 0
+    assert say("remove", "low", "--yes")[0] == 0
+    assert say("remove", "low", "--yes")[2].startswith("error: task: there is no 'low'")
+    assert say("rename", "high", "none")[2].startswith("error: task name: 'none' can't be one")
+
+
+def test_tidy(say, root):
+    assert say("tidy")[2].startswith("error: tidy: give --archive-unused=90d")
+    assert say("tidy", "--archive-unused=90")[2].startswith("error: --archive-unused: '90'")
+    assert say("tidy", "--archive-unused=1d")[1] == "There is nothing to archive.\n"
+    _, out, _ = say("tidy", "--archive-unused=0d")
+    assert out.count("would be archived") == 3
+    assert Library(root).state().active
+    assert say("tidy", "--archive-unused=0d", "--yes")[1].count("@1 archived") == 2
+    assert not Library(root).state().active
+    assert say("check")[2].endswith("has no active task\n")
+
+
+@pytest.fixture
+def photos(_tiny_world, tmp_path):
+    for number in range(4):
+        Image.fromarray(_tiny_world.test.images[number]).save(tmp_path / f"{number}.png")
+    return [str(tmp_path / f"{number}.png") for number in range(4)]
+
+
+def test_predict_takes_tasks_by_their_names(say, photos):
+    status, out, err = say("predict", *photos)
+    assert status == 0 and err.startswith("Task identity: CIL per_sample, prototype")
+    assert out.count("(task low)") + out.count("(task high)") == 4
+    assert say("predict", *photos, "--tasks=high")[1].count("(task high)") == 4
+    assert say("predict", *photos, "--task=high")[1].count("(task high)") == 4
+    rows = [json.loads(line) for line in say("predict", *photos, "--json")[1].splitlines()]
+    assert {row["task"] for row in rows} <= {"low", "high"}
+    for words, message in (
+        (["--tasks=1"], "tasks: '1' is no active task; there are low, high"),
+        (["--task=x"], "--task: 'x' is not a task to choose from; those are low, high"),
+        (["--tasks=low", "--task=high"], "--task: 'high' is not a task to choose from; those"),
+        (["--task-id=oracle"], "--task-id: 'oracle' needs --task"),
+    ):
+        assert message in say("predict", photos[0], *words)[2]
+
+
+def test_folders_of_images(say, root, tmp_path, photos):
+    (tmp_path / "empty").mkdir()
+    assert "no classes in" in say("learn", "x", str(tmp_path / "empty"))[2]
+    assert "there is no folder" in say("learn", "x", str(tmp_path / "gone"))[2]
+    (tmp_path / "mine/train/3").mkdir(parents=True)
+    assert "no image" in say("learn", "x", str(tmp_path / "mine"))[2]
+    for number, photo in enumerate(photos):
+        shutil.copy(photo, tmp_path / f"mine/train/3/{number}.png")
+    assert "'3' is in task 'high' already" in say("learn", "x", str(tmp_path / "mine"))[2]
+    assert "classes: 'a' stands twice" in say("learn", "x", "digits", "--classes=a,a")[2]
+    assert "has no class 'z'" in say("learn", "x", "digits", "--classes=z")[2]
+    assert "there is no 'y'" in say("learn", "x", "digits", "--classes=4", "--start-from=y")[2]
+    assert "Unknown command line flag" in say("learn", "x", "digits", "--clases=4")[2]
+    assert "epochs: 1 there, 2 now" in say("learn", "x", "digits", CONFIG, "--config.epochs=2")[2]
+    new = tmp_path / "new"
+    assert "no classes in" in say("learn", "x", str(tmp_path / "empty"), CONFIG, on=new)[2]
+    assert not new.exists()
+
+
+def test_a_run_does_not_go_on_in_a_library(root):
+    with pytest.raises(UserError, match="is a library by now"):
+        Store(root)
+
+
+# A run is a library too.
+
+
+@pytest.fixture(scope="module")
+def run_(_tiny_world, tmp_path_factory):
+    """A finished run of two tasks, not to be changed; 6 of the digits are in none."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tasks.json").write_text('[["1", "0"], ["2", "3"]]')
+    settings = {"batch_size": 8, "epochs": 1, "eval_batch_size": 16, "prototype_features": 40}
+    config = tiny_config(
+        method="dualprompt",
+        scenario="file",
+        scenario_file=str(folder / "tasks.json"),
+        **settings,
+    )
+    loop.run(config, folder / "run", Console(quiet=True))
+    return config, folder / "run"
+
+
+@pytest.fixture
+def run(run_, tmp_path):
+    shutil.copytree(run_[1], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_finished_run_is_a_library_whose_tasks_were_planned(say, run, run_, photos):
+    by_run = Predictor.load(run)
+    assert say("tasks", on=run)[1].splitlines()[1].startswith("task1@1  active  2 ")
+    assert "classes: 1, 0" in say("show", "task1", on=run)[1]
+    status, out, _ = say("check", on=run)  # against the run's own figures
+    assert status == 0, out
+    assert say("log", on=run)[1] == ""
+    assert not (run / "library.json").exists()
+    assert say("archive", "task1", on=run)[0] == 0
+    with pytest.raises(UserError, match="is a library by now"):
+        loop.run(run_[0], run, Console(quiet=True))
+    assert say("restore", "task1", on=run)[0] == 0
+    # The gate has the run's figures: without task1, images of task2 were easier to tell.
+    assert say("activate", "task1@1", "--max-drop=100", on=run)[0] == 0
+    by_library = Predictor.load(run)
+    assert by_library.task_names == ("task2", "task1")[::-1]
+    images = [np.asarray(Image.open(photo)) for photo in photos]
+    one, other = by_run.predict(images), by_library.predict(images)
+    np.testing.assert_array_equal(one.classes, other.classes)
+    np.testing.assert_allclose(one.probabilities, other.probabilities[:, :10], atol=1e-5)
+
+
+def test_a_run_learns_on_as_a_library(say, run):
+    given = Library(run).check().figures
+    status, out, err = say("learn", "more", "digits", "--classes=4,5", "--max-drop=100", on=run)
+    assert status == 0, (out, err)
+    state = Library(run).state()
+    assert list(state.active) == ["task1", "task2", "more"]
+    assert state.active["more"].classes == (10, 11)  # the run's ten classes keep their numbers
+    for name in ("task1", "task2"):
+        assert state.figures[name]["given"] == given[name]["given"]
+    # The G-prompt is the run's last, and stays.
+    reader = LibraryReader(run)
+    shared = {
+        manifest.sha256["shared/g_prompt"]
+        for manifest in (reader.load_manifest(reader.tasks / name) for name in ("001", "002"))
+    }
+    assert len(shared) == 1
+    before = Predictor.load(run, task_id="oracle").predict(np.zeros((4, 16, 16, 3), np.uint8), 0)
+    Library(run).archive("task2")
+    after = Predictor.load(run, task_id="oracle").predict(np.zeros((4, 16, 16, 3), np.uint8), 0)
+    np.testing.assert_array_equal(before.probabilities, after.probabilities)
+
+
+def test_a_run_whose_images_changed_can_not_be_checked(say, run, monkeypatch, _tiny_world):
+    images = _tiny_world.test.images.copy()
+    images[0] ^= 255
+    changed = dataclasses.replace(
+        _tiny_world, test=dataclasses.replace(_tiny_world.test, images=images)
+    )
+    monkeypatch.setattr(sources, "load", lambda *_: changed)
+    status, out, _ = say("check", on=run)
+    assert status == 1
+    assert "not checked: task1: its test images in digits are others than it was learned" in out
+
+
+def test_a_run_that_is_not_finished_is_no_library(say, run):
+    shutil.rmtree(run / "tasks/001")
+    for command, words in (
+        ("tasks", []),
+        ("show", ["task1"]),
+        ("check", []),
+        ("archive", ["task1"]),
+        ("learn", ["x", "digits", "--classes=4"]),
+    ):
+        status, _, err = say(command, *words, on=run)
+        assert status == 1 and "is a run of which 1 of 2 tasks are finished" in err, err
+    assert not (run / "library.json").exists()
+    assert Predictor.load(run).model.tasks == (0,)  # which a run's predictor does
+
+
+def test_a_folder_that_is_neither(say, tmp_path):
+    for command, words in (("tasks", []), ("check", []), ("rename", ["a", "b"])):
+        status, _, err = say(command, *words, on=tmp_path / "nothing")
+        assert status == 1 and ("there is none in" in err or "is not there" in err)
+
+
+def test_an_unfinished_run_is_not_taken_from_the_program_that_trains_it(run):
+    with closing(Store(run)), pytest.raises(UserError, match="another program is changing"):
+        Library(run).archive("task1")
+
+
+def test_the_candidate_began_with_the_active_version(library_):
+    versions = Library(library_).state().tasks["low"]
+    assert [v.state for v in versions] == [ACTIVE, CANDIDATE]
