@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from soft_jax import commands, library_commands
 from soft_jax.__main__ import main
 from soft_jax.config import Config
 from soft_jax.evaluation import pictures
-from soft_jax.experiment import loop, planned
+from soft_jax.experiment import library, loop, planned
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.inference import rules
 from soft_jax.models import backbones
@@ -134,8 +135,10 @@ def workplace(backbone, tmp_path_factory):
     tiny = backbones.Backbone("tiny", ARCHITECTURE, first_two_layers(backbone), "0" * 64)
     clip = backbones.Backbone("clip", CLIP, _clip_params(), "1" * 64)
 
-    def small_run(config, workdir, *others):
+    def small_run(config, workdir, *others, **options):
         trained.append(config)
+        if options.get("start"):  # a library's, which has small settings already
+            return run(config, workdir, *others, **options)
         for page, settings in (("README.md", SMALL), ("clip.md", SMALL_CLIP)):
             if page not in first:
                 small = settings_lib.drop_unused(dataclasses.asdict(config) | settings)
@@ -147,6 +150,14 @@ def workplace(backbone, tmp_path_factory):
         trained.extend(each.config for each in runs)
         return [first["README.md"] for _ in runs]
 
+    read_config = commands.read_config
+
+    def small_config(*flags):
+        return Config(**settings_lib.drop_unused(dataclasses.asdict(read_config(*flags)) | SMALL))
+
+    def everything_passes(gate):
+        object.__setattr__(gate, "max_drop", 100.0)
+
     on_folders = [command for command in COMMANDS if "dataset=folder" in command.line]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -157,6 +168,9 @@ def workplace(backbone, tmp_path_factory):
             patch.setattr(planned, "run", finished)
             patch.setattr(pictures, "draw", lambda *_: [])
             patch.setattr(tables, "make", lambda *_: ("", True))
+            patch.setattr(library_commands.commands, "read_config", small_config)
+            # What falls on a backbone of random numbers is not what the pages tell.
+            patch.setattr(library.Gate, "__post_init__", everything_passes)
             for page in ("README.md", "clip.md"):
                 command = next(command for command in on_folders if command.page == page)
                 assert main(command.words[1:]) == 0
@@ -183,6 +197,13 @@ def test_every_command_is_run_or_says_why_not(command, workplace, capsys):
     before = len(workplace)
     assert main(command.words[1:]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out or len(workplace) > before
+
+
+def test_python_of_a_library_runs(workplace, capsys):
+    for code, _ in blocks(ROOT / "docs/library.md", "python"):
+        exec(code, namespace := {})
+    assert namespace["version"].state == "active"
+    assert namespace["task"] in namespace["predictor"].task_names == ("low", "high")
 
 
 def test_python_of_the_page_runs(workplace, capsys):
