@@ -298,7 +298,7 @@ def seven(tmp_path_factory):
 
 @given(data=strategies.data())
 @settings(
-    max_examples=6,
+    max_examples=4,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
