@@ -21,7 +21,8 @@ from soft_jax import pytrees
 from soft_jax.inference import identity
 from soft_jax.methods import hosts, low_rank, masks, prompts
 from soft_jax.methods.method import Method
-from soft_jax.models.vit import Mlp, ViTConfig
+from soft_jax.models.transformer import Mlp
+from soft_jax.models.vit import ViTConfig
 from soft_jax.training import train_step
 from tests.conftest import names
 
@@ -182,7 +183,7 @@ def test_the_published_adapters(layers):
     }
     for name in ("adapter1", "adapter2"):
         params[name] = {part: theirs[f"{name}.adapter_{part}_proj"].T for part in ("down", "up")}
-    out = Mlp(ViTConfig(16, 4, 24, 1, 3, 48, dtype="float64")).apply(
+    out = Mlp(ViTConfig(16, 4, 24, 1, 3, 48, dtype="float64").layer).apply(
         {"params": params}, theirs["x"]
     )
     np.testing.assert_allclose(out, theirs["y"], **CLOSE)
