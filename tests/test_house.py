@@ -12,7 +12,8 @@ STOREYS = (
     *("errors", "paths", "cache", "hooks", "pytrees", "config", "distributed", "store", "data"),
     *("models", "methods", "training", "inference", "evaluation", "experiment", "paper"),
 )
-TOP = ("__init__", "__main__", "commands", "library_commands")  # public names and commands: they may import anything
+# Public names and commands: they may import anything.
+TOP = ("__init__", "__main__", "commands", "library_commands")
 
 
 def modules():
