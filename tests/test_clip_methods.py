@@ -13,6 +13,7 @@ from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
 from soft_jax.experiment import run as run_lib
 from soft_jax.inference import centres, engine, identity, rules, zero_shot
+from soft_jax.methods.clip_hosts import SharedImagePrompt
 from soft_jax.methods.regularization import PGP
 from soft_jax.models import tokenizer
 from soft_jax.training import train_step
@@ -589,3 +590,10 @@ def test_what_has_no_place_on_clip_is_refused(method, settings, message):
     with pytest.raises(UserError, match=message) as raised:
         small_method(method, **settings)
     assert "\n" not in str(raised.value)
+
+
+def test_numbers_as_class_names_are_noted_once():
+    host = SharedImagePrompt()
+    (note,) = host.notes(("class 7", "3", "label_12", "cat", "class act", "Boeing 747"))
+    assert "3 of 6 are numbers, such as 'class 7'" in note
+    assert not host.notes(("cat", "class act", "Boeing 747"))

@@ -11,6 +11,7 @@ Each class is one host, with its line in `registry.HOSTS`.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -84,11 +85,11 @@ class SharedImagePrompt(PromptHost):
 
     def notes(self, class_names: Sequence[str]) -> tuple[str, ...]:
         """Return what a user should know of the class names: numbers say nothing."""
-        numbers = [name for name in class_names if not any(sign.isalpha() for sign in name)]
+        numbers = [name for name in class_names if _is_number(name)]
         if not numbers:
             return ()
         return (
-            f"class names: {len(numbers)} of {len(class_names)} are without a letter, such as "
+            f"class names: {len(numbers)} of {len(class_names)} are numbers, such as "
             f"{numbers[0]!r}; they say nothing to a text tower. Name the classes for better "
             "figures",
         )
@@ -195,6 +196,12 @@ class TaskImagePrompt(SharedImagePrompt):
 def _image_prompt(key: jax.Array, length: int, dim: int) -> jax.Array:
     bound = 1 / math.sqrt(dim)
     return jax.random.uniform(key, (length, dim), jnp.float32, -bound, bound)
+
+
+def _is_number(name: str) -> bool:
+    """Whether a class name is a number, also one such as "class 7"; or has no letter at all."""
+    rest = re.sub(r"^(class|label|category)\b", "", name.replace("_", " ").strip().lower())
+    return not any(sign.isalpha() for sign in rest)
 
 
 def _sentence(class_name: str) -> str:
