@@ -14,7 +14,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import safetensors.numpy
 
@@ -224,9 +223,7 @@ def _files(plain: PlainTask, format: str) -> dict[str, Content]:
 def _products(plain: PlainTask) -> pytrees.Tree:
     """Return the task's A and B, as `LoRA` has them."""
     method, key = plain.method, plain.method.reparametrization.adapter_key
-    adapter = jax.eval_shape(
-        lambda params: method.pack(method.init_adapter(jax.random.key(0), params)), plain.backbone
-    )
+    adapter = method.packed_shapes(plain.backbone)
     whole = distributed.replicated(plain.predictor.batching.mesh)
     items = plain.reader.load_items(
         plain.manifest, {"adapter": {key: adapter[key]}}, whole, part=True

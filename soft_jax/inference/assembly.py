@@ -127,8 +127,7 @@ def assemble(
     whole = distributed.replicated(batching.mesh)
     params = jax.device_put(backbone.params, whole) if params is None else params
     method = method_of(config, backbone, state, versions)
-    keeper = rules.keepers((rule,)).get(rule.statistics_name) if rule.keeps_statistics else None
-    collector = keeper.collector(method.num_classes) if keeper else None
+    collector = rule.collector(method.num_classes)
     tasks = room(len(versions), LEAST_TASKS)
     rows = {
         name: np.zeros((tasks, *shape), np.float32) for name, shape in method.row_shapes.items()

@@ -73,10 +73,7 @@ class CLIPConfig(Architecture):
                     f"the {name} tower's width {dim} is not a multiple of heads {heads}"
                 )
 
-    @property
-    def grid(self) -> int:
-        """Return the number of patches along one side of an image."""
-        return self.image_size // self.patch_size
+    grid = ViTConfig.grid
 
     @property
     def feature_dim(self) -> int:
@@ -166,13 +163,9 @@ class CLIPConfig(Architecture):
         found = re.match(r"vision/blocks_(\d+)/", path)
         return int(found[1]) if found else None
 
-    def fused(self, path: str) -> int:
-        """Return 3 for the kernel that holds q, k and v."""
-        return 3 if path.endswith("attn/qkv/kernel") else 1
-
-    def query_layer(self, path: Sequence[str]) -> int | None:
-        """Return the layer of the vision tower's fused qkv product."""
-        return self.layer_of("/".join(path)) if tuple(path[-2:]) == ("attn", "qkv") else None
+    # Both towers' layers are a ViT's; of queries, `layer_of` leaves the vision tower's alone.
+    fused = ViTConfig.fused
+    query_layer = ViTConfig.query_layer
 
     def bottleneck_widths(self, layer: int, tower: str = "vision") -> dict[str, int]:
         """Return the places behind fc1 and behind fc2, where `Mlp` looks for them."""

@@ -46,7 +46,6 @@ JSON = Any
 STATE_FILE = "library.json"
 # The states of a version. One of a task's is active at most.
 ACTIVE, CANDIDATE, RETIRED, ARCHIVED = "active", "candidate", "retired", "archived"
-STATES = (ACTIVE, CANDIDATE, RETIRED, ARCHIVED)
 RESERVED = ("best", "all", "none")
 _NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 _NAME_BYTES = 128  # in UTF-8: names are parts of names of folders, which have 255 at most
