@@ -12,31 +12,28 @@ version stays a candidate.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 from rich.console import Console
 
-from soft_jax import distributed
-from soft_jax.config import Config, from_settings
+from soft_jax.config import Config
 from soft_jax.data import sources
-from soft_jax.errors import Stopped, UserError
+from soft_jax.errors import UserError
 from soft_jax.experiment import data_spec, loop, transfer
+from soft_jax.experiment import gate as gate_lib
+from soft_jax.experiment import library_planning as planning
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.data_spec import Data
-from soft_jax.experiment.run import Start
-from soft_jax.experiment.stopping import Preempted, stop_at_signals
+from soft_jax.experiment.gate import GIVEN, MAX_DROP, Gate, Verdict
 from soft_jax.hooks import Hooks
-from soft_jax.inference import assembly, engine
+from soft_jax.inference import assembly
+from soft_jax.inference import predictor as predictor_lib
 from soft_jax.inference.predictor import Predictor
-from soft_jax.methods import registry
 from soft_jax.models import backbones
 from soft_jax.store import checkpoint, library
 from soft_jax.store.library import (
@@ -50,48 +47,11 @@ from soft_jax.store.library import (
     Version,
 )
 
-# What is measured of a task, in percent: with the task given, and each image by itself.
-GIVEN, PER_SAMPLE = "given", "per_sample"
-MEASURED = (GIVEN, PER_SAMPLE)
 BEST = "best"  # in the place of a task to start from
 TRANSFER_FILE = "transfer.json"
-MAX_DROP = 1.0  # points that a task may fall by at the gate
+CONFUSION_FILE = "confusion.json"
+_CONFUSION_FORMAT = 1
 RUN_FILE = "config.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the gate found: `figures` in percent by task, as `MEASURED`; what fell, in words; and
-    which tasks could not be checked, and why.
-    """
-
-    figures: Mapping[str, Mapping[str, float]]
-    fallen: tuple[str, ...]
-    unchecked: Mapping[str, str]
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing fell, and everything was checked."""
-        return not self.fallen and not self.unchecked
-
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """What a version has to hold before it becomes the active one.
-
-    No active task may fall by more than `max_drop` points, and the version itself, with the task
-    given, must not be below `min_accuracy` percent.
-    """
-
-    max_drop: float = MAX_DROP
-    min_accuracy: float = 0.0
-
-    def __post_init__(self):
-        if not (0 <= self.max_drop <= 100 and 0 <= self.min_accuracy <= 100):
-            raise UserError(
-                f"gate: max_drop {self.max_drop:g} and min_accuracy {self.min_accuracy:g} are "
-                "percent, from 0 to 100"
-            )
 
 
 class Library:
@@ -162,21 +122,25 @@ class Library:
         """
         library.check_name(name)
         with self._held(make=config is not None) as folder:
-            old = self._state_or_new(folder, config)
+            old, backbone = self._state_or_new(folder, config)
             named = None if start_from == BEST else start_from
-            plan, dataset = _planned(old, name, data, extend, named)
+            plan, dataset = planning.planned(old, name, data, extend, named)
             if start_from == BEST:
-                plan = dataclasses.replace(plan, start_from=self._best(folder, old, dataset))
-            version, finished = self._train(folder, old, plan, dataset, hooks)
-            new, version = _with_version(old, plan, version)
+                plan = dataclasses.replace(
+                    plan, start_from=self._best(folder, old, backbone, dataset)
+                )
+            version, finished = self._train(folder, old, backbone, plan, dataset, hooks)
+            new, version = planning.with_version(old, plan, version)
             folder.take_in(finished, version)
             if keep_test_images:
-                version = self._keep_tests(folder, new, dataset, version)
+                version = self._keep_tests(folder, backbone, dataset, version)
                 new = new.replaced(name, version)
-            verdict = self._judge(folder, old, new, name, version, gate or Gate())
+            verdict = self._judge(folder, old, new, backbone, name, version, gate or Gate())
             new, version = _decided(new, name, version, verdict)
             before = old if old.changes or old.tasks else None
-            folder.commit(before, new, command, _verdict_note(verdict))
+            folder.commit(before, new, command, gate_lib.note_of(verdict))
+            if not verdict.fallen:
+                self._keep_confusion(verdict)
         return version, verdict
 
     @contextlib.contextmanager
@@ -184,34 +148,37 @@ class Library:
         with contextlib.closing(LibraryFolder(self.root, make)) as folder:
             yield folder
 
-    def _state_or_new(self, folder: LibraryFolder, config: Config | None) -> LibraryState:
+    def _state_or_new(
+        self, folder: LibraryFolder, config: Config | None
+    ) -> tuple[LibraryState, backbones.Backbone]:
         if config is None or library.holds_library(self.root) or (self.root / RUN_FILE).exists():
             state = folder.read()
-            ours = _config_of(state)
-            _check_method(ours)
+            ours = planning.config_of(state)
+            planning.check_method(ours)
             if config is not None:
-                _check_same(ours, config)
-            _checked_backbone(state)
-            return state
+                planning.check_same(ours, config)
+            return state, _backbone(state)
         folder.check_new()
         settings_lib.check(config)
-        _check_method(config)
-        loaded = _load_backbone(config)
-        return LibraryState(config=dataclasses.asdict(config), backbone_sha256=loaded.fingerprint)
+        planning.check_method(config)
+        loaded = assembly.load_backbone(config)
+        sha256 = loaded.fingerprint
+        return LibraryState(config=dataclasses.asdict(config), backbone_sha256=sha256), loaded
 
     def _train(
         self,
         folder: LibraryFolder,
         state: LibraryState,
-        plan: "_Plan",
+        backbone: backbones.Backbone,
+        plan: planning.Plan,
         dataset: sources.Dataset,
         hooks: Hooks | None,
     ) -> tuple[Version, Path]:
         """Train what is planned; return it as a version without a place, and its folder."""
         named = {"dataset": plan.parts[-1].dataset, "data_dir": plan.parts[-1].data_dir}
-        config = dataclasses.replace(_config_of(state), **named, **_ONE_TASK)
-        workdir = self.root / "learning" / _training_name(state, plan, config, dataset)
-        begin = _start(folder, state, plan)
+        config = dataclasses.replace(planning.config_of(state), **named, **planning.ONE_TASK)
+        workdir = self.root / "learning" / planning.training_name(state, plan, config, dataset)
+        begin = planning.start(folder, state, backbone, plan)
         manifests = loop.run(
             config, workdir, self.console, dataset, hooks, figures=False, start=begin
         )
@@ -224,7 +191,7 @@ class Library:
             classes=(),
             created=library.now(),
             data=tuple(part.to_json() for part in plan.parts),
-            test={"images": len(test.labels), "sha256": _hash_of(dataset)},
+            test={"images": len(test.labels), "sha256": gate_lib.hash_of(dataset)},
             seconds=float(manifests[0].seconds["train"]),
             bytes=library.checkpoint_bytes(finished),
         )
@@ -233,11 +200,11 @@ class Library:
     def _keep_tests(
         self,
         folder: LibraryFolder,
-        state: LibraryState,
+        backbone: backbones.Backbone,
         dataset: sources.Dataset,
         version: Version,
     ) -> Version:
-        size = _load_backbone(_config_of(state)).architecture.image_size
+        size = backbone.architecture.image_size
         images = dataset.test.prepared(np.arange(len(dataset.test.labels)), size)
         digest = folder.keep_tests(version, images, dataset.test.labels)
         return dataclasses.replace(version, test={**version.test, "kept_sha256": digest})
@@ -252,20 +219,49 @@ class Library:
         """
         reader = LibraryReader(self.root)
         state = reader.read()
-        return self._evaluate(reader, state, state.figures, Gate(max_drop))
+        backbone = _backbone(state)
+        verdict = gate_lib.evaluate(reader, state, backbone, state.figures, Gate(max_drop))
+        self._keep_confusion(verdict)
+        return verdict
+
+    def _keep_confusion(self, verdict: Verdict) -> None:
+        """Keep which tasks are confused, for `confusion`, where the library can be written."""
+        if not library.holds_library(self.root):  # a run has its own
+            return
+        found = {"format": _CONFUSION_FORMAT, "given": verdict.confusion}
+        with contextlib.suppress(UserError):
+            checkpoint.write_text(self.root / CONFUSION_FILE, json.dumps(found, indent=1) + "\n")
+
+    def confusion(self) -> dict[int, dict[int, int]]:
+        """Return `Verdict.confusion` as it was found last, for active versions alone.
+
+        Empty where nothing was evaluated yet.
+        """
+        try:
+            found = json.loads((self.root / CONFUSION_FILE).read_bytes())
+            if found["format"] != _CONFUSION_FORMAT:
+                return {}
+            given = {
+                int(i): {int(j): int(n) for j, n in r.items()} for i, r in found["given"].items()
+            }
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
+            return {}
+        active = {version.id for version in self.state().active.values()}
+        return {one: row for one, row in given.items() if one in active and active >= row.keys()}
 
     def _judge(
         self,
         folder: LibraryFolder,
         old: LibraryState,
         new: LibraryState,
+        backbone: backbones.Backbone,
         name: str,
         version: Version,
         gate: Gate,
     ) -> Verdict:
         """Evaluate the library as it would be with `version` as the active one of task `name`."""
         tried = _activated(new, name, version)
-        verdict = self._evaluate(folder, tried, old.figures, gate, name)
+        verdict = gate_lib.evaluate(folder, tried, backbone, old.figures, gate, name)
         if name in verdict.figures:
             own = verdict.figures[name][GIVEN]
             low = f"{own:.2f}% with the task given" if own < gate.min_accuracy else ""
@@ -276,65 +272,19 @@ class Library:
             verdict = dataclasses.replace(verdict, fallen=(*verdict.fallen, low))
         return verdict
 
-    def _evaluate(
-        self,
-        reader: LibraryReader,
-        state: LibraryState,
-        before: Mapping[str, Mapping[str, float]],
-        gate: Gate,
-        new: str | None = None,
-    ) -> Verdict:
-        """Evaluate the active tasks of `state`, against their figures `before`.
-
-        Raises UserError where there are none, or task `new`, which is to be the active one, is
-        damaged.
-        """
-        config, backbone = _config_of(state), _checked_backbone(state)
-        if not state.active:
-            raise UserError(f"library: {self.root} has no active task")
-        versions, figures, fallen, unchecked = {}, {}, [], {}
-        for name, version in state.active.items():
-            try:
-                assembly.check_version(reader, state, name, version, config, backbone)
-                versions[name] = version
-            except UserError as error:
-                if name == new:
-                    raise
-                unchecked[name] = str(error)
-        if not versions:
-            return Verdict({}, (), unchecked)
-        predictor = _predictor(reader, state, versions)
-        whole: dict[Data, tuple[sources.Dataset, str]] = {}
-        for place, (name, version) in enumerate(versions.items()):
-            try:
-                images, labels = _tests(reader, state, version, predictor, whole)
-            except UserError as error:
-                unchecked[name] = str(error)
-                continue
-            figures[name] = _accuracies(predictor, images, labels, place)
-            if name not in before:
-                if name != new:
-                    unchecked[name] = "there are no figures of it to compare with"
-                continue
-            for measured in MEASURED:
-                drop = before[name][measured] - figures[name][measured]
-                if drop > gate.max_drop + 1e-9:
-                    was = before[name][measured]
-                    fallen.append(
-                        f"{name}: {_SHOWN[measured]} {was:.2f} → {figures[name][measured]:.2f}, "
-                        f"{drop:.2f} points lower"
-                    )
-        return Verdict(figures, tuple(fallen), unchecked)
-
     # Transfer.
 
     def _best(
-        self, folder: LibraryReader, state: LibraryState, dataset: sources.Dataset
+        self,
+        folder: LibraryReader,
+        state: LibraryState,
+        backbone: backbones.Backbone,
+        dataset: sources.Dataset,
     ) -> Version:
         """Return the active version whose features serve the images of a data set most."""
         if not state.active:
             raise UserError("start_from: there is no active task yet to begin with")
-        predictor = _predictor(folder, state, state.active)
+        predictor = predictor_lib.of_versions(folder, state, state.active, backbone)
         frozen, gains = transfer.gains(predictor, dataset)
         best = max(gains, key=lambda task: gains[task])
         self.console.print(
@@ -354,7 +304,7 @@ class Library:
         """
         reader = LibraryReader(self.root)
         state = reader.read()
-        kept = _kept_transfer(reader)
+        kept, backbone = _kept_transfer(reader), _backbone(state)
         versions = state.active
         if not versions:
             raise UserError(f"library: {self.root} has no active task")
@@ -363,7 +313,7 @@ class Library:
             column = kept.setdefault(str(version.id), {})
             missing = {n: v for n, v in versions.items() if str(v.id) not in column}
             if missing:
-                predictor = _predictor(reader, state, missing)
+                predictor = predictor_lib.of_versions(reader, state, missing, backbone)
                 frozen, gains = transfer.gains(predictor, _images(version))
                 column["frozen"] = frozen
                 column |= {str(versions[task].id): gain for task, gain in gains.items()}
@@ -390,10 +340,11 @@ class Library:
                 raise UserError(f"version: {name}@{number} is archived; restore it first")
             if version.state == ACTIVE:
                 raise UserError(f"version: {name}@{number} is the active one already")
-            verdict = self._judge(folder, old, old, name, version, gate or Gate())
+            verdict = self._judge(folder, old, old, _backbone(old), name, version, gate or Gate())
             if not verdict.fallen:
                 new = _with_figures(_activated(old, name, version), name, verdict)
-                folder.commit(old, new, command, _verdict_note(verdict))
+                folder.commit(old, new, command, gate_lib.note_of(verdict))
+                self._keep_confusion(verdict)
         return verdict
 
     def rollback(self, name: str, command: str = "rollback") -> tuple[Version, Verdict]:
@@ -415,9 +366,10 @@ class Library:
                 )
             version = earlier[-1]
             new = _activated(old, name, version)
-            verdict = self._evaluate(folder, new, old.figures, Gate(100.0), name)
+            verdict = gate_lib.evaluate(folder, new, _backbone(old), old.figures, Gate(100.0), name)
             new = _with_figures(new, name, verdict)
-            folder.commit(old, new, command, _verdict_note(verdict))
+            folder.commit(old, new, command, gate_lib.note_of(verdict))
+            self._keep_confusion(verdict)
         return version, verdict
 
     def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
@@ -518,157 +470,6 @@ class Library:
         return Predictor.load(self.root, names, task_id, **options)
 
 
-_SHOWN = {GIVEN: "with the task given", PER_SAMPLE: "each image by itself"}
-# A version is learned as a run of one task.
-_ONE_TASK = {
-    "scenario": "equal",
-    "tasks": 1,
-    "initial_classes": 0,
-    "increment": 10,
-    "scenario_file": "",
-    "class_order_seed": -1,
-    "freeze_g_prompt": False,
-    "train_images_per_class": 0,
-    "test_images_per_class": 0,
-}
-_OF_DATA = ("name", "dataset", "data_dir", *_ONE_TASK)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is to be learned: version `number` of task `name`, with `classes` in this order, whose
-    images are in `parts`.
-    """
-
-    name: str
-    number: int
-    classes: tuple[str, ...]
-    parts: tuple[Data, ...]
-    start_from: Version | None
-
-
-def _training_name(
-    state: LibraryState, plan: _Plan, config: Config, dataset: sources.Dataset
-) -> str:
-    """Return the name of the folder that a plan is learned in, after all that it depends on.
-
-    So what a command that was killed left there is gone on with by the same command alone.
-    """
-    begun = plan.start_from.id if plan.start_from else None
-    of = [settings_lib.used_settings(config), dataset.fingerprint, begun, state.shared_from]
-    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
-    return f"{plan.name}@{plan.number}-{digest[:12]}"
-
-
-def _planned(
-    state: LibraryState, name: str, data: Data, extend: bool, start_from: str | None
-) -> tuple[_Plan, sources.Dataset]:
-    """Return what `learn` has to do, and the images.
-
-    Raises UserError for classes that don't go together with those that are there, and Preempted
-    after a signal.
-    """
-    versions = state.tasks.get(name, ())
-    if extend and not versions:
-        raise UserError(f"extend: there is no task {name!r} in this library yet")
-    begin = _begin_of(state, start_from) if start_from is not None else None
-    with stop_at_signals() as stop:
-        try:
-            dataset = data.load(stop)
-            here: tuple[str, ...] = ()
-            if versions:
-                here = tuple(state.classes[class_] for class_ in versions[-1].classes)
-            _check_classes(state, name, dataset.class_names, here, extend)
-            newer = tuple(c for c in dataset.class_names if c not in here)
-            parts = (dataclasses.replace(data, classes=(*here, *newer)),)
-            if extend and len(newer) == len(dataset.class_names):
-                older = [Data.from_json(part) for part in versions[-1].data]
-                parts = (*older, dataclasses.replace(data, classes=newer))
-                dataset = data_spec.joined(
-                    functools.reduce(data_spec.joined, (part.load(stop) for part in older)),
-                    dataset,
-                )
-        except Stopped:
-            raise Preempted("Stopped while reading images") from None
-    dataset = data_spec.subset(dataset, (*here, *newer))
-    number = versions[-1].number + 1 if versions else 1
-    return _Plan(name, number, dataset.class_names, parts, begin), dataset
-
-
-def _begin_of(state: LibraryState, start_from: str) -> Version:
-    version = state.version(*library.split_name(start_from))
-    if version.state == ARCHIVED:
-        raise UserError(f"start_from: {start_from} is archived; restore it first")
-    return version
-
-
-def _check_classes(
-    state: LibraryState, name: str, given: Sequence[str], here: Sequence[str], extend: bool
-) -> None:
-    """Raise UserError where the classes `given` don't suit task `name`, which has `here`."""
-    for class_ in given:
-        known = class_ in state.classes
-        owner = state.task_of_class(state.classes.index(class_)) if known else None
-        if owner not in (None, name):
-            raise UserError(
-                f"classes: {class_!r} is in task {owner!r} already; leave it out, or learn a new "
-                f"version of {owner!r} with --extend"
-            )
-    both = set(given) & set(here)
-    if extend:
-        if both == set(given):
-            raise UserError(f"extend: {name} has all of these classes already")
-        if both and both != set(here):
-            raise UserError(
-                f"extend: of the older classes of {name}, the data has only some "
-                f"({', '.join(sorted(both))}); give all of them, or none"
-            )
-    elif here and set(given) != set(here):
-        odd = sorted(set(given) ^ set(here))[0]
-        raise UserError(
-            f"classes: a new version of {name} has the same classes, and {odd!r} is in one of the "
-            "two only; take another task name, or --extend"
-        )
-
-
-def _start(folder: LibraryFolder, state: LibraryState, plan: _Plan) -> Start:
-    """Return what the training of a plan begins with."""
-    config = _config_of(state)
-    whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
-    backbone = _load_backbone(config)
-    method = registry.make_method(config, backbone.architecture, ("",))
-    shared, adapter = assembly.load_shared(folder, state, method, backbone.params), {}
-    if plan.start_from:
-        version = plan.start_from
-        manifest = folder.load_manifest(folder.path(version))
-        names = [""] * len(version.classes)
-        method = registry.make_method(config, backbone.architecture, names, len(names))
-        template = method.packed_shapes(backbone.params)
-        template = {k: like for k, like in template.items() if k not in ("key", "context")}
-        items = checkpoint.load_items(
-            folder.path(version), manifest.sha256, {"adapter": template}, whole, part=True
-        )
-        adapter = jax.device_get(method.unpack(items["adapter"], backbone.params))
-    # Not the version's id: another may be taken in before a killed command is given again.
-    number = zlib.crc32(f"{plan.name}@{plan.number}".encode())
-    return Start(alone=True, number=number, adapter=adapter, shared=shared)
-
-
-def _with_version(
-    state: LibraryState, plan: _Plan, version: Version
-) -> tuple[LibraryState, Version]:
-    """Return the state with a version more, as a candidate, and the version in its place."""
-    classes = list(state.classes)
-    classes += [name for name in plan.classes if name not in classes]
-    numbers = tuple(classes.index(name) for name in plan.classes)
-    version = dataclasses.replace(version, classes=numbers)
-    shared_from = version.id if state.shared_from is None else state.shared_from
-    state = dataclasses.replace(
-        state, classes=tuple(classes), next_id=state.next_id + 1, shared_from=shared_from
-    )
-    return state.replaced(plan.name, version), version
-
-
 def _activated(state: LibraryState, name: str, version: Version) -> LibraryState:
     """Return the state with `version` as the active one of its task."""
     changed = [dataclasses.replace(version, state=ACTIVE)]
@@ -709,77 +510,6 @@ def _of_active(state: LibraryState) -> LibraryState:
     return dataclasses.replace(state, figures=figures)
 
 
-def _verdict_note(verdict: Verdict) -> str:
-    parts = [*verdict.fallen, *(f"{k}: not checked, {v}" for k, v in verdict.unchecked.items())]
-    return "; ".join(parts)
-
-
-def _config_of(state: LibraryState) -> Config:
-    return from_settings(state.config)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_backbone(config: Config) -> backbones.Backbone:
-    return backbones.load(config.backbone, config.backbone_path, config.image_size, config.dtype)
-
-
-def _check_method(config: Config) -> None:
-    """Raise UserError for a method whose tasks can't be learned apart."""
-    parts = registry.parse(config.method)
-    if parts.strategy or parts.whole_network or parts.host.pools or not parts.by_task:
-        raise UserError(
-            f"method: {config.method!r} has arrays that every task trains, so its tasks can't be "
-            "learned one by one and stay as they are; take softtf, lora, adapter, wsn or softnet, "
-            "with dualprompt or clipprompt or alone"
-        )
-    if parts.host.reads_text and not parts.host.per_task:
-        raise UserError(
-            f"method: {config.method!r} has one image prompt for all tasks; take clipprompt"
-        )
-
-
-def _check_same(ours: Config, given: Config) -> None:
-    """Raise UserError where a library's settings are not those that are given."""
-    there, now = (
-        {k: v for k, v in settings_lib.used_settings(c).items() if k not in _OF_DATA}
-        for c in (ours, given)
-    )
-    odd = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
-    if odd:
-        lines = "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in odd)
-        raise UserError(f"library: it has other settings ({lines}); leave --config out")
-
-
-def _checked_backbone(state: LibraryState) -> backbones.Backbone:
-    """Load a library's backbone. Raises UserError where the file that is found is another."""
-    backbone = _load_backbone(_config_of(state))
-    if backbone.fingerprint != state.backbone_sha256:
-        raise UserError(
-            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this library's has "
-            f"{state.backbone_sha256}; put the library's own in its place"
-        )
-    return backbone
-
-
-def _predictor(
-    reader: LibraryReader, state: LibraryState, versions: Mapping[str, Version]
-) -> Predictor:
-    config = _config_of(state)
-    backbone = _load_backbone(config)
-    method = assembly.method_of(config, backbone, state, versions)
-    rule, because = assembly.choose(method, config, None)
-    batching = engine.Batching(distributed.data_mesh(), config.eval_batch_size)
-    cache = config.weights_cache_mb * 2**20
-    model = assembly.assemble(reader, state, versions, config, backbone, rule, cache, batching)
-    return Predictor(
-        model, rule, state.classes, batching, None, because, task_names=tuple(versions)
-    )
-
-
-def _hash_of(dataset: sources.Dataset) -> str:
-    return "-".join(part[:16] for part in dataset.test.fingerprint)
-
-
 def _images(version: Version) -> sources.Dataset:
     """Return the images that a version was learned with."""
     parts = (Data.from_json(part).load() for part in version.data)
@@ -795,52 +525,6 @@ def _kept_transfer(reader: LibraryReader) -> dict[str, dict[str, float]]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _tests(
-    reader: LibraryReader,
-    state: LibraryState,
-    version: Version,
-    predictor: Predictor,
-    whole: dict[Data, tuple[sources.Dataset, str]],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a version's test images at the model's size, and the library's numbers of their
-    classes. `whole` holds the data set that was read last, and its hash.
-
-    Raises UserError where they can't be had, or are others than it was learned with.
-    """
-    places = np.asarray(version.classes)
-    if "kept_sha256" in version.test:
-        images, labels = reader.load_tests(version)
-        return images, places[labels]
-    names = [state.classes[class_] for class_ in version.classes]
-    parts = [Data.from_json(part) for part in version.data]
-    where = " and ".join(part.where for part in parts)
-    found = []
-    for part in parts:
-        key = dataclasses.replace(part, classes=())
-        if key not in whole:
-            whole.clear()
-            loaded = part.whole()
-            whole[key] = (loaded, loaded.fingerprint)
-        found.append(part.of(whole[key][0]))
-    dataset = data_spec.subset(functools.reduce(data_spec.joined, found), names)
-    of_run = "dataset_sha256" in version.test  # and so of all its images
-    theirs = version.test["dataset_sha256" if of_run else "sha256"]
-    if theirs != (whole[key][1] if of_run else _hash_of(dataset)):
-        raise UserError(f"its test images in {where} are others than it was learned with")
-    size = predictor.model.method.architecture.image_size
-    count = len(dataset.test.labels)
-    return dataset.test.prepared(np.arange(count), size), places[dataset.test.labels]
-
-
-def _accuracies(
-    predictor: Predictor, images: np.ndarray, labels: np.ndarray, place: int
-) -> dict[str, float]:
-    """Return the share of right answers with the task given and each image by itself, percent."""
-    chunk, right = predictor.batching.chunk, {GIVEN: 0, PER_SAMPLE: 0}
-    for first in range(0, len(images), chunk):
-        part, truth = images[first : first + chunk], labels[first : first + chunk]
-        given = predictor.predict_prepared(part, np.full(len(part), place))
-        alone = predictor.predict_prepared(part)
-        right[GIVEN] += int((given.classes == truth).sum())
-        right[PER_SAMPLE] += int((alone.classes == truth).sum())
-    return {name: 100 * count / len(images) for name, count in right.items()}
+def _backbone(state: LibraryState) -> backbones.Backbone:
+    """Load a library's backbone. Raises UserError where the file that is found is another."""
+    return assembly.load_backbone(planning.config_of(state), state.backbone_sha256)
