@@ -14,7 +14,8 @@ from soft_jax import commands, paths
 from soft_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from soft_jax.experiment.library import Gate, Library, Verdict
+    from soft_jax.experiment.gate import Gate, Verdict
+    from soft_jax.experiment.library import Library
     from soft_jax.store.library import Version
 
 LEARN_FLAGS = {
@@ -125,7 +126,7 @@ def _open(arguments: argparse.Namespace) -> "Library":
 
 
 def _gate(arguments: argparse.Namespace) -> "Gate":
-    from soft_jax.experiment.library import Gate
+    from soft_jax.experiment.gate import Gate
 
     return Gate(
         _percent(arguments.max_drop, "--max-drop"),

@@ -27,9 +27,10 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import library, loop
+from soft_jax.experiment import gate, library_planning, loop
 from soft_jax.experiment.data_spec import Data
-from soft_jax.experiment.library import Gate, Library, Verdict
+from soft_jax.experiment.gate import Gate, Verdict
+from soft_jax.experiment.library import Library
 from soft_jax.experiment.run import Start, prepare
 from soft_jax.inference import assembly, engine
 from soft_jax.inference.predictor import Predictor
@@ -120,9 +121,7 @@ def _world(backbone):
         patch.setattr(backbones, "load", lambda *_: tiny)
         patch.setattr(sources, "load", lambda *_: letters())
         patch.setattr(loop, "run", drawn)
-        library._load_backbone.cache_clear()
         yield
-        library._load_backbone.cache_clear()
 
 
 def of(*classes) -> Data:
@@ -149,11 +148,11 @@ def paper():
 def gate_of_paper():
     """Evaluate nothing at the gate: every task has 50%, whatever is tried."""
 
-    def evaluate(self, reader, state, *_):
+    def evaluate(reader, state, *_):
         return Verdict({name: {"given": 50.0, "per_sample": 50.0} for name in state.active}, (), {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Library, "_evaluate", evaluate)
+        patch.setattr(gate, "evaluate", evaluate)
         yield
 
 
@@ -502,13 +501,13 @@ def test_a_library_that_changes_while_it_is_read_is_read_again(root, monkeypatch
 def test_a_version_that_lets_another_fall_stays_a_candidate(root, monkeypatch):
     opened = Library(root)
     before = opened.state().figures
-    accuracies = library._accuracies
+    accuracies = gate.accuracies
 
     def lower(predictor, images, labels, place):
-        found = accuracies(predictor, images, labels, place)
-        return found | ({"given": before["t0"]["given"] - 2.0} if place == 0 else {})
+        found, given = accuracies(predictor, images, labels, place)
+        return found | ({"given": before["t0"]["given"] - 2.0} if place == 0 else {}), given
 
-    monkeypatch.setattr(library, "_accuracies", lower)
+    monkeypatch.setattr(gate, "accuracies", lower)
     version, verdict = opened.learn("t3", of(6, 7), gate=Gate(1.9))
     assert version.state == CANDIDATE and "t3" not in opened.state().active
     assert verdict.fallen[0].startswith("t0: with the task given ")
@@ -518,7 +517,7 @@ def test_a_version_that_lets_another_fall_stays_a_candidate(root, monkeypatch):
     assert opened.state().figures == before
     assert not opened.check(1.9).passed
     assert opened.activate("t3", 1, Gate(1.9)).fallen
-    monkeypatch.setattr(library, "MEASURED", ("given",))  # the others fall by themselves
+    monkeypatch.setattr(gate, "MEASURED", ("given",))  # the others fall by themselves
     assert opened.activate("t3", 1, Gate(2.0)).passed
     assert opened.state().figures["t0"]["given"] == before["t0"]["given"] - 2.0
     with pytest.raises(UserError, match="t3@1 is the active one already"):
@@ -624,7 +623,6 @@ def test_a_damaged_version_is_named_and_the_others_go_on(root, item):
 def test_another_backbone_is_refused(root, monkeypatch, backbone):
     other = backbones.Backbone("tiny", TINY, backbone, "1" * 64)
     monkeypatch.setattr(backbones, "load", lambda *_: other)
-    library._load_backbone.cache_clear()
     for act in (
         lambda: Library(root).learn("t3", of(6, 7)),
         Library(root).check,
@@ -632,7 +630,6 @@ def test_another_backbone_is_refused(root, monkeypatch, backbone):
     ):
         with pytest.raises(UserError, match=f"backbone: the file found has SHA-256 {'1' * 64}"):
             act()
-    library._load_backbone.cache_clear()
 
 
 # Names, classes and folders.
@@ -962,7 +959,7 @@ def _small(tmp_path_factory, _hooked):
 def _without_arrays(train):
     with pytest.MonkeyPatch.context() as patch, gate_of_paper():
         patch.setattr(loop, "run", train)
-        patch.setattr(library, "_start", lambda *_: Start())
+        patch.setattr(library_planning, "start", lambda *_: Start())
         patch.setattr(Library, "_keep_tests", _keep_few)
         yield
 
@@ -973,7 +970,7 @@ def small(_small):
         yield _small[0]
 
 
-def _keep_few(self, folder, state, dataset, version):
+def _keep_few(self, folder, backbone, dataset, version):
     found = folder.keep_tests(version, np.zeros(2, np.uint8), np.zeros(2, int))
     return dataclasses.replace(version, test={**version.test, "kept_sha256": found})
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from soft_jax.__main__ import main
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import library, loop
+from soft_jax.experiment import loop
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.library import Library
 from soft_jax.experiment.stopping import Preempted
@@ -42,11 +42,9 @@ def _tiny_world(backbone):
         patch.setattr(
             sources, "load", lambda name, *rest: few if name == "digits" else load(name, *rest)
         )
-        library._load_backbone.cache_clear()
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield few
         jax.config.update("jax_disable_most_optimizations", False)
-        library._load_backbone.cache_clear()
 
 
 def digits(*classes):

@@ -10,6 +10,7 @@ sizes, and an old task's logits are to stay the same to the bit when there are m
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from typing import Any
 
 import jax
@@ -62,6 +63,23 @@ def room(count: int, least: int) -> int:
     while least < count:
         least *= 2
     return least
+
+
+def load_backbone(
+    config: Config, sha256: str = "", path: str | PathLike = "", whose: str = "library"
+) -> backbones.Backbone:
+    """Load the backbone of a library, or of a run, from `path` or where the settings say.
+
+    Raises UserError where the file there is another than the one of `sha256`; "" takes any.
+    """
+    file = str(path) or config.backbone_path
+    backbone = backbones.load(config.backbone, file, config.image_size, config.dtype)
+    if sha256 and backbone.fingerprint != sha256:
+        raise UserError(
+            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this {whose}'s has "
+            f"{sha256}; give the {whose}'s own as backbone_path"
+        )
+    return backbone
 
 
 def method_of(

@@ -419,30 +419,15 @@ def _predictor_of(
     if not versions:
         raise UserError(f"library: {reader.root} has no active task")
     config = from_settings(state.config)
-    backbone = backbones.load(
-        config.backbone,
-        str(backbone_path) or config.backbone_path,
-        config.image_size,
-        config.dtype,
-    )
-    if backbone.fingerprint != state.backbone_sha256:
-        raise UserError(
-            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this library's has "
-            f"{state.backbone_sha256}; give the library's own as backbone_path"
-        )
-    method = assembly.method_of(config, backbone, state, versions)
-    rule, because = assembly.choose(method, config, task_id)
+    backbone = assembly.load_backbone(config, state.backbone_sha256, backbone_path)
     if before:
         batching, params = before.batching, before.model.backbone
     else:
         batching, params = engine.Batching(distributed.data_mesh(devices), batch_size), None
-    model = assembly.assemble(
-        reader, state, versions, config, backbone, rule, cache_bytes, batching, params
+    predictor = of_versions(
+        reader, state, versions, backbone, task_id, cache_bytes, batching, params
     )
     reader.note_use(list(versions.values()))
-    predictor = Predictor(
-        model, rule, state.classes, batching, None, because, task_names=tuple(versions)
-    )
     predictor._reload = functools.partial(
         _library_predictor,
         reader.root,
@@ -468,6 +453,36 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
     ):
         raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
     chosen = tuple(sorted({int(task) for task in tasks}))
+def of_versions(
+    reader: library.LibraryReader,
+    state: library.LibraryState,
+    versions: Mapping[str, library.Version],
+    backbone: backbones.Backbone,
+    task_id: str | None = None,
+    cache_bytes: int | None = None,
+    batching: engine.Batching | None = None,
+    params: pytrees.Tree | None = None,
+) -> Predictor:
+    """Return a predictor of `versions` of a library, at least one, by the names of their tasks.
+
+    They need not be active. Batches and memory are as the library's settings say where they are not
+    given; `params` are the backbone's on the devices, if they are there already. Raises UserError
+    where a version is damaged, or the rule `task_id` means nothing for the method.
+    """
+    config = from_settings(state.config)
+    if batching is None:
+        batching = engine.Batching(distributed.data_mesh(), config.eval_batch_size)
+    cache = config.weights_cache_mb * 2**20 if cache_bytes is None else cache_bytes
+    method = assembly.method_of(config, backbone, state, versions)
+    rule, because = assembly.choose(method, config, task_id)
+    model = assembly.assemble(
+        reader, state, versions, config, backbone, rule, cache, batching, params
+    )
+    return Predictor(
+        model, rule, state.classes, batching, None, because, task_names=tuple(versions)
+    )
+
+
     if not chosen:
         raise UserError("tasks: none were named; leave it out for all")
     if unknown := [task for task in chosen if task not in there]:
@@ -485,15 +500,7 @@ def _backbone(
     Raises UserError where the file there is another.
     """
     found_at = reader.load_task_manifest(task).config["backbone_path"]
-    backbone = backbones.load(
-        config.backbone, str(path) or found_at, config.image_size, config.dtype
-    )
-    if backbone.fingerprint != record.backbone_sha256:
-        raise UserError(
-            f"backbone: the file found has SHA-256 {backbone.fingerprint}, this run's has "
-            f"{record.backbone_sha256}; give the run's own as backbone_path"
-        )
-    return backbone
+    return assembly.load_backbone(config, record.backbone_sha256, path or found_at, "run")
 
 
 def _rule(
