@@ -441,18 +441,6 @@ def _predictor_of(
     return predictor
 
 
-def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the tasks to load, in ascending order; `there` are those that are finished."""
-    if not there:
-        raise UserError(f"workdir: {reader.root} has no finished task yet")
-    if tasks is None:
-        reader.check_complete(there)
-        return tuple(there)
-    if not isinstance(tasks, Iterable) or not all(
-        isinstance(task, int | np.integer) for task in tasks
-    ):
-        raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
-    chosen = tuple(sorted({int(task) for task in tasks}))
 def of_versions(
     reader: library.LibraryReader,
     state: library.LibraryState,
@@ -461,7 +449,7 @@ def of_versions(
     task_id: str | None = None,
     cache_bytes: int | None = None,
     batching: engine.Batching | None = None,
-    params: pytrees.Tree | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> Predictor:
     """Return a predictor of `versions` of a library, at least one, by the names of their tasks.
 
@@ -495,6 +483,18 @@ def of_versions(
 def _backbone(
     reader: Reader, record: RunRecord, config: Config, task: int, path: str | PathLike
 ) -> backbones.Backbone:
+def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the tasks to load, in ascending order; `there` are those that are finished."""
+    if not there:
+        raise UserError(f"workdir: {reader.root} has no finished task yet")
+    if tasks is None:
+        reader.check_complete(there)
+        return tuple(there)
+    if not isinstance(tasks, Iterable) or not all(
+        isinstance(task, int | np.integer) for task in tasks
+    ):
+        raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
+    chosen = tuple(sorted({int(task) for task in tasks}))
     """Load the backbone that a run was trained on, from `path` or from where task `task` found it.
 
     Raises UserError where the file there is another.
