@@ -471,18 +471,6 @@ def of_versions(
     )
 
 
-    if not chosen:
-        raise UserError("tasks: none were named; leave it out for all")
-    if unknown := [task for task in chosen if task not in there]:
-        raise UserError(
-            f"tasks: {unknown[0]} is not in {reader.tasks}; there are {', '.join(map(str, there))}"
-        )
-    return chosen
-
-
-def _backbone(
-    reader: Reader, record: RunRecord, config: Config, task: int, path: str | PathLike
-) -> backbones.Backbone:
 def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -> tuple[int, ...]:
     """Return the tasks to load, in ascending order; `there` are those that are finished."""
     if not there:
@@ -495,6 +483,18 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
     ):
         raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
     chosen = tuple(sorted({int(task) for task in tasks}))
+    if not chosen:
+        raise UserError("tasks: none were named; leave it out for all")
+    if unknown := [task for task in chosen if task not in there]:
+        raise UserError(
+            f"tasks: {unknown[0]} is not in {reader.tasks}; there are {', '.join(map(str, there))}"
+        )
+    return chosen
+
+
+def _backbone(
+    reader: Reader, record: RunRecord, config: Config, task: int, path: str | PathLike
+) -> backbones.Backbone:
     """Load the backbone that a run was trained on, from `path` or from where task `task` found it.
 
     Raises UserError where the file there is another.
