@@ -499,9 +499,9 @@ def test_the_nearest_centre_is_so_in_the_l1_distance():
     query = np.float32([[7, 0, 0]])
     assert np.linalg.norm([0.2, 0.25, 0.25]) < 0.6 < np.abs([0.2, 0.25, 0.25]).sum()
     tasks = np.stack([np.tile(near_by_l2, (5, 1)), np.tile(near_by_l1, (5, 1))])
-    assert centres.nearest(query, tasks).tolist() == [1]
+    assert centres.distances(query, tasks).argmin(axis=1).tolist() == [1]
     tasks[0, 3] = [0.9, 0, 0]  # any of a task's centres will do
-    assert centres.nearest(query, tasks).tolist() == [0]
+    assert centres.distances(query, tasks).argmin(axis=1).tolist() == [0]
 
 
 def test_k_means_names_the_task_and_its_classes_alone_win():

@@ -34,14 +34,14 @@ def statistics(query: np.ndarray) -> dict[str, np.ndarray]:
     return {"centres": np.resize(centres.astype(np.float32), (COUNT, query.shape[1]))}
 
 
-def nearest(query: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return for q(x) `[N, dim]` the task of the nearest of centres `[T, COUNT, dim]`: int `[N]`.
+def distances(query: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Return how far q(x) `[N, dim]` is from the nearest of each task's centres, `[N, T]`.
 
-    It is an index into the tasks of `centres`.
+    `centres` are `[T, COUNT, dim]`; distances are L1, of normalized q(x).
     """
     query = normalized(query)
-    distances = [np.abs(query[:, None] - task[None]).sum(axis=2).min(axis=1) for task in centres]
-    return np.stack(distances, axis=1).argmin(axis=1)
+    found = [np.abs(query[:, None] - task[None]).sum(axis=2).min(axis=1) for task in centres]
+    return np.stack(found, axis=1)
 
 
 class Centres:

@@ -158,6 +158,10 @@ class TaskIdentityRule:
     needs_network: ClassVar[bool] = True
     # The rule by which a published test batch decides in the place of each image.
     voted_by: "ClassVar[type[TaskIdentityRule] | None]" = None
+    # What `task_scores` are, for people; the highest names the task, or else the lowest. Empty for
+    # a rule that names none.
+    scored_by: ClassVar[str] = ""
+    lowest_wins: ClassVar[bool] = False
     # Whether the task is named by statistics that a task leaves behind, beside its adapter.
     keeps_statistics: ClassVar[bool] = False
     # The fields of `Config` that no part of a method uses but this rule.
@@ -208,6 +212,10 @@ class TaskIdentityRule:
 
     def identify(self, images: ImageBatch) -> np.ndarray:
         """Return the task whose network answers for each image, int `[N]`."""
+        raise NotImplementedError
+
+    def task_scores(self, images: ImageBatch) -> np.ndarray:
+        """Return what `identify` compares, `[N, len(model.tasks)]`; see `scored_by`."""
         raise NotImplementedError
 
     def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
@@ -274,6 +282,11 @@ class PromptId(TaskIdentityRule):
     name = "prompt_id"
     title: ClassVar[str] = "CIL per_sample, Prompt ID"
     option: ClassVar[str] = "prompt"
+    scored_by: ClassVar[str] = "cos(q(x), key)"
+
+    def task_scores(self, images: ImageBatch) -> np.ndarray:
+        """Return the cosine of q(x) with each task's key."""
+        return images.key_similarity[:, images.model.tasks]
 
     def identify(self, images: ImageBatch) -> np.ndarray:
         """Return the task of each image's nearest key."""
@@ -286,6 +299,14 @@ class GradientId(TaskIdentityRule):
     name = "gradient_id"
     title: ClassVar[str] = "CIL per_sample, Gradient ID"
     option: ClassVar[str] = "gradient"
+    scored_by: ClassVar[str] = "∂H/∂α"
+    lowest_wins: ClassVar[bool] = True
+
+    def task_scores(self, images: ImageBatch) -> np.ndarray:
+        """Return ∂H/∂α of each task, each image by itself."""
+        rows = np.arange(images.count)[:, None]
+        model, batching, ones = images.model, images.batching, np.ones(rows.shape)
+        return engine.alpha_gradients(model, images.tokens, rows, ones, images.nearest, batching)
 
     @classmethod
     def applies(cls, method: Method | Parts) -> bool:
@@ -355,6 +376,11 @@ class Prototype(_Regression):
     name: ClassVar[str] = "prototype"
     title: ClassVar[str] = "CIL per_sample, prototype"
     option: ClassVar[str] = "prototype"
+    scored_by: ClassVar[str] = "p(task | x)"
+
+    def task_scores(self, images: ImageBatch) -> np.ndarray:
+        """Return p(task | x) of the model's tasks."""
+        return self._task_posterior(images)[:, images.model.tasks]
 
     def _task_posterior(self, images: ImageBatch) -> np.ndarray:
         """Return p(task | x), `[N, tasks]`."""
@@ -367,8 +393,7 @@ class Prototype(_Regression):
 
     def identify(self, images: ImageBatch) -> np.ndarray:
         """Return the task of the highest p(task | x), among the model's."""
-        tasks = images.model.tasks
-        return np.asarray(tasks)[self._task_posterior(images)[:, tasks].argmax(axis=1)]
+        return np.asarray(images.model.tasks)[self.task_scores(images).argmax(axis=1)]
 
     def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Return log p(class | x) by statistics + logits, over the task's classes."""
@@ -451,6 +476,8 @@ class KMeans(TaskIdentityRule):
     name: ClassVar[str] = "k_means"
     title: ClassVar[str] = "CIL per_sample, k-means"
     option: ClassVar[str] = "k_means"
+    scored_by: ClassVar[str] = "distance to the nearest centre"
+    lowest_wins: ClassVar[bool] = True
     keeps_statistics: ClassVar[bool] = True
     dim: int
 
@@ -466,8 +493,12 @@ class KMeans(TaskIdentityRule):
 
     def identify(self, images: ImageBatch) -> np.ndarray:
         """Return the task of each image's nearest centre."""
+        return np.asarray(images.model.tasks)[self.task_scores(images).argmin(axis=1)]
+
+    def task_scores(self, images: ImageBatch) -> np.ndarray:
+        """Return the L1 distance of q(x) to the nearest centre of each task."""
         found = np.asarray(images.model.solved[self.statistics_name])
-        return np.asarray(images.model.tasks)[centres.nearest(images.query, found)]
+        return centres.distances(images.query, found)
 
     def scores(self, images: ImageBatch, logits: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Return `logits` of the task's classes."""

@@ -1,0 +1,793 @@
+"""`report.html`: what a library, or a finished run, holds and what its tasks did, as one page.
+
+Everything is taken from what is stored: no image is read, nothing is evaluated again. Only the
+weights are looked at anew, each active task's once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from soft_jax import paths
+from soft_jax.config import from_settings
+from soft_jax.errors import UserError
+from soft_jax.evaluation import html, metrics, predictions, report
+from soft_jax.evaluation.html import Markup, Section
+from soft_jax.evaluation.metrics import Manifests
+from soft_jax.experiment.library import TRANSFER_FILE, Library
+from soft_jax.inference import assembly, rules
+from soft_jax.methods import changes
+from soft_jax.models import backbones
+from soft_jax.models.protocol import Architecture
+from soft_jax.store import library
+from soft_jax.store.folder import Reader
+from soft_jax.store.library import ACTIVE, LibraryReader, LibraryState, Version
+
+FILE = "report.html"
+MOST_RECORDS = 200  # of the log, the newest
+MOST_IN_DETAIL = 8  # tasks whose weights are shown one by one
+_MOST_PAIRS = 12  # in a list of the strongest
+_MOST_CLASSES = 8  # that are named beside a task
+_SHOWN = {"given": "task given", "per_sample": "each image by itself"}
+FORMULA = (
+    "‖W − θ‖ / ‖θ‖ in percent, where θ is a kernel of the frozen network and W = θ ⊙ m what the "
+    "task has in its place; with masks that is ‖(m − 1) ⊙ θ‖ / ‖θ‖, in 2-norms."
+)
+
+
+def write(
+    root: str | PathLike, output: str | PathLike | None = None, console: Console | None = None
+) -> Path:
+    """Write the report of a library or a finished run; return its file.
+
+    That is `output`, or report.html in the folder. Raises UserError where there is neither, a run
+    is not finished, or the file can't be written or is something else.
+    """
+    opened = Library.open(root, console)
+    file = opened.root / FILE if output is None else paths.local(output, "--output")
+    html.check_output(file)  # before what takes long
+    html.write(file, page(opened))
+    return file
+
+
+def page(opened: Library) -> str:
+    """Return the report of a library, or of a finished run's folder, as HTML."""
+    reader, state = LibraryReader(opened.root), opened.state()
+    name = opened.root.absolute().name
+    if library.holds_library(opened.root):
+        title, lead, sections = f"Library {name}", _library_lead(state), _of_library(opened, state)
+    else:
+        run = Reader(opened.root)
+        run.read_record()
+        manifests = [run.load_task_manifest(task) for task in run.present()]
+        title, lead = f"Run {name}", _run_lead(state, manifests)
+        sections = _of_run(opened, state, manifests)
+    sections += _of_weights(opened, reader, state)
+    sections.append(Section("log", "Log", _log(opened, state)))
+    return html.page(title, lead, sections, f"Made {library.now()} by soft-jax report,")
+
+
+# A library.
+
+
+def _library_lead(state: LibraryState) -> Markup:
+    versions = [version for found in state.tasks.values() for version in found]
+    active = state.active.values()
+    return html.joined(
+        html.paragraph(
+            f"{state.config['method']} on {state.config['backbone']}. With the task given, a task "
+            "answers the same to the bit, whatever comes and goes beside it."
+        ),
+        html.facts(
+            {
+                "active tasks": len(state.active),
+                "versions": len(versions),
+                "classes": len({class_ for v in active for class_ in v.classes}),
+                "changes": state.changes,
+                "bytes": f"{sum(v.bytes for v in versions):,}",
+                **_means(state),
+            }
+        ),
+    )
+
+
+def _means(state: LibraryState) -> dict[str, str]:
+    if not state.figures:
+        return {}
+    return {
+        _SHOWN[key]: f"{np.mean([row[key] for row in state.figures.values()]):.1f}%"
+        for key in _SHOWN
+    }
+
+
+def _of_library(opened: Library, state: LibraryState) -> list[Section]:
+    return [
+        Section("tasks", "Tasks and versions", _tasks(opened.root, state)),
+        Section("time", "Accuracy over time", _over_time(state)),
+        Section("transfer", "Transfer", _transfer(opened.root, state)),
+        Section("confusion", "Confusion", _library_confusion(opened, state)),
+    ]
+
+
+def _tasks(root: Path, state: LibraryState) -> Markup:
+    reader, rows, marked = LibraryReader(root), [], []
+    for name, versions in state.tasks.items():
+        for version in versions:
+            now = state.figures.get(name) if version.state == ACTIVE else None
+            if version.state == ACTIVE:
+                marked.append(len(rows))
+            rows.append(
+                (
+                    f"{name}@{version.number}",
+                    version.state,
+                    _classes(state, version),
+                    _two(version.learned),
+                    _two(now),
+                    f"{version.test.get('images', 0):,}",
+                    f"{version.bytes:,}",
+                    f"{version.seconds:.0f}",
+                    version.created[:10],
+                    reader.last_used(version)[:10],
+                )
+            )
+    columns = ("version", "state", "classes", "learned, %", "now, %", "test images", "bytes")
+    return html.joined(
+        html.table(
+            "Versions; those that answer are marked",
+            (*columns, "training, s", "made", "last use"),
+            rows,
+            left=(0, 1, 2),
+            marked=marked,
+        ),
+        html.paragraph(
+            "Learned and now: percent of test images with the task given / each image by itself,",
+            "when the version was learned and when its task was last accepted.",
+            kind="note",
+        ),
+    )
+
+
+def _classes(state: LibraryState, version: Version) -> str:
+    names = [state.classes[class_] for class_ in version.classes]
+    shown = ", ".join(names[:_MOST_CLASSES])
+    more = len(names) - _MOST_CLASSES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _two(figures: Mapping[str, float] | None) -> str:
+    return f"{figures['given']:.1f} / {figures['per_sample']:.1f}" if figures else "–"
+
+
+def _over_time(state: LibraryState) -> Markup:
+    """Draw the figures of every version's gate, and those of now."""
+    found = [(name, v) for name, versions in state.tasks.items() for v in versions]
+    found = sorted((pair for pair in found if pair[1].gate.get("figures")), key=lambda p: p[1].id)
+    places = [f"{name}@{version.number}" for name, version in found]
+    stages = [version.gate["figures"] for _, version in found]
+    hollow = [i for i, (_, version) in enumerate(found) if version.gate.get("fallen")]
+    if state.figures:
+        places, stages = [*places, "now"], [*stages, state.figures]
+    if not stages:
+        return html.paragraph("Nothing was evaluated yet.")
+    drawn = [
+        html.curves(
+            f"Accuracy, {_SHOWN[key]}",
+            places,
+            _series(stages, key),
+            "percent of test images, at the gate of each version",
+            hollow=hollow,
+        )
+        for key in _SHOWN
+    ]
+    tasks = list(dict.fromkeys(name for stage in stages for name in stage))
+    shown = tasks[: 4 * html.MOST]
+    rows = [
+        (place, *(_two(stage.get(name)) if name in stage else "" for name in shown))
+        for place, stage in zip(places, stages, strict=True)
+    ]
+    held = "Hollow points are versions that the gate held back." if hollow else ""
+    return html.joined(
+        html.side_by_side(*drawn),
+        html.paragraph(
+            "Each version is a point: what the gate found for all tasks with it as the active one.",
+            held,
+            "Versions that were removed since are missing; the last point is when the library was",
+            "last accepted.",
+            kind="note",
+        ),
+        html.folded(
+            "The figures",
+            html.table(
+                "With the task given / each image by itself, percent", ("version", *shown), rows
+            ),
+        ),
+    )
+
+
+def _series(
+    stages: Sequence[Mapping[str, Mapping[str, float]]], key: str
+) -> dict[str, list[float | None]]:
+    """Return a curve a task, or of many tasks their mean and extremes."""
+    tasks = list(dict.fromkeys(name for stage in stages for name in stage))
+    if len(tasks) <= html.MOST_CURVES:
+        return {
+            name: [stage[name][key] if name in stage else None for stage in stages]
+            for name in tasks
+        }
+    values = [[row[key] for row in stage.values()] for stage in stages]
+    return {
+        f"mean of {len(tasks)} tasks": [float(np.mean(row)) for row in values],
+        "lowest": [min(row) for row in values],
+        "highest": [max(row) for row in values],
+    }
+
+
+def _transfer(root: Path, state: LibraryState) -> Markup:
+    """Show what `soft-jax transfer` has measured."""
+    versions = state.active
+    kept = _kept(root / TRANSFER_FILE)
+    names, values = list(versions), np.full((len(versions),) * 2, np.nan)
+    for column, version in enumerate(versions.values()):
+        of = kept.get(str(version.id), {})
+        for row, other in enumerate(versions.values()):
+            values[row, column] = of.get(str(other.id), np.nan)
+    if not np.isfinite(values).any():
+        return html.paragraph(
+            "Not measured yet: soft-jax transfer measures what each task's network gives to each",
+            "other task's images, and the next report shows it.",
+        )
+    frozen = [kept.get(str(version.id), {}).get("frozen") for version in versions.values()]
+    shown, blocks = html.in_blocks(names, values)
+    missing = int(np.isnan(values).sum())
+    return html.joined(
+        html.paragraph(
+            "What a ridge regression on the features of one task's network gains on the images of",
+            "another task, in points above the same on the frozen network's; measured on training",
+            "images held out. Above 0 a network helps, below 0 it harms.",
+            f"{missing} pairs are not measured." if missing else "",
+        ),
+        html.heat_map(
+            "Transfer, points",
+            shown,
+            shown,
+            blocks,
+            form="{:+.1f}",
+            corner="network of ↓ / images of →",
+            limits=_around_zero(blocks),
+            unit="points",
+        ),
+        _blocks_note(names),
+        html.folded(
+            "The strongest pairs",
+            _pairs(names, values, "{:+.1f}", ("network of", "images of", "points"), own=False),
+        ),
+        html.folded(
+            "The frozen network by itself",
+            html.table(
+                "Accuracy of the regression on the frozen network, percent",
+                ("images of", "percent"),
+                [
+                    (name, "–" if value is None else f"{value:.1f}")
+                    for name, value in zip(names, frozen, strict=True)
+                ],
+            ),
+        ),
+    )
+
+
+def _around_zero(values: np.ndarray) -> tuple[float, float]:
+    far = max(float(np.nanmax(np.abs(values))), 1.0)
+    return -far, far
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # none, or damaged: it is measured again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _library_confusion(opened: Library, state: LibraryState) -> Markup:
+    given, active = opened.confusion(), state.active
+    ids = {version.id: place for place, version in enumerate(active.values())}
+    names, values = list(active), np.full((len(active),) * 2, np.nan)
+    for one, row in given.items():
+        total = max(sum(row.values()), 1)
+        values[ids[one]] = 0
+        for other, images in row.items():
+            values[ids[one], ids[other]] = 100 * images / total
+    if not np.isfinite(values).any():
+        return html.paragraph(
+            "Not known yet: soft-jax check evaluates all tasks, and the next report shows which",
+            "are confused.",
+        )
+    return html.joined(
+        html.paragraph(
+            "To which task the test images of each are given, each image by itself, when the",
+            "library was last evaluated. On the diagonal are those that found their own.",
+        ),
+        _confusion(names, values, "Tasks, percent of the test images"),
+    )
+
+
+def _confusion(names: Sequence[str], values: np.ndarray, caption: str) -> Markup:
+    shown, blocks = html.in_blocks(names, values, shares=True)
+    heads = ("images of", "given to", "percent")
+    return html.joined(
+        html.heat_map(
+            caption,
+            shown,
+            shown,
+            blocks,
+            limits=(0, 100),
+            corner="images of ↓ / given to →",
+            unit="percent",
+        ),
+        _blocks_note(names),
+        html.folded("The most confused pairs", _pairs(names, values, "{:.1f}", heads, own=False)),
+    )
+
+
+def _blocks_note(names: Sequence[str]) -> Markup | str:
+    if len(names) <= html.MOST:
+        return ""
+    return html.paragraph(
+        f"There are {len(names)}; neighbours are joined, and a cell is the mean over them. Pairs",
+        "are listed below.",
+        kind="note",
+    )
+
+
+def _pairs(
+    names: Sequence[str], values: np.ndarray, form: str, heads: Sequence[str], own: bool
+) -> Markup:
+    """List the pairs of the largest values, and of the most below 0 where there are any."""
+    values = np.array(values, float)
+    if not own:
+        np.fill_diagonal(values, np.nan)
+    places = [(i, j) for i, j in np.argwhere(np.isfinite(values)) if values[i, j]]
+    places.sort(key=lambda place: -values[place])
+    chosen = places[:_MOST_PAIRS]
+    chosen += [p for p in places[_MOST_PAIRS:][-_MOST_PAIRS:] if values[p] < 0]
+    rows = [(names[i], names[j], form.format(values[i, j]).replace("-", "−")) for i, j in chosen]
+    if not rows:
+        return html.paragraph("There are none.")
+    return html.table("Pairs, the strongest first", heads, rows, left=(0, 1))
+
+
+def _log(opened: Library, state: LibraryState) -> Markup:
+    records = opened.log()
+    if not records:
+        return html.paragraph(
+            "A run has no log: its tasks were planned before it began, and trained in turn."
+        )
+    newest = records[::-1][:MOST_RECORDS]
+    rows = [
+        (
+            record["number"],
+            record["when"].replace("+00:00", " UTC").replace("T", " "),
+            record["command"],
+            record["note"],
+            (record["state_before"] or "–")[:12],
+            record["state_after"][:12],
+        )
+        for record in newest
+    ]
+    whole = records[-1]["state_after"] == state.sha256
+    left_out = len(records) - len(newest)
+    return html.joined(
+        html.table(
+            "Changes, the newest first",
+            ("number", "when", "command", "note", "state before", "after"),
+            rows,
+            left=(0, 1, 2, 3, 4, 5),
+        ),
+        html.paragraph(
+            "States are the first digits of their SHA-256.",
+            "The last is that of the library now."
+            if whole
+            else "The last is NOT that of the library now: library.json was changed by hand.",
+            f"{left_out} older changes are left out; soft-jax log lists all." if left_out else "",
+            kind="note",
+        ),
+    )
+
+
+# A run.
+
+
+def _own_protocol(manifests: Manifests) -> str:
+    """Return the protocol that `predict` goes by (`rules.choose`)."""
+    last = manifests[-1]
+    found = [key for key in last.metrics if rules.grouping_of(key) == rules.PER_SAMPLE]
+    able = [key for key in found if (rule := rules.rule_of(key)) and rule.can_stand_alone()]
+    measured = {
+        key: float(metrics.accuracies(last, key, part=metrics.VALIDATION).mean())
+        for key in able
+        if key in last.validation
+    }
+    if measured:
+        return max(measured, key=lambda key: measured[key])
+    prototype = f"{rules.PER_SAMPLE}/{rules.Prototype.name}"
+    return prototype if prototype in able else (able or found)[0]
+
+
+def _run_lead(state: LibraryState, manifests: Manifests) -> Markup:
+    last, own = manifests[-1], _own_protocol(manifests)
+    keys = {
+        "as predict answers": own,
+        "frozen features": f"{rules.PER_SAMPLE}/{rules.FrozenFeatures.name}",
+        "task given": f"{rules.ORACLE}/{rules.TaskGiven.name}",
+    }
+    final = {
+        name: f"{metrics.accuracies(last, key).mean():.1f}%"
+        for name, key in keys.items()
+        if key in last.metrics
+    }
+    return html.joined(
+        html.paragraph(
+            f"{last.config['method']} on {last.config['dataset']}, {last.backbone['name']}, seed "
+            f"{last.config['seed']}."
+        ),
+        html.facts(
+            {"tasks": len(manifests), "classes": sum(len(m.classes) for m in manifests), **final}
+        ),
+        html.paragraph(report.gain(manifests)),
+    )
+
+
+def _of_run(opened: Library, state: LibraryState, manifests: Manifests) -> list[Section]:
+    transfer = _transfer(opened.root, state)
+    return [
+        Section("figures", "Figures after the last task", _figures(manifests)),
+        Section("tasks", "Tasks", _tasks(opened.root, state)),
+        Section("time", "Accuracy over time", _run_over_time(manifests)),
+        Section("matrices", "Accuracy by task", _matrices(manifests)),
+        Section("confusion", "Confusion", _run_confusion(opened.root, manifests)),
+        Section("transfer", "Transfer", transfer),
+    ]
+
+
+def _figures(manifests: Manifests) -> Markup:
+    keys = list(manifests[-1].metrics)
+    rows = []
+    for key in keys:
+        values = metrics.figures(manifests, key)
+        rows.append((rules.title(key), *(f"{values[column]:.2f}" for column in report.COLUMNS)))
+    references = [i for i, key in enumerate(keys) if rules.is_reference(key)]
+    return html.joined(
+        html.table(
+            "Percent of test images, by protocol; marked rows cost no training",
+            ("protocol", *report.COLUMNS.values()),
+            rows,
+            marked=references,
+        ),
+        html.paragraph(f"{report.FOOTNOTE}.", kind="note"),
+        html.paragraph(f"{report.LEGEND}.", kind="note"),
+    )
+
+
+def _run_over_time(manifests: Manifests) -> Markup:
+    places = [str(stage + 1) for stage in range(len(manifests))]
+    fields = {"final_average": "Average accuracy", "forgetting": "Forgetting"}
+    protocols = list(manifests[-1].metrics)
+    values = {
+        key: metrics.by_stage(metrics.accuracies(m, key) for m in manifests) for key in protocols
+    }
+    # As many curves as colours tell apart: those of rules that look at one image come first.
+    order = sorted(protocols, key=lambda key: rules.grouping_of(key) == rules.BATCH_VOTE)
+    shown = order[: html.MOST_CURVES]
+    dashed = [rules.title(key) for key in shown if rules.grouping_of(key) == rules.ORACLE]
+    (average, name) = next(iter(fields.items()))
+    drawn = html.curves(
+        f"{name} of the tasks seen",
+        places,
+        {rules.title(key): values[key][average].tolist() for key in shown},
+        "percent of test images, after each task",
+        dashed,
+    )
+    rows = [
+        (rules.title(key), *(f"{value:.1f}" for value in values[key][average])) for key in protocols
+    ]
+    every = range(0, len(places), max(1, -(-len(places) // html.MOST)))
+    rows = [(row[0], *(row[1 + i] for i in every)) for row in rows]
+    return html.joined(
+        drawn,
+        html.folded(
+            "The figures",
+            html.table(
+                "Average accuracy after so many tasks, percent",
+                ("protocol", *(places[i] for i in every)),
+                rows,
+            ),
+        ),
+    )
+
+
+def _matrices(manifests: Manifests) -> Markup:
+    names = [_called(manifest) for manifest in manifests]
+    parts = []
+    own = _own_protocol(manifests)
+    for key in manifests[-1].metrics:
+        matrix = metrics.accuracy_matrix(manifests, key)
+        matrix[np.tril_indices(len(matrix), -1)] = np.nan
+        rows, blocks = html.in_blocks(names, matrix)
+        columns = (
+            [str(stage + 1) for stage in range(len(names))] if len(names) <= html.MOST else rows
+        )
+        drawn = html.heat_map(
+            rules.title(key),
+            rows,
+            columns,
+            blocks,
+            limits=(0, 100),
+            corner="task ↓ / trained through →",
+            unit="percent",
+        )
+        parts.append(html.folded(rules.title(key), drawn, is_open=key == own))
+    return html.joined(
+        html.paragraph(
+            "Accuracy on the test images of each task after each task was trained. The open one",
+            "is what predict goes by.",
+        ),
+        *parts,
+        _blocks_note(names),
+    )
+
+
+def _called(manifest: Any) -> str:
+    return f"{manifest.task + 1}: {', '.join(manifest.class_names)}"
+
+
+def _run_confusion(root: Path, manifests: Manifests) -> Markup:
+    last, own = manifests[-1], _own_protocol(manifests)
+    names = [_called(manifest) for manifest in manifests]
+    keys = [key for key in last.metrics if rules.grouping_of(key) == rules.PER_SAMPLE]
+    parts = [
+        html.paragraph(
+            "To which task, and for which class, the test images are taken after the last task,",
+            "each image by itself. The open ones are what predict goes by.",
+        ),
+        html.heading("Tasks"),
+    ]
+    for key in keys:
+        values = metrics.task_confusion(last, key)[:, : len(names)]
+        drawn = _confusion(names, values, f"Tasks, by {rules.title(key)}")
+        parts.append(html.folded(rules.title(key), drawn, is_open=key == own))
+    parts.append(html.heading("Classes"))
+    parts.append(_class_confusion(root, manifests, own))
+    return html.joined(*parts)
+
+
+def _class_confusion(root: Path, manifests: Manifests, own: str) -> Markup:
+    try:
+        answers = predictions.read(root)
+    except UserError as error:
+        return html.paragraph(str(error))
+    names = [name for manifest in manifests for name in manifest.class_names]
+    places = {name: place for place, name in enumerate(names)}
+    if own not in answers.answers or not {*answers.truth, *answers.answers[own]} <= places.keys():
+        return html.paragraph("predictions.csv is not of the last task; train the run again.")
+    counts = np.zeros((len(names),) * 2)
+    pairs = zip(answers.truth, answers.answers[own], strict=True)
+    np.add.at(counts, tuple(np.array([(places[a], places[b]) for a, b in pairs]).T), 1)
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return _confusion(names, shares, f"Classes, by {rules.title(own)}")
+
+
+# Weights.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """How far each active task's weights are from the frozen ones; `rows` are `changes.vector`."""
+
+    overall: dict[str, float]
+    by_place: dict[str, dict[changes.Place, float]]
+    by_head: dict[str, dict[changes.Place, np.ndarray]]
+    rows: dict[str, np.ndarray]
+    size: int  # numbers of a change
+    drawn: float | None  # `overall` of what is drawn and not trained
+    failed: dict[str, str]
+
+
+def _of_weights(opened: Library, reader: LibraryReader, state: LibraryState) -> list[Section]:
+    try:
+        config = from_settings(state.config)
+        backbone = assembly.load_backbone(config, state.backbone_sha256)
+    except UserError as error:
+        body = html.paragraph(f"The weights could not be compared with the frozen ones: {error}")
+        return [Section("weights", "Weights", body), Section("tree", "How alike", body)]
+    found = _measured(opened.console, reader, state, backbone)
+    return [
+        Section("weights", "Which weights each task changed", _weights(found, backbone)),
+        Section("tree", "How alike the tasks are", _alike(found)),
+    ]
+
+
+def _measured(
+    console: Console, reader: LibraryReader, state: LibraryState, backbone: backbones.Backbone
+) -> _Changes:
+    config, architecture = from_settings(state.config), backbone.architecture
+    params = jax.device_get(backbone.params)
+    found = _Changes({}, {}, {}, {}, 0, None, {})
+    size, drawn = 0, None
+    for number, (name, version) in enumerate(state.active.items()):
+        if number and number % 20 == 0:
+            console.print(f"{number} of {len(state.active)} tasks' weights are read")
+        try:
+            weights = assembly.load_weights(reader, state, name, version, config, backbone)
+        except UserError as error:
+            found.failed[name] = str(error)
+            continue
+        weights = jax.device_get(weights)
+        overall = changes.overall(architecture, params, weights)
+        if overall is None:
+            continue
+        if drawn is None:
+            size = sum(leaf.size for leaf in jax.tree.leaves(weights))
+            drawn = _as_drawn(config, backbone, params)
+        found.overall[name] = overall
+        found.by_place[name] = changes.relative(architecture, params, weights)
+        found.by_head[name] = changes.by_head(architecture, params, weights)
+        found.rows[name] = changes.vector(params, weights, len(state.active))
+    return dataclasses.replace(found, size=size, drawn=drawn)
+
+
+def _as_drawn(config: Any, backbone: backbones.Backbone, params: Any) -> float | None:
+    """Return how far weights are from the frozen ones before they are trained."""
+    method = assembly.registry.make_method(config, backbone.architecture, ("",))
+    own = method.reparametrization
+    weights = own.weights(backbone.params, own.init(jax.random.key(0), backbone.params))
+    return changes.overall(backbone.architecture, params, jax.device_get(weights))
+
+
+def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
+    failed = [html.paragraph(f"{name}: {why}") for name, why in found.failed.items()]
+    if not found.overall:
+        return html.joined(
+            html.paragraph("No task replaces weights of the frozen network here."), *failed
+        )
+    rows = []
+    for name, of in found.by_place.items():
+        place = max(of, key=lambda place: of[place])
+        least = min(of, key=lambda place: of[place])
+        cells = (f"{_place(p)} {100 * of[p]:.2f}" for p in (place, least))
+        rows.append((name, f"{100 * found.overall[name]:.2f}", *cells))
+    before = (
+        "" if found.drawn is None else f"As drawn, before training, it is {_hundredths(found)}."
+    )
+    parts = [
+        html.paragraph(FORMULA, before),
+        html.table(
+            "All of a task's kernels together, percent",
+            ("task", "changed by", "most", "least"),
+            rows,
+            left=(0, 2, 3),
+        ),
+        *failed,
+    ]
+    if len(found.overall) > 1:
+        parts.append(
+            _by_kernel(changes.mean(list(found.by_place.values())), "Mean over the tasks, percent")
+        )
+    top = max(value for of in found.by_place.values() for value in of.values())
+    tops = [heads.max() for of in found.by_head.values() for heads in of.values()]
+    limits = (0.0, 100 * top), (0.0, 100 * max(tops, default=0.0))
+    names = sorted(found.overall, key=lambda name: -found.overall[name])[:MOST_IN_DETAIL]
+    for name in [name for name in found.overall if name in names]:
+        body = html.joined(
+            _by_kernel(found.by_place[name], f"{name}, by layer and kernel, percent", limits[0]),
+            _by_head(found.by_head[name], backbone.architecture, limits[1]),
+        )
+        parts.append(html.folded(f"Task {name}", body, is_open=len(found.overall) == 1))
+    if len(names) < len(found.overall):
+        parts.append(
+            html.paragraph(
+                f"One by one are the {len(names)} tasks that changed most; of all, the table above",
+                "and the mean.",
+                kind="note",
+            )
+        )
+    return html.joined(*parts)
+
+
+def _hundredths(found: _Changes) -> str:
+    return f"{100 * found.drawn:.2f}"
+
+
+def _place(place: changes.Place) -> str:
+    tower = "" if place.tower == "vision" else f"{place.tower} "
+    return f"{tower}L{place.layer + 1} {place.part}"
+
+
+def _by_kernel(
+    of: Mapping[changes.Place, float], caption: str, limits: tuple[float, float] | None = None
+) -> Markup:
+    layers = list(dict.fromkeys((place.tower, place.layer) for place in of))
+    columns = [part for part in changes.PARTS if any(place.part == part for place in of)]
+    values = [
+        [100 * of.get(changes.Place(tower, layer, part), np.nan) for part in columns]
+        for tower, layer in layers
+    ]
+    names = [_place(changes.Place(*layer, "")).strip() for layer in layers]
+    return html.heat_map(
+        caption,
+        names,
+        columns,
+        np.array(values),
+        form="{:.2f}",
+        corner="layer ↓ / kernel →",
+        limits=limits or (0.0, float(np.nanmax(values))),
+        unit="percent",
+    )
+
+
+def _by_head(
+    of: Mapping[changes.Place, np.ndarray], architecture: Architecture, limits: tuple[float, float]
+) -> Markup | str:
+    drawn = []
+    for part in changes.PARTS[:4]:
+        layers = [place for place in of if place.part == part]
+        if layers:
+            drawn.append(
+                html.heat_map(
+                    f"Heads of {part}",
+                    [f"L{place.layer + 1}" for place in layers],
+                    [str(head + 1) for head in range(architecture.heads)],
+                    100 * np.array([of[place] for place in layers]),
+                    form="{:.2f}",
+                    corner="layer ↓ / head →",
+                    limits=limits,
+                    unit="percent",
+                )
+            )
+    return html.side_by_side(*drawn) if drawn else ""
+
+
+def _alike(found: _Changes) -> Markup:
+    names = list(found.rows)
+    if len(names) < 2:
+        return html.paragraph("A tree takes two tasks that change weights.")
+    distances = changes.cosine_distances(list(found.rows.values()))
+    exact = changes.is_exact(found.size, len(names))
+    shown, blocks = html.in_blocks(names, distances)
+    joined = len(names) > html.MOST_LEAVES
+    return html.joined(
+        html.paragraph(
+            "The changes W − θ of all kernels, as one vector a task, compared by 1 − cos: 0 is the",
+            "same direction, 1 nothing in common, 2 opposite. Tasks that are most alike are joined",
+            "first (average linkage).",
+            "Masks are drawn around a common mean, which tasks that were hardly trained share.",
+            ""
+            if exact
+            else f"Vectors of {found.size:,} numbers were cut to {changes.SKETCH:,} by a random "
+            "sketch, so that distances are right to about 0.01.",
+        ),
+        html.side_by_side(
+            html.tree(
+                "Tasks by the distance of their changes"
+                + (f", the most alike in {html.MOST_LEAVES} leaves" if joined else ""),
+                names,
+                distances,
+            ),
+            html.heat_map(
+                "Distances",
+                shown,
+                shown,
+                blocks,
+                form="{:.2f}",
+                limits=(0.0, max(1.0, float(np.nanmax(blocks)))),
+                unit="1 − cos",
+            ),
+        ),
+        _blocks_note(names),
+    )
