@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from soft_jax.config import Config
     from soft_jax.inference.predictor import Predictor
 
+JOBS = (
+    "so many runs side by side, each in a process on a device of its own; 1: one after the other, "
+    "on all devices. Default: one for each TPU chip or GPU of this host; 1 on a CPU."
+)
 # The flags of `train` and of `sweep`, and what they mean.
 CONFIG_FLAG = (
     "The run's settings: a file, or the name of one that comes along (digits, vit_cil, clip_cil, "
@@ -41,7 +45,11 @@ CONFIG_FLAG = (
 TRAIN_FLAGS = {
     "config": CONFIG_FLAG,
     "workdir": "The run's folder; the same command continues it. Default: "
-    "runs/NAME-METHOD-TASKSx-seedSEED.",
+    "runs/NAME-METHOD-TASKSx-seedSEED. With --seeds, the folder of the runs' folders; default: "
+    "runs/NAME-METHOD-TASKSx.",
+    "seeds": "So many runs, with the config's seed and those after it, and then their mean and "
+    "standard deviation.",
+    "jobs": f"With --seeds: {JOBS}",
     "distributed": 'Several processes, one a host, in one run: "auto" on TPU pod slices and '
     'clusters that jax knows, else "HOST:PORT,INDEX,COUNT".',
 }
@@ -54,6 +62,7 @@ SWEEP_FLAGS = {
     "the best of its rules that take each image by itself, as predict does.",
     "workdir": "The folder that holds the runs of all sweeps. Default: runs/sweeps.",
     "output": "Also write the table as Markdown to this file, in the place of an older table.",
+    "jobs": JOBS.capitalize(),
 }
 CONTINUES = "finished tasks are as they were, and the same command continues"
 _SHOWN = 80  # signs of an argument that a message shows
@@ -99,6 +108,10 @@ def train(argv: Sequence[str]) -> int:
     given = _read_flags(argv, TRAIN_FLAGS)
     workdir = given.values["workdir"] and paths.local(given.values["workdir"], "--workdir")
     distributed = given.values["distributed"]
+    if given.values["seeds"] is not None:
+        return _train_seeds(argv, given, workdir)
+    if given.values["jobs"] is not None:
+        raise UserError("--jobs: one run has nothing beside it; give --seeds too, or leave it out")
     try:
         _train(given.config, workdir, distributed)
     except (UserError, OSError) as error:
@@ -128,6 +141,49 @@ def _train(config: "Config", workdir: Path | None, processes: str | None) -> Non
     loop.run(config, workdir)
 
 
+def _train_seeds(argv: Sequence[str], given: "_Flags", workdir: Path | None) -> int:
+    """Train a run for each seed and print what they reach. Raises UserError where one failed."""
+    count, jobs = whole_number(given.values["seeds"], "--seeds"), _jobs(given.values["jobs"])
+    if given.values["distributed"]:
+        raise UserError(
+            "--seeds, --distributed: take one of them; runs side by side are each a process alone"
+        )
+    from absl import logging
+    from rich.console import Console
+
+    from soft_jax.experiment import planned as planned_lib
+    from soft_jax.experiment import seeds as seeds_lib
+    from soft_jax.methods import registry
+
+    logging.set_verbosity(logging.ERROR)
+    config = given.config
+    workdir = workdir or default_workdir(config, registry.parse(config.method).name, of_seeds=True)
+    runs = seeds_lib.plan(config, count, workdir)
+    outcomes = list(planned_lib.run(runs, Console(), jobs=jobs))
+    failed = [
+        f"{run.title}: {outcome}"
+        for run, outcome in zip(runs, outcomes, strict=True)
+        if isinstance(outcome, UserError)
+    ]
+    if failed:
+        raise UserError(
+            f"{'; '.join(failed)}. The others are finished; the mean is taken when all are: the "
+            "same command continues"
+        )
+    of_seeds = [run.config.seed for run in runs]
+    found = seeds_lib.summary(config, dict(zip(of_seeds, outcomes, strict=True)))
+    text = seeds_lib.markdown(config, found, shlex.join(["soft-jax", "train", *argv]))
+    print(f"\n{text}")
+    seeds_lib.write(workdir, found, text)
+    print(f"Written to {workdir / 'seeds.md'} and {workdir / 'seeds.json'}")
+    return 0
+
+
+def _jobs(text: str | None) -> int | None:
+    """Return how many runs are asked for side by side; None where the host's devices say it."""
+    return None if text is None else whole_number(text, "--jobs")
+
+
 def _asks_for_help(argv: Sequence[str]) -> bool:
     return bool({"-h", "--help", "--helpshort"} & set(argv))
 
@@ -136,13 +192,14 @@ def _flags_help(known: Mapping[str, str]) -> str:
     return "\n".join(f"  --{name}: {text}" for name, text in known.items())
 
 
-def default_workdir(config: Any, method: str) -> str:
+def default_workdir(config: Any, method: str, of_seeds: bool = False) -> Path:
     """Return the folder of a run that is given none: its name, method, tasks and seed.
 
-    `method` is the method in its one spelling.
+    `method` is the method in its one spelling. That `of_seeds` holds the runs of several seeds.
     """
     tasks = f"{config.tasks}x" if config.scenario == "equal" else config.scenario
-    return f"runs/{config.name}-{method}-{tasks}-seed{config.seed}"
+    seed = "" if of_seeds else f"-seed{config.seed}"
+    return Path(f"runs/{config.name}-{method}-{tasks}{seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -488,7 +545,7 @@ def _writer(arguments: argparse.Namespace) -> _Text | _Json | _Csv:
 
 def table(arguments: argparse.Namespace) -> int:
     """Run what is missing of a table and print it; the exit status is 1 where a row failed."""
-    seeds = whole_number(arguments.seeds, "--seeds")
+    seeds, jobs = whole_number(arguments.seeds, "--seeds"), _jobs(arguments.jobs)
     workdir = paths.local(arguments.workdir, "--workdir")
     output = _output(arguments.output)
     from soft_jax.paper import rows as rows_lib
@@ -512,7 +569,7 @@ def table(arguments: argparse.Namespace) -> int:
     from soft_jax.paper import printing, tables
 
     logging.set_verbosity(logging.ERROR)
-    request = tables.Request(arguments.table, benchmark, overrides, seeds, workdir)
+    request = tables.Request(arguments.table, benchmark, overrides, seeds, workdir, jobs)
     tables.plan(request, rows)  # what is wrong with all rows is told before anything is written
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
@@ -573,7 +630,7 @@ def sweep(argv: Sequence[str]) -> int:
         return 0
     given = _read_flags(argv, SWEEP_FLAGS)
     workdir = paths.local(given.values["workdir"] or "runs/sweeps", "--workdir")
-    output = _output(given.values["output"])
+    output, jobs = _output(given.values["output"]), _jobs(given.values["jobs"])
     from absl import logging
     from rich.console import Console
 
@@ -587,7 +644,7 @@ def sweep(argv: Sequence[str]) -> int:
     points = sweep_lib.plan(given.config, given.values["set"] or [], protocol, workdir)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    results = sweep_lib.run(points, protocol, Console())
+    results = sweep_lib.run(points, protocol, Console(), jobs)
     commands = (
         shlex.join(["soft-jax", "sweep", *argv]),
         shlex.join(["soft-jax", "train", *_train_words(given, sweep_lib.best(results))]),
@@ -616,15 +673,17 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write a task of a run as a folder of another library, and say what is in it."""
-    run, task = paths.local(arguments.run, "RUN"), whole_number(arguments.task, "TASK")
+    """Write a task as a folder of timm, transformers or PEFT, and say what is in it."""
+    run = paths.local(arguments.run, "RUN")
+    named = os.path.lexists(run / "library.json")
+    task = arguments.task if named else whole_number(arguments.task, "TASK") - 1
     path = arguments.backbone_path
     path = path and paths.local(path, "--backbone-path")
     from soft_jax.experiment import export as export_lib
 
     export_lib.export(
         run,
-        task - 1,
+        task,
         arguments.out,
         arguments.format,
         without_prompts=arguments.without_prompts,

@@ -146,7 +146,7 @@ def workplace(backbone, tmp_path_factory):
                 break
         return first["README.md"]
 
-    def finished(runs, console, figures=True):
+    def finished(runs, console, figures=True, jobs=1):
         trained.extend(each.config for each in runs)
         return [first["README.md"] for _ in runs]
 

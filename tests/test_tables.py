@@ -258,7 +258,7 @@ def table_of(*arguments, workdir, monkeypatch, capsys, outcomes=None):
     monkeypatch.setattr(
         planned,
         "run",
-        lambda every, _: outcomes or [manifests("batch_vote/prompt_id")] * len(every),
+        lambda every, *_, **__: outcomes or [manifests("batch_vote/prompt_id")] * len(every),
     )
     status = command_line.main(["table", *arguments, f"--workdir={workdir}"])
     return status, capsys.readouterr().out

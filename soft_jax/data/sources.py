@@ -185,6 +185,16 @@ def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> 
     return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir, stop)
 
 
+def prepare(name: str, data_dir: str = "", stop: threading.Event | None = None) -> None:
+    """Download and prepare the data set `name`, unless that is done or it is one of `DATASETS`.
+
+    Several processes that `load` it afterwards download nothing. Arguments and errors are those of
+    `load`; images are not looked at.
+    """
+    if name not in DATASETS:
+        _prepared(name, data_dir, stop)
+
+
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
     """Choose the test images of a set that has no test split; return bool `[N]`.
 
@@ -460,7 +470,11 @@ def _split(
     )
 
 
-def _tfds(name: str, data_dir: str, stop: threading.Event | None) -> Dataset:
+def _prepared(name: str, data_dir: str, stop: threading.Event | None) -> "tfds.core.DatasetBuilder":
+    """Return TFDS's builder of an image classification set whose files are there.
+
+    They are downloaded and prepared if they are not. Raises UserError and Stopped as `load`.
+    """
     # Imported here: it takes most of a second, and the bundled digits do without.
     import tensorflow_datasets as tfds
 
@@ -476,8 +490,11 @@ def _tfds(name: str, data_dir: str, stop: threading.Event | None) -> Dataset:
             f"dataset: {name} is not an image classification set: it has no 'image' with a class "
             "'label'"
         )
-    if not builder.info.splits:
-        builder = _prepare(builder, name, data_dir, stop)
+    return builder if builder.info.splits else _prepare(builder, name, data_dir, stop)
+
+
+def _tfds(name: str, data_dir: str, stop: threading.Event | None) -> Dataset:
+    builder = _prepared(name, data_dir, stop)
     splits = ("test",) if name == "imagenet_r" else ("train", "test")
     if missing := set(splits) - set(builder.info.splits):
         raise UserError(

@@ -57,6 +57,11 @@ def task_confusion(manifest: TaskManifest, protocol: str) -> np.ndarray:
     return confusion
 
 
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the sample standard deviation (n − 1; 0 for one value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 class RunningFigures:
     """The figures of continual learning, stage by stage.
 

@@ -16,6 +16,7 @@ from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.evaluation import evaluate, predictions, report
 from soft_jax.evaluation.metrics import TEST, VALIDATION
+from soft_jax.experiment import imported
 from soft_jax.experiment import manifest as manifests_lib
 from soft_jax.experiment import trackers as trackers_lib
 from soft_jax.experiment.bank import TaskBank
@@ -40,6 +41,7 @@ def run(
     hooks: Hooks | None = None,
     figures: bool = True,
     start: Start | None = None,
+    display: Display | None = None,
 ) -> list[TaskManifest]:
     """Train and evaluate every task that `workdir` does not hold yet.
 
@@ -52,6 +54,7 @@ def run(
         figures: whether `console` shows what the run reached on test images: a line after each task
             and the report at the end. The report's files have it in any case.
         start: what the tasks begin with, where they are not the first; nothing if not given.
+        display: where it is shown what the run does now; None: on `console`.
 
     Returns:
         The manifests of all tasks.
@@ -65,12 +68,12 @@ def run(
     with (
         stop_at_signals() as stop,
         closing(Store(workdir)) as store,
-        Display(console) as display,
+        display or Display(console) as shown,
     ):
-        display.begin("loading the backbone and the images")
+        shown.begin("loading the backbone and the images")
         prepared = prepare(config, store, console, stop, None, dataset, hooks, start)
         with trackers_lib.opened(config, store.root, store.record) as trackers, _memory_named():
-            run = dataclasses.replace(prepared, log=trackers.curves, display=display)
+            run = dataclasses.replace(prepared, log=trackers.curves, display=shown)
             manifests = _run_tasks(run, trackers, figures)
     if figures and not run.start.alone:
         report.show(console, config.benchmark, manifests)
@@ -150,11 +153,15 @@ def _learn_task(
     _begin(run, task, "compiling")
     adapter = begin(run.initial_adapter(task), bank.prompt(task - 1) if task else None)
     recalled, shared = run.method.before_task(memory, shared)
-    state, seconds = train_task(run, task, adapter, shared, recalled)
+    if run.start.trained:
+        trained, seconds = imported.finish(run, adapter, shared), {"train": 0.0}
+    else:
+        state, seconds = train_task(run, task, adapter, shared, recalled)
+        trained = state.trainable
     start = time.monotonic()
     _begin(run, task, "statistics of its training images")
-    memory, shared = task_memory(run, task, memory, state.trainable)
-    adapter, packed = _as_stored(run, task, state.trainable["adapter"])
+    memory, shared = task_memory(run, task, memory, trained)
+    adapter, packed = _as_stored(run, task, trained["adapter"])
     if run.method.host.reads_text:
         class_mask = run.scenario.class_mask(task)
         class_mask = distributed.to_global(class_mask, distributed.replicated(run.mesh))

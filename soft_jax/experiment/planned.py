@@ -1,26 +1,34 @@
 """Runs that are planned before they are run: what a table's rows and a sweep's settings need.
 
 A plan says of each run its config and its folder; the folder says what is finished already. So
-whoever plans the same run again finds it, and only what is missing is trained.
+whoever plans the same run again finds it, and only what is missing is trained: one after the other
+in this process, or side by side (`jobs`), each in a process that runs this module as a program.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from soft_jax.config import DEFAULTS, Config
+from soft_jax.config import DEFAULTS, Config, from_settings
 from soft_jax.errors import Stopped, UserError
+from soft_jax.experiment import jobs as jobs_lib
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.display import Display
 from soft_jax.experiment.stopping import Preempted, stop_at_signals
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
+
+# The program that runs one run, which it is given as `_given` writes it.
+PROGRAM = (sys.executable, "-m", "soft_jax.experiment.planned")
+LOG = "log.txt"  # in a run's folder: what such a process prints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +70,13 @@ def finished(planned: PlannedRun) -> list[TaskManifest] | None:
 
     Raises UserError where the folder holds a run of other settings, or is damaged.
     """
+    if planned.config.scenario == "file":
+        return None  # its tasks are compared where the run is prepared, which trains nothing anew
+    return _stored(planned)
+
+
+def _stored(planned: PlannedRun) -> list[TaskManifest] | None:
+    """Return what `finished` does, also where a file says which tasks there are."""
     reader = Reader(planned.folder)
     tasks = reader.present()
     if not tasks or not (planned.folder / "config.json").exists():
@@ -69,24 +84,66 @@ def finished(planned: PlannedRun) -> list[TaskManifest] | None:
     # A folder is named for a digest: what is in it has the last word.
     reader.compare_settings(settings_lib.used_settings(planned.config), DEFAULTS)
     last = reader.load_task_manifest(tasks[-1])
-    if planned.config.scenario == "file":
-        return None  # its tasks are compared where the run is prepared, which trains nothing anew
     if len(tasks) < last.num_tasks:
         return None
     return [*(reader.load_task_manifest(task) for task in range(last.num_tasks - 1)), last]
 
 
+Outcome = list[TaskManifest] | UserError
+
+
 def run(
-    planned: Sequence[PlannedRun], console: Console, figures: bool = True
-) -> Iterator[list[TaskManifest] | UserError]:
+    planned: Sequence[PlannedRun],
+    console: Console,
+    figures: bool = True,
+    jobs: int | None = 1,
+    program: Sequence[str] = PROGRAM,
+) -> Iterator[Outcome]:
     """Yield the manifests of each run, or what was wrong with it.
 
-    Runs that are not finished are run, or continued. One data set is held at a time, and seeds of
-    one method share its compiled programs. `console` shows which run it is, how far it is and what
-    was wrong; with `figures` also what it reached on test images.
+    Runs that are not finished are run, or continued. `console` shows which run it is, how far it is
+    and what was wrong; with `figures` also what it reached on test images.
 
-    Raises Preempted after a signal to stop.
+    Args:
+        planned: the runs.
+        console: where all that is shown.
+        figures: whether figures of test images are shown.
+        jobs: so many runs go side by side, each in a process on a device of its own, with its log
+            in its folder; None: one for each chip of this host. One run alone, or one at a time,
+            is run in this process on all devices; then one data set is held at a time, and seeds of
+            one method share its compiled programs.
+        program: the words of the command that runs one run, for tests and programs around this.
+
+    Raises:
+        UserError: for more jobs than the host has chips.
+        Preempted: after a signal to stop; the states of all runs are saved.
     """
+    folders = {each.folder: each for each in planned}  # rows may share a run
+    slots, devices = 1, None
+    if jobs != 1 and len(folders) > 1 and None in map(_before, folders.values()):
+        devices = jobs_lib.devices_of_host()
+        # Not the number of those that are missing: continued, a run has as many devices as before.
+        slots = jobs_lib.at_once(jobs, len(folders), devices)
+    if slots > 1:
+        runs = list(folders.values())
+        outcomes = _side_by_side(runs, console, figures, slots, devices, program)
+        yield from (outcomes[each.folder] for each in planned)
+    else:
+        yield from _one_by_one(planned, console, figures)
+
+
+def _before(planned: PlannedRun) -> Outcome | None:
+    """Return the outcome of a run that needs none of it: finished, or nothing to be run."""
+    try:
+        return finished(planned)
+    except UserError as error:
+        return error
+
+
+def _one_by_one(
+    planned: Sequence[PlannedRun], console: Console, figures: bool
+) -> Iterator[Outcome]:
+    """Yield the outcome of each run in turn; all are run in this process."""
     # They are not needed for a finished table, and importing them takes a second.
     from soft_jax.data import sources
     from soft_jax.experiment import loop
@@ -120,3 +177,110 @@ def run(
             console.print(f"error: {error}")
             outcome = error
         yield outcome
+
+
+def _side_by_side(
+    planned: Sequence[PlannedRun],
+    console: Console,
+    figures: bool,
+    slots: int,
+    devices: jobs_lib.Devices,
+    program: Sequence[str],
+) -> dict[Path, Outcome]:
+    """Return the outcome of each run by its folder; `slots` of them run at a time."""
+    outcomes: dict[Path, Outcome] = {}
+    missing: list[PlannedRun] = []
+    with stop_at_signals() as stop:
+        fetch = functools.cache(functools.partial(_fetch, console, stop))
+        for each in planned:
+            c = each.config
+            outcome = _before(each) or fetch(c.dataset, c.data_dir, c.backbone, c.backbone_path)
+            if outcome is None:
+                missing.append(each)
+                continue
+            outcomes[each.folder] = outcome
+            if isinstance(outcome, UserError):
+                console.print(f"error: {each.title}: {outcome}", markup=False, highlight=False)
+        jobs = [
+            jobs_lib.Job(each.title, program, _given(each, figures), each.folder / LOG)
+            for each in missing
+        ]
+        problems = jobs_lib.run(jobs, slots, devices, console, stop)
+        if stop.is_set():
+            raise Preempted("Stopped")
+    for each, problem in zip(missing, problems, strict=True):
+        try:
+            outcomes[each.folder] = (
+                problem
+                or _stored(each)
+                or UserError(f"its process ended without a word (log: {each.folder / LOG})")
+            )
+        except UserError as error:
+            outcomes[each.folder] = error
+    return outcomes
+
+
+def _fetch(
+    console: Console, stop: threading.Event, dataset: str, data_dir: str, backbone: str, path: str
+) -> UserError | None:
+    """Download what a run needs and this host has not, before several processes would.
+
+    Returns what is wrong with it. Raises Preempted after a signal.
+    """
+    # Here, since a finished table needs neither.
+    from soft_jax.data import sources
+    from soft_jax.models import backbones
+
+    with Display(console) as display:
+        display.begin("looking for the images and the backbone")
+        try:
+            sources.prepare(dataset, data_dir, stop)
+            backbones.locate(backbone, path, stop)
+        except UserError as error:
+            return error
+        except Stopped:
+            pass
+    if stop.is_set():
+        raise Preempted("Stopped while fetching images and backbone")
+    return None
+
+
+def _given(planned: PlannedRun, figures: bool) -> dict[str, Any]:
+    """Return what `main` needs to know, as JSON has it."""
+    folder = str(planned.folder)
+    return {"config": dataclasses.asdict(planned.config), "folder": folder, "figures": figures}
+
+
+def main() -> int:
+    """Be the program that runs one run, and return its exit status.
+
+    That is 1 for what the user has to mend, and 128 + the signal's number after a signal. What it
+    prints is on the error output, how far it is on the other.
+    """
+    given = jobs_lib.receive()
+    from absl import logging
+
+    from soft_jax.experiment import loop
+
+    logging.set_verbosity(logging.ERROR)
+    console = Console(file=sys.stderr, width=100)
+    try:
+        loop.run(
+            from_settings(given["config"]),
+            given["folder"],
+            console,
+            figures=given["figures"],
+            display=jobs_lib.ToldDisplay(console),
+        )
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        jobs_lib.tell(error=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -146,15 +146,17 @@ def _check_protocol(config: Config, protocol: str | None) -> None:
         raise UserError(f"protocol: {protocol!r} means nothing for method {config.method!r}")
 
 
-def run(points: Sequence[Point], protocol: str | None, console: Console) -> list[Result]:
+def run(
+    points: Sequence[Point], protocol: str | None, console: Console, jobs: int | None = 1
+) -> list[Result]:
     """Run what is missing, and return what became of each point, in order.
 
-    `console` shows how far a run is and its validation figure when it is finished, and no figure of
-    test images. Raises Preempted after a signal to stop, and UserError where a run does not have
-    the protocol.
+    So many `jobs` go side by side, as in `planned.run`. `console` shows how far a run is and its
+    validation figure when it is finished, and no figure of test images. Raises Preempted after a
+    signal to stop, and UserError where a run does not have the protocol.
     """
     results = []
-    outcomes = planned_lib.run([point.run for point in points], console, figures=False)
+    outcomes = planned_lib.run([point.run for point in points], console, figures=False, jobs=jobs)
     for point, outcome in zip(points, outcomes, strict=True):
         if isinstance(outcome, UserError):
             results.append(Result(point, None, outcome))

@@ -111,13 +111,15 @@ def _line(row: Row, protocol: str, seeds: Sequence[Sequence[TaskManifest]]) -> L
         number=row.number,
         name=row.name,
         protocol=protocol,
-        figures={key: statistics([figures[key] for figures in each]) for key in each[0]},
+        figures={
+            key: metrics.mean_and_deviation([figures[key] for figures in each]) for key in each[0]
+        },
         published=published,
         cost=_cost(seeds),
         joint=last.num_tasks == 1,
         each=[figures["final_average"] for figures in each],
         backbone=last.backbone["name"],
-        validation=statistics(held_out) if len(held_out) == len(seeds) else None,
+        validation=metrics.mean_and_deviation(held_out) if len(held_out) == len(seeds) else None,
     )
 
 
@@ -138,11 +140,6 @@ def _cost(seeds: Sequence[Sequence[TaskManifest]]) -> dict[str, float | None]:
         totals = [sum(m.seconds.get(part, 0) for m in manifests) for manifests in seeds]
         cost[part] = float(np.mean(totals))
     return cost
-
-
-def statistics(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the sample standard deviation (n − 1; 0 for one value)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def joint_lines(

@@ -18,13 +18,13 @@ from rich.text import Text
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import report
+from soft_jax.evaluation.metrics import mean_and_deviation
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.inference import rules
 from soft_jax.paper.lines import (
     EACH_IMAGE,
     Line,
     bound,
-    statistics,
 )
 from soft_jax.paper.rows import Row, fixed
 
@@ -348,7 +348,7 @@ def _added(lines: Sequence[Line], references: Sequence[Line]) -> list[str]:
         for line in lines:
             same = line.backbone == reference.backbone and line.seeds == reference.seeds
             if same and not line.joint and rules.grouping_of(line.protocol) == grouping:
-                difference = statistics(np.subtract(line.each, reference.each))
+                difference = mean_and_deviation(np.subtract(line.each, reference.each))
                 added[line.name] = max(added.get(line.name, difference), difference)
         ranked = sorted(added.items(), key=lambda item: item[1], reverse=True)
         if ranked:
@@ -374,7 +374,7 @@ def _best_and_worst(found: Found) -> list[str]:
         ranked = sorted(these, reverse=True)
         if len(ranked) > 1:
             best = "; ".join(
-                f"{name} ({rules.title(protocol)}) {_mean(statistics(each), len(each))}"
+                f"{name} ({rules.title(protocol)}) {_mean(mean_and_deviation(each), len(each))}"
                 for _, each, (name, protocol) in ranked[:3]
             )
             text.append(
@@ -411,7 +411,7 @@ def _differences(found: Found, one: str, other: str) -> str:
             for name in (one, other)
         )
         if new and old:
-            mean, deviation = statistics(np.subtract(new, old))
+            mean, deviation = mean_and_deviation(np.subtract(new, old))
             spread = f" ± {deviation:.2f}" if len(new) > 1 else ""
             parts.append(f"{keys[0]} {mean:+.2f}{spread}")
     return ", ".join(parts)

@@ -25,7 +25,8 @@ Planned = Mapping[int, Sequence[PlannedRun]]  # a row's runs, one a seed, by the
 class Request:
     """A table that is asked for: a number or a name of `OWN`, and how its rows are run.
 
-    `overrides` are settings for all rows; `workdir` holds the runs of all tables.
+    `overrides` are settings for all rows; `workdir` holds the runs of all tables; so many `jobs`
+    go side by side, as in `planned.run`.
     """
 
     table: str
@@ -33,6 +34,7 @@ class Request:
     overrides: Mapping[str, Any]
     seeds: int
     workdir: Path
+    jobs: int | None = 1
 
 
 def make(request: Request, rows: Sequence[Row], command: str, picture: Path) -> tuple[str, bool]:
@@ -47,7 +49,7 @@ def make(request: Request, rows: Sequence[Row], command: str, picture: Path) -> 
     for number, error in failed.items():  # now, not after hours
         console.print(f"error: row {number}: {error}")
     rows = with_published(request, rows)
-    gathered = gather(rows, planned, console)
+    gathered = gather(rows, planned, console, request.jobs)
     failed |= gathered.failed
     if not gathered.lines:
         raise next(iter(failed.values()))
@@ -93,10 +95,12 @@ class Gathered:
     failed: Mapping[int, UserError]
 
 
-def gather(rows: Sequence[Row], planned: Planned, console: Console) -> Gathered:
+def gather(
+    rows: Sequence[Row], planned: Planned, console: Console, jobs: int | None = 1
+) -> Gathered:
     """Run what is missing, and make the lines of the rows."""
     every_run = [each for of_row in planned.values() for each in of_row]
-    outcomes = iter(list(planned_lib.run(every_run, console)))
+    outcomes = iter(list(planned_lib.run(every_run, console, jobs=jobs)))
     lines: list[Line] = []
     references: dict[tuple[str, str], Line] = {}
     failed: dict[int, UserError] = {}

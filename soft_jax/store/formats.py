@@ -1,11 +1,11 @@
 """Format numbers of what is on disk, and the migrations from older formats.
 
-Each kind of JSON on disk ("run": config.json; "task", "training": the manifest of a checkpoint)
-carries a format number and the version that wrote it. A format changes when a key is added,
-removed, renamed or comes to mean something else; the change brings one function, which turns the
-format before it into it, at the end of the kind's row in `MIGRATIONS`. Reading goes through all the
-functions from the format found on. They are never changed afterwards: tasks and config.json of one
-run may have been written by different versions, and have to come out equal.
+Each kind of JSON on disk ("run": config.json; "task", "training": the manifest of a checkpoint;
+"seeds": seeds.json) carries a format number and the version that wrote it. A format changes when a
+key is added, removed, renamed or comes to mean something else; the change brings one function,
+which turns the format before it into it, at the end of the kind's row in `MIGRATIONS`. Reading goes
+through all the functions from the format found on. They are never changed afterwards: tasks and
+config.json of one run may have been written by different versions, and have to come out equal.
 
 A new *setting* needs no new format, as long as its default is what runs did before there was such a
 setting: where a run's record lacks a setting, `records.differences` takes the default.
@@ -145,12 +145,28 @@ def task_manifest_1_to_2(old: Data) -> Data:
     return {"temperature": {}, "calibration": {}} | old
 
 
+def library_0_to_1(old: Data) -> Data:
+    """Add the numbers that versions had; of those removed, no format 0 knows.
+
+    Nor does it know what was confused, and where arrays are from that were not trained.
+    """
+    numbers = {name: max(v["number"] for v in found) for name, found in old["tasks"].items()}
+    tasks = {name: [v | {"origin": ""} for v in found] for name, found in old["tasks"].items()}
+    return old | {"tasks": tasks, "numbers": numbers, "confusion": {}}
+
+
+def log_0_to_1(old: Data) -> Data:
+    """Say that nothing was kept of what was measured."""
+    return old | {"found": {}}
+
+
 # A kind's number of functions is its format today; the function at index n reads format n.
 MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
     "library": (),
+    "seeds": (),
 }
 
 
