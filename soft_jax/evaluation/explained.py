@@ -64,7 +64,7 @@ def lines(explanation: Explanation, file: str) -> list[str]:
         tasks = shown_tasks(e, _ON_SCREEN)
         rows = [("  task", *(f"{_rule(a)}, {a.rule.scored_by}" for a in scored))]
         for task in tasks:
-            cells = (_score(a, task, mark="*") for a in scored)
+            cells = (_score(a, task, mark="*").replace("−", "-") for a in scored)
             rows.append((f"  {e.task_names[task]}", *cells))
         left_out = len(scored[0].scores) - len(tasks)
         out += ["", "Scores of the tasks (*: the one that is named):", *_padded(rows)]
@@ -102,7 +102,7 @@ def _layer(layer: int | str) -> str:
 def _score(answer: RuleAnswer, task: int, mark: str) -> str:
     score = answer.scores[task]
     best = answer.scores.argmin() if answer.rule.lowest_wins else answer.scores.argmax()
-    return f"{score:.3g}{mark if task == best else ''}"
+    return f"{html.number_of(score, '{:.3g}')}{mark if task == best else ''}"
 
 
 def _most(attention: Attention, count: int = 3) -> str:
@@ -143,7 +143,7 @@ def page(explanation: Explanation, file: Any, root: Any) -> str:
                 "class": e.class_names[e.class_],
                 "probability": f"{100 * own.probabilities[0]:.1f}%",
                 "network of task": name_of(e, e.network),
-                "margin": f"{e.margin:.2f}",
+                "margin": html.number_of(e.margin, "{:.2f}"),
             }
         ),
     )
@@ -215,7 +215,7 @@ def _layers(e: Explanation) -> Markup:
     rows = [
         (
             _layer(x.layer),
-            f"{x.margin:.2f}",
+            html.number_of(x.margin, "{:.2f}"),
             _signed(x.margin - e.margin),
             f"{100 * x.probability:.1f}",
             _signed(100 * (x.probability - e.probability), 1),
@@ -223,12 +223,17 @@ def _layers(e: Explanation) -> Markup:
         for x in e.layers
     ]
     changes = [x.margin - e.margin for x in e.layers]
+    below = (
+        f"It is below 0: the network alone would have named another class, and the rule "
+        f"{_rule(e.answers[e.own])} counts more than its logits."
+    )
     return html.joined(
         html.paragraph(
             f"The image was answered again with the masks of one layer put back to 1. {MARGIN}",
-            f"With all masks it is {e.margin:.2f}, and the class has {100 * e.probability:.1f}% of "
+            f"With all masks it is {html.number_of(e.margin, '{:.2f}')}, and the class has {100 * e.probability:.1f}% of "
             "that network's softmax over the classes that could win. Where the margin falls, that "
             "layer's masks spoke for the answer; where it rises, against it. Prompts stay.",
+            below if e.margin < 0 else "",
         ),
         html.bars(
             f"The margin of {e.class_names[e.class_]} without a layer's masks",
@@ -240,7 +245,7 @@ def _layers(e: Explanation) -> Markup:
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return html.number_of(value, f"{{:+.{digits}f}}")
 
 
 def _attention(e: Explanation) -> Markup:
@@ -260,6 +265,7 @@ def _attention(e: Explanation) -> Markup:
                 f"Network of task {name_of(e, e.network)}", e.image, e.masked.patches, (0, most)
             ),
             html.over_image("Difference, in points", e.image, change, (-far, far)),
+            small=True,
         ),
         html.table(
             "All of the token's attention, percent",

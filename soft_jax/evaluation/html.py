@@ -30,6 +30,7 @@ MOST_CURVES = 8
 MOST_LEAVES = 40  # of a tree; the most alike are joined in one leaf above that
 _SHADES = 21  # of a heat map
 _LONGEST = 14  # letters of a name in a heat map or a picture; the whole name is its title
+_ONE_LINE = 36  # letters of a table's cell that are not broken into lines
 _GENERATOR = f'<meta name="generator" content="soft_jax page {FORMAT}">'
 _OURS = re.compile(r'<meta name="generator" content="soft_jax page \d+">')
 # What can't stand in HTML, or moves what stands beside it: control characters, and those that turn
@@ -76,6 +77,12 @@ def strong(value: Any) -> Markup:
     return Markup(f"<strong>{text(value)}</strong>")
 
 
+def number_of(value: float, form: str) -> str:
+    """Return a number as `form` has it, with a minus sign, and no sign where it shows 0."""
+    shown = form.format(value)
+    return shown.lstrip("+-") if not shown.strip("+-0.%") else shown.replace("-", "−")
+
+
 def heading(value: Any) -> Markup:
     """Return a heading inside a section."""
     return Markup(f"<h3>{text(value)}</h3>")
@@ -87,10 +94,13 @@ def folded(summary: Any, body: Markup, is_open: bool = False) -> Markup:
     return Markup(f"<details{state}><summary>{text(summary)}</summary>\n{body}\n</details>")
 
 
-def side_by_side(*parts: Markup) -> Markup:
-    """Return pieces beside each other, or below each other where there is no room."""
+def side_by_side(*parts: Markup, small: bool = False) -> Markup:
+    """Return pieces beside each other, or below each other where there is no room.
+
+    `small` ones need less.
+    """
     cells = "\n".join(f'<div class="cell">{part}</div>' for part in parts)
-    return Markup(f'<div class="grid">\n{cells}\n</div>')
+    return Markup(f"<div{_class('grid', 'four' if small else '')}>\n{cells}\n</div>")
 
 
 def facts(rows: Mapping[str, Any]) -> Markup:
@@ -138,19 +148,26 @@ def table(
         cells = "".join(
             f'<th scope="row">{text(cell)}</th>'
             if i == 0
-            else f"<td{_class('' if i in left else 'n')}>{text(cell)}</td>"
+            else f"<td{_class('' if i in left else 'n', _wide(cell))}>{text(cell)}</td>"
             for i, cell in enumerate(row)
         )
         body.append(f"<tr{_class('mark' if number in marked else '')}>{cells}</tr>")
     rows_ = "\n".join(body)
     inner = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows_}\n</tbody>"
-    return _box(caption, f"<table><caption>{text(caption)}</caption>\n{inner}</table>")
+    made = f"<table><caption>{text(caption)}</caption>\n{inner}</table>"
+    return _box(caption, made)
 
 
-def _box(label: str, inner: str) -> Markup:
+def _wide(cell: Any) -> str:
+    """Return the class of a cell whose text is broken into lines."""
+    return "w" if not isinstance(cell, Markup) and len(str(cell)) > _ONE_LINE else ""
+
+
+def _box(label: str, inner: str, kind: str = "") -> Markup:
     """Return what scrolls by itself; the keyboard reaches it too."""
     return Markup(
-        f'<div class="box" tabindex="0" role="region" aria-label="{text(label)}">{inner}</div>'
+        f'<div{_class("box", kind)} tabindex="0" role="region" aria-label="{text(label)}">'
+        f"{inner}</div>"
     )
 
 
@@ -193,14 +210,14 @@ def heat_map(
                 continue
             share = (value - low) / (high - low) if high > low else 0.0
             shade = round(min(max(share, 0.0), 1.0) * (_SHADES - 1))
-            number = form.format(value).replace("-", "−")
+            number = number_of(value, form)
             cells.append(f'<td class="{"d" if parted else "h"}{shade}">{number}</td>')
         lines.append(f'<tr><th scope="row"{whole}>{name}</th>{"".join(cells)}</tr>')
     body = "\n".join(lines)
     scale = (
-        f'<p class="scale"><span>{form.format(low).replace("-", "−")}</span>'
+        f'<p class="scale"><span>{number_of(low, form)}</span>'
         f'<span class="bar {"parted" if parted else ""}"></span>'
-        f"<span>{form.format(high)}</span> {text(unit)}</p>"
+        f"<span>{number_of(high, form)}</span> {text(unit)}</p>"
     )
     made = (
         f'<table class="heat"><caption>{text(caption)}</caption>\n'
@@ -208,7 +225,7 @@ def heat_map(
         f"{''.join(heads)}</tr></thead>"
         f"\n<tbody>\n{body}\n</tbody></table>"
     )
-    return Markup(f"{_box(caption, made)}\n{scale}")
+    return Markup(f"{_box(caption, made, 'heats')}\n{scale}")
 
 
 def in_blocks(
@@ -253,8 +270,8 @@ def curves(
     A value that is None leaves a gap. The curves named in `dashed` are dashed; points at the places
     `hollow` are not filled, and no line leads to them.
     """
-    width, top, bottom, left, right = 380, 12, 36, 34, 12
-    height = 230
+    width, top, bottom, left, right = 380, 12, 40, 34, 12
+    height = 234
     given = [v for values in series.values() for v in values if v is not None]
     low = min(given, default=0.0)
     floor = max(0.0, 20 * np.floor((low - 1) / 20)) if low < 98 else 90.0
@@ -276,7 +293,7 @@ def curves(
     for i in range(0, len(places), every):
         name, _ = _short(places[i], 9)
         anchor = "m" if 0 < i < len(places) - 1 or len(places) == 1 else ("s" if i == 0 else "e")
-        parts.append(f'<text x="{x(i):.1f}" y="{height - 18}" class="{anchor}">{name}</text>')
+        parts.append(f'<text x="{x(i):.1f}" y="{height - 23}" class="{anchor}">{name}</text>')
     legend = []
     for number, (name, values) in enumerate(series.items()):
         color = f"c{number % MOST_CURVES}"
@@ -403,8 +420,7 @@ def over_image(
                 f'height="{cell:.2f}"/>'
             )
             if grid <= 8:
-                number = f"{100 * value:+.0f}" if parted else f"{100 * value:.0f}"
-                number = number.replace("-", "−")
+                number = number_of(100 * value, "{:+.0f}" if parted else "{:.0f}")
                 parts.append(
                     f'<text class="m over" x="{x + cell / 2:.1f}" y="{y + cell / 2 + 5:.1f}">'
                     f"{number}</text>"
@@ -420,7 +436,7 @@ def over_image(
 def bars(
     caption: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]], values: Sequence[float]
 ) -> Markup:
-    """Return a table whose last column is a bar for each of `values`, to the left below 0."""
+    """Return a table whose second column is a bar for each of `values`, to the left below 0."""
     most = max(map(abs, values), default=0.0) or 1.0
     drawn = []
     for row, value in zip(rows, values, strict=True):
@@ -432,8 +448,8 @@ def bars(
             f'<rect class="{kind}" x="{start:.1f}" y="1" width="{share:.1f}" height="10"/>'
             '<line class="axis" x1="50" x2="50" y1="0" y2="12"/></svg>'
         )
-        drawn.append([*row, Markup(svg)])
-    return table(caption, [*columns, ""], drawn, left=(0, len(columns)))
+        drawn.append([row[0], Markup(svg), *row[1:]])
+    return table(caption, [columns[0], "", *columns[1:]], drawn, left=(0, 1))
 
 
 # The page.
@@ -545,22 +561,24 @@ gap:.3rem 1.1rem}
 padding:.45rem .8rem;min-width:6.5rem}
 .facts dt{color:var(--soft);font-size:.82rem}
 .facts dd{margin:0;font-size:1.15rem;font-weight:600;font-variant-numeric:tabular-nums}
-.box{overflow:auto;max-height:36rem;max-width:100%;margin:.5rem 0 .3rem}
+.box{overflow:auto;max-height:36rem;max-width:100%;margin:.5rem 0 1rem}
+.box.heats{margin-bottom:.2rem}
 table{border-collapse:collapse;font-size:.9rem;line-height:1.35;font-variant-numeric:tabular-nums;
-overflow-wrap:normal}
-caption{text-align:left;font-weight:600;padding:0 0 .4rem}
+overflow-wrap:normal;white-space:nowrap}
+caption{white-space:normal;text-align:left;font-weight:600;padding:0 0 .4rem}
 th,td{padding:.32rem .65rem .32rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600;font-size:.84rem;vertical-align:bottom}
 tbody th{font-weight:600}
-th.n,td.n{text-align:right;white-space:nowrap}
+th.n,td.n{text-align:right}
+td.w{white-space:normal;min-width:15rem;overflow-wrap:anywhere}
 tr.mark th,tr.mark td{background:var(--mark)}
 .heat{border-collapse:separate;border-spacing:2px}
 .heat th,.heat td{border:0;padding:.25rem .3rem}
 .heat td{text-align:center;min-width:2.5rem;border-radius:3px;white-space:nowrap;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .heat thead th{text-align:center}
-.heat .corner{text-align:left;min-width:5rem;max-width:9rem;font-weight:400}
+.heat .corner{text-align:left;min-width:5rem;max-width:9rem;font-weight:400;white-space:normal}
 .heat tbody th{font-weight:400;white-space:nowrap;padding-right:.6rem;position:sticky;left:0;
 background:var(--paper)}
 .heat th.up span{writing-mode:vertical-rl;transform:rotate(180deg);display:inline-block;
@@ -571,9 +589,10 @@ margin:0 0 1rem}
 -webkit-print-color-adjust:exact}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));
 gap:.6rem 2rem;align-items:start}
+.grid.four{grid-template-columns:repeat(auto-fill,minmax(min(13rem,45%),1fr));gap:.6rem 1rem}
 .cell{min-width:0}
-figure{margin:.6rem 0;max-width:33rem}
-figure.small{max-width:18rem}
+figure{margin:.6rem 0;max-width:28rem}
+figure.small{max-width:16rem}
 figcaption{font-weight:600;font-size:.9rem;padding-bottom:.3rem}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:12px;fill:var(--soft);font-family:inherit}
@@ -588,7 +607,7 @@ svg .pixels{image-rendering:pixelated}
 svg .veil{fill-opacity:.62}
 svg .over{fill:#fff;font-weight:600;font-size:14px;paint-order:stroke;stroke:#000;
 stroke-width:2.6px}
-svg.bars{width:9rem;height:.85rem}
+svg.bars{width:6.5rem;height:.85rem;margin-top:.2rem}
 svg .plus{fill:var(--c1)}svg .minus{fill:var(--c0)}svg .axis{stroke:var(--soft);stroke-width:.8}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}
 .c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}.c7{color:var(--c7)}

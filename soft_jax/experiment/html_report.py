@@ -373,7 +373,7 @@ def _log(opened: Library, state: LibraryState) -> Markup:
     rows = [
         (
             record["number"],
-            record["when"].replace("+00:00", " UTC").replace("T", " "),
+            record["when"].replace("T", " ").replace("+00:00", " UTC"),
             record["command"],
             record["note"],
             (record["state_before"] or "–")[:12],
@@ -394,7 +394,8 @@ def _log(opened: Library, state: LibraryState) -> Markup:
             "States are the first digits of their SHA-256.",
             "The last is that of the library now."
             if whole
-            else "The last is NOT that of the library now: library.json was changed by hand.",
+            else f"That of the library now is {state.sha256[:12]}, another than the last: its file "
+            "was changed otherwise than by a command, or is of an older release.",
             f"{left_out} older changes are left out; soft-jax log lists all." if left_out else "",
             kind="note",
         ),
@@ -663,7 +664,7 @@ def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
         cells = (f"{_place(p)} {100 * of[p]:.2f}" for p in (place, least))
         rows.append((name, f"{100 * found.overall[name]:.2f}", *cells))
     before = (
-        "" if found.drawn is None else f"As drawn, before training, it is {_hundredths(found)}."
+        "" if found.drawn is None else f"As drawn, before training, it is {100 * found.drawn:.2f}."
     )
     parts = [
         html.paragraph(FORMULA, before),
@@ -679,14 +680,14 @@ def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
         parts.append(
             _by_kernel(changes.mean(list(found.by_place.values())), "Mean over the tasks, percent")
         )
-    top = max(value for of in found.by_place.values() for value in of.values())
-    tops = [heads.max() for of in found.by_head.values() for heads in of.values()]
-    limits = (0.0, 100 * top), (0.0, 100 * max(tops, default=0.0))
+    # One scale of colours for all tasks.
+    limits = _limits([value for of in found.by_place.values() for value in of.values()])
+    of_heads = _limits([heads for of in found.by_head.values() for heads in of.values()])
     names = sorted(found.overall, key=lambda name: -found.overall[name])[:MOST_IN_DETAIL]
     for name in [name for name in found.overall if name in names]:
         body = html.joined(
-            _by_kernel(found.by_place[name], f"{name}, by layer and kernel, percent", limits[0]),
-            _by_head(found.by_head[name], backbone.architecture, limits[1]),
+            _by_kernel(found.by_place[name], f"{name}, by layer and kernel, percent", limits),
+            _by_head(found.by_head[name], backbone.architecture, of_heads),
         )
         parts.append(html.folded(f"Task {name}", body, is_open=len(found.overall) == 1))
     if len(names) < len(found.overall):
@@ -700,8 +701,9 @@ def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
     return html.joined(*parts)
 
 
-def _hundredths(found: _Changes) -> str:
-    return f"{100 * found.drawn:.2f}"
+def _limits(values: Sequence[Any]) -> tuple[float, float]:
+    every = 100 * np.concatenate([np.ravel(value) for value in values] or [np.zeros(1)])
+    return float(every.min()), float(every.max())
 
 
 def _place(place: changes.Place) -> str:
@@ -726,7 +728,7 @@ def _by_kernel(
         np.array(values),
         form="{:.2f}",
         corner="layer ↓ / kernel →",
-        limits=limits or (0.0, float(np.nanmax(values))),
+        limits=limits,
         unit="percent",
     )
 

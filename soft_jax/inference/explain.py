@@ -318,7 +318,7 @@ def _attention(
     before = weights.shape[-1] - weights.shape[-2]  # prefixes, in front of the tokens
     patches = looked[:, -(grid**2) :].reshape(-1, grid, grid)
     itself = looked[:, before]
-    return patches, itself, 1 - itself - patches.sum(axis=(1, 2))
+    return patches, itself, jnp.maximum(1 - itself - patches.sum(axis=(1, 2)), 0)
 
 
 def attention_weights(method: Method, qkv: jax.Array, prefix: Prefix) -> jax.Array:
