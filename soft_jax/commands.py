@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soft_jax import paths
+from soft_jax.buckets import BucketPath
 from soft_jax.config import (
     DEFAULTS,
     RUNTIME_FIELDS,
@@ -27,6 +28,7 @@ from soft_jax.config import (
     unknown,
 )
 from soft_jax.errors import UserError
+from soft_jax.paths import Place
 
 if TYPE_CHECKING:
     from soft_jax.config import Config
@@ -106,7 +108,7 @@ def train(argv: Sequence[str]) -> int:
         )
         return 0
     given = _read_flags(argv, TRAIN_FLAGS)
-    workdir = given.values["workdir"] and paths.local(given.values["workdir"], "--workdir")
+    workdir = given.values["workdir"] and paths.place(given.values["workdir"], "--workdir")
     distributed = given.values["distributed"]
     if given.values["seeds"] is not None:
         return _train_seeds(argv, given, workdir)
@@ -167,8 +169,8 @@ def _train_seeds(argv: Sequence[str], given: "_Flags", workdir: Path | None) -> 
     ]
     if failed:
         raise UserError(
-            f"{'; '.join(failed)}. The others are finished; the mean is taken when all are: the "
-            "same command continues"
+            f"{failed[0]}; {len(failed)} of {count} seeds failed. The mean is taken when all are "
+            "finished: the same command continues"
         )
     of_seeds = [run.config.seed for run in runs]
     found = seeds_lib.summary(config, dict(zip(of_seeds, outcomes, strict=True)))
@@ -373,11 +375,11 @@ def predict(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _places(arguments: argparse.Namespace) -> tuple[Path, Path | str]:
+def _places(arguments: argparse.Namespace) -> tuple[Place, Place | str]:
     """Return the run's folder, and the backbone's file or ""."""
-    workdir = paths.local(arguments.workdir, "workdir")
+    workdir = paths.place(arguments.workdir, "workdir")
     path = arguments.backbone_path
-    return workdir, path and paths.local(path, "--backbone-path")
+    return workdir, path and paths.place(path, "--backbone-path")
 
 
 def _by_task(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
@@ -386,7 +388,7 @@ def _by_task(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
     Those of a run are numbers from 1, those of a library names.
     """
     workdir, backbone_path = _places(arguments)
-    named = os.path.lexists(workdir / "library.json")
+    named = not isinstance(workdir, BucketPath) and os.path.lexists(workdir / "library.json")
     task: int | str | None = arguments.task
     tasks: list[Any] | None = None
     if arguments.tasks is not None:
@@ -443,7 +445,7 @@ def _by_names(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
     return lambda: Predictor.zero_shot(workdir, names, backbone_path=backbone_path)
 
 
-def _check_tasks(workdir: Path, tasks: Sequence[int] | None, task: int | None) -> None:
+def _check_tasks(workdir: Place, tasks: Sequence[int] | None, task: int | None) -> None:
     """Raise UserError for a task, counted from 1, that the run has not or that is not chosen."""
     from soft_jax.store.folder import Reader
 
@@ -546,7 +548,7 @@ def _writer(arguments: argparse.Namespace) -> _Text | _Json | _Csv:
 def table(arguments: argparse.Namespace) -> int:
     """Run what is missing of a table and print it; the exit status is 1 where a row failed."""
     seeds, jobs = whole_number(arguments.seeds, "--seeds"), _jobs(arguments.jobs)
-    workdir = paths.local(arguments.workdir, "--workdir")
+    workdir = paths.place(arguments.workdir, "--workdir")
     output = _output(arguments.output)
     from soft_jax.paper import rows as rows_lib
 
@@ -584,11 +586,11 @@ def table(arguments: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
-def _output(text: str | None) -> Path | None:
+def _output(text: str | None) -> Place | None:
     """Return the file to write a table to. Raises UserError for one that no such command wrote."""
     if not text:
         return None
-    file = paths.local(text, "--output")
+    file = paths.place(text, "--output")
     if file.is_dir():
         raise UserError(f"--output: {paths.shown(file)} is a folder; name a file in it")
     there = file.read_text("utf-8", "replace") if file.is_file() else ""
@@ -629,7 +631,7 @@ def sweep(argv: Sequence[str]) -> int:
         )
         return 0
     given = _read_flags(argv, SWEEP_FLAGS)
-    workdir = paths.local(given.values["workdir"] or "runs/sweeps", "--workdir")
+    workdir = paths.place(given.values["workdir"] or "runs/sweeps", "--workdir")
     output, jobs = _output(given.values["output"]), _jobs(given.values["jobs"])
     from absl import logging
     from rich.console import Console

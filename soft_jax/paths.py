@@ -1,11 +1,15 @@
-"""Paths as users write them: "~" is the home directory, and a URL is no path."""
+"""Paths as users write them: "~" is the home directory, gs:// a bucket, and another URL no path."""
 
 import os
 import re
 import stat
 from pathlib import Path
 
+from soft_jax import buckets
+from soft_jax.buckets import BucketPath
 from soft_jax.errors import UserError
+
+Place = Path | BucketPath  # where something is: on a disk, or in a bucket
 
 # "gs:/bucket" too: that is what `Path` makes of "gs://bucket". One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -21,6 +25,24 @@ _KINDS = {
 def is_url(path: str | os.PathLike) -> bool:
     """Return whether `path` is written as a URL, such as gs://bucket/folder."""
     return _URL.match(os.fspath(path)) is not None
+
+
+def place(path: str | os.PathLike, field: str) -> Place:
+    """Return a path that a user wrote: in a bucket for gs://, else as `local` does.
+
+    Raises UserError naming `field`, for another URL too, and where gs:// needs a package that is
+    not installed.
+    """
+    if isinstance(path, BucketPath):
+        return path
+    if buckets.is_bucket(path):
+        return buckets.path(os.fspath(path), field)
+    if is_url(path):
+        raise UserError(
+            f"{field}: {shown(path)!r} is a URL; only local paths and buckets, as "
+            "gs://BUCKET/FOLDER, are read and written here. Copy or mount it, and give that path"
+        )
+    return local(path, field)
 
 
 def local(path: str | os.PathLike, field: str) -> Path:
@@ -56,6 +78,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     Raises OSError, also for what is no regular file: a pipe would wait for a writer without end, a
     device may never end. Those are not opened.
     """
+    if isinstance(path, BucketPath):
+        return path.read_bytes()
     mode = os.stat(path).st_mode
     for is_kind, kind in _KINDS.items():
         if is_kind(mode):

@@ -79,6 +79,11 @@ def tiny_method(**changes) -> Method:
 
 @pytest.fixture(scope="session")
 def backbone():
+    """`tiny_backbone`, drawn once."""
+    return tiny_backbone()
+
+
+def tiny_backbone():
     """Random frozen parameters of the tiny ViT, spread wide enough that nothing is nearly
     linear.
     """

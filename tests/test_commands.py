@@ -209,9 +209,9 @@ def test_all_that_is_installed_is_listed():
             "error: --config.tasks is given twice, as '5' and as '2'; give it once",
         ),
         (["train", "--config=gs://b/c.py"], 1, "--config: file: 'gs://b/c.py' is a URL"),
-        (["train", "--workdir=gs://b/run"], 1, "error: --workdir: 'gs://b/run' is a URL"),
+        (["train", "--workdir=s3://b/run"], 1, "error: --workdir: 's3://b/run' is a URL"),
         (["sweep", "--config.epoch=3"], 1, "setting 'epoch' is unknown; did you mean 'epochs'?"),
-        (["sweep", "--set=epochs=1", "--workdir=gs://b/s"], 1, "--workdir: 'gs://b/s' is a URL"),
+        (["sweep", "--set=epochs=1", "--workdir=s3://b/s"], 1, "--workdir: 's3://b/s' is a URL"),
         (["train", "--workdr=x"], 1, "Did you mean: workdir"),
         (["train", "digits"], 1, "error: unexpected argument 'digits'; flags are --config, "),
         (["train", "--config=digits:density=0.5"], 1, "density: 0.5 has no effect with method"),
@@ -408,7 +408,7 @@ def test_tasks_are_given_counted_from_1(predict):
         (["--json", "--csv"], "--json, --csv: take one of them"),
         (["--top=1", "--top=2"], "--top is given twice, as '1' and as '2'; give it once"),
         (["--task-id=oracle"], "--task-id: 'oracle' needs --task, the task of all images"),
-        (["--backbone-path=gs://b/x.npz"], "--backbone-path: 'gs://b/x.npz' is a URL"),
+        (["--backbone-path=s3://b/x.npz"], "--backbone-path: 's3://b/x.npz' is a URL"),
     ],
 )
 def test_what_predict_can_not_use_is_one_line(predict, arguments, message):

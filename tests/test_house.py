@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "soft_jax"
 # From the ground up: a module imports its own package and what stands before it.
 STOREYS = (
-    *("errors", "paths", "cache", "hooks", "pytrees", "config", "distributed", "store", "data"),
+    *("errors", "buckets", "paths", "cache", "hooks", "pytrees", "config", "distributed"),
+    *("store", "data"),
     *("models", "methods", "training", "inference", "evaluation", "experiment", "paper"),
 )
 # Public names and commands: they may import anything.

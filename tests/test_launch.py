@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -270,7 +271,7 @@ def test_two_processes_are_one_run(finished, launch_two, tmp_path):
 
 
 def test_what_is_wrong_in_one_process_ends_both(launch_two, tmp_path):
-    with folder.Store(tmp_path)._locked:
+    with closing(folder.Store(tmp_path)):
         first, second = launch_two(*SMALL, f"--workdir={tmp_path}", expect=1)
     assert "another process is running in" in first
     assert "error: another process of this run can't go on; its output says why" in second

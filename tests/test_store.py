@@ -20,7 +20,7 @@ import pytest
 
 from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
-from soft_jax.store import checkpoint, folder, formats
+from soft_jax.store import checkpoint, files, folder, formats
 from soft_jax.store.records import RunRecord, TaskManifest
 
 RECORD = RunRecord(
@@ -648,7 +648,7 @@ def test_an_array_is_hashed_once_as_long_as_its_files_stay(opened, sharding, has
 def test_another_task_in_the_place_of_a_verified_one_is_hashed_anew(opened, sharding, hashed):
     path = keep(opened)
     load(opened, sharding)
-    checkpoint.remove(path)
+    files.of(path).remove(path)
     keep(opened, seconds={"train": 1.0})
     hashed.clear()
     load(opened, sharding)

@@ -615,7 +615,7 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
         (("7", "--seeds=²"), "--seeds: '²' is not a whole number from 1 on"),
         (("7", "--rows=²"), "--rows: '²' is not a list such as 1,3-5"),
         (("7", f"--rows={'9' * 5000}"), f"--rows: '{'9' * 80}' is not a list such as 1,3-5"),
-        (("7", "--output=gs://bucket/t.md"), "--output: 'gs://bucket/t.md' is a URL"),
+        (("7", "--output=s3://bucket/t.md"), "--output: 's3://bucket/t.md' is a URL"),
         (("7", "--seeds=1", "--seeds=3"), "--seeds is given twice, as '1' and as '3'"),
         (("7", "--set=epoch=2"), "config argument: key 'epoch' is unknown"),
         (("1", "--rows=4"), "--rows: none of these rows is run here"),

@@ -15,8 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from soft_jax import paths as paths_lib
+from soft_jax.buckets import BucketPath
 from soft_jax.data.augmentation import tested_geometry
 from soft_jax.errors import UserError
+from soft_jax.paths import Place
+from soft_jax.store import files as files_lib
 
 _NOT_PICTURES = (
     "HDF5",
@@ -75,7 +78,7 @@ def read(path: str | os.PathLike, then: Then = unchanged) -> np.ndarray:
 
     `then` is called as in `decode`. Raises UserError naming the file when it can't be read.
     """
-    file = paths_lib.local(path, "images")
+    file = paths_lib.place(path, "images")
     try:
         # Not by its name: Pillow would map some TIFF files into memory, and mixes the sides up of
         # those that are stored on their side.
@@ -142,15 +145,15 @@ def _colours(image: Image.Image, grey16: bool) -> np.ndarray:
 
 def find(
     paths: Iterable[str | os.PathLike], tell: Callable[[str], None] = lambda note: None
-) -> list[Path]:
+) -> list[Place]:
     """Return the files of `paths`, in which a folder stands for the image files inside it.
 
     A folder's files are those of `walk`. `tell` is called with a line for each folder in which
-    anything was left out. Raises UserError for a URL, or a folder without images.
+    anything was left out. Raises UserError for a URL other than gs://, or a folder without images.
     """
     files = []
-    for path in (paths_lib.local(path, "images") for path in paths):
-        if not os.path.isdir(path):
+    for path in (paths_lib.place(path, "images") for path in paths):
+        if not files_lib.of(path).is_dir(path):
             files.append(path)
             continue
         within, left_out = walk(path)
@@ -166,16 +169,18 @@ def find(
     return files
 
 
-LeftOut = list[tuple[Path, str]]  # paths, and what kind of thing each is
+LeftOut = list[tuple[Place, str]]  # paths, and what kind of thing each is
 
 
-def walk(folder: Path) -> tuple[list[Path], LeftOut]:
+def walk(folder: Place) -> tuple[list[Place], LeftOut]:
     """Return the image files inside `folder` by name, and what was left out of it.
 
     Files in its subfolders count too. Links to files and to folders are followed, but no folder is
     read twice, so that links in a circle end. What begins with "." is hidden, and is not told of.
     """
-    files: list[Path] = []
+    if isinstance(folder, BucketPath):
+        return _walk_bucket(folder)
+    files: list[Place] = []
     left_out: LeftOut = []
     waiting, linked, seen = [folder], [], set()
     while waiting or linked:  # links last: a file has the name of the folder that it really is in
@@ -200,12 +205,31 @@ def walk(folder: Path) -> tuple[list[Path], LeftOut]:
     return sorted(files), sorted(left_out)
 
 
+def _walk_bucket(folder: BucketPath) -> tuple[list[Place], LeftOut]:
+    """Do what `walk` does, by one listing."""
+    files: list[Place] = []
+    left_out: LeftOut = []
+    for path in sorted(folder.objects()):
+        if any(part[0] == "." for part in path.relative_to(folder).parts):
+            continue
+        if kind := _no_picture(path):
+            left_out.append((path, kind))
+        else:
+            files.append(path)
+    return files, left_out
+
+
 def _no_image(path: Path) -> str:
     """Say what `path`, which is no folder, is if it is no image file by its name; else ""."""
     if not os.path.exists(path):
         return "links to nothing" if path.is_symlink() else "files that can't be looked at"
     if not os.path.isfile(path):
         return "pipes, sockets or devices"
+    return _no_picture(path)
+
+
+def _no_picture(path: Place) -> str:
+    """Say what a file is if it is no image file by its name; else ""."""
     if not path.suffix:
         return "files without an extension"
     return "" if path.suffix.lower() in _extensions() else "files of other types"
@@ -218,7 +242,7 @@ def _extensions() -> frozenset[str]:
     return frozenset(e for e in kinds if kinds[e] in Image.OPEN and kinds[e] not in _NOT_PICTURES)
 
 
-def describe(left_out: LeftOut, folder: Path) -> str:
+def describe(left_out: LeftOut, folder: Place) -> str:
     """Say how many of each kind were left out of `folder`, with a few names; "" for none."""
     by_kind: dict[str, list[str]] = {}
     for path, kind in left_out:

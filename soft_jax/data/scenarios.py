@@ -175,7 +175,7 @@ class FromFile(ScenarioRule):
     @staticmethod
     def make(config: Config, class_names: Sequence[str]) -> Scenario:
         """Read the file. Raises UserError naming it and what is wrong in it."""
-        path = paths.local(config.scenario_file, "scenario_file")
+        path = paths.place(config.scenario_file, "scenario_file")
         file = paths.shown(path)
         try:
             tasks = json.loads(paths.read_bytes(path).decode("utf-8-sig"))

@@ -5,11 +5,10 @@ tell apart (cividis; Okabe and Ito, 2008), numbers in heat maps where they fit, 
 titles, names for tasks and classes.
 """
 
-import os
+import io
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 # Figures without pyplot: no display, no global state.
@@ -21,6 +20,8 @@ from matplotlib.image import AxesImage
 from soft_jax.evaluation import calibration, metrics, predictions
 from soft_jax.evaluation.metrics import Manifests
 from soft_jax.inference import rules
+from soft_jax.paths import Place
+from soft_jax.store import files
 
 MOST_LABELS = 20  # along a side of a heat map
 MOST_NUMBERS = 12  # rows or columns of a heat map with numbers in its cells
@@ -33,7 +34,7 @@ _DPI = 150
 _LONGEST = 12  # letters of a name along a side
 
 
-def draw(root: Path, manifests: Manifests) -> list[str]:
+def draw(root: Place, manifests: Manifests) -> list[str]:
     """Draw the pictures of at least one task into the folder `root`; return their file names.
 
     `root` is the run's, where `predictions.csv` tells which classes are taken for which. Raises
@@ -61,16 +62,18 @@ def draw(root: Path, manifests: Manifests) -> list[str]:
     return list(drawn)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, whole or not at all; a link there is replaced, not followed."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
+def save(figure: Figure, path: Place) -> None:
+    """Write a figure as a PNG file, whole or not at all; a link there is replaced, not followed.
+
+    Raises UserError where it can't be written.
+    """
+    png = io.BytesIO()
     with warnings.catch_warnings():
         # A class name may have signs that the font lacks: boxes stand for them, and nobody can
         # mend that here.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(partial, dpi=_DPI, format="png", facecolor="white")
-    os.replace(partial, path)
+        figure.savefig(png, dpi=_DPI, format="png", facecolor="white")
+    files.of(path).write(path, png.getvalue(), durable=False)
 
 
 def accuracy_matrices(manifests: Manifests, protocols: Sequence[str]) -> Figure:
@@ -127,7 +130,7 @@ def class_confusion(
     return figure
 
 
-def _class_confusions(root: Path, manifests: Manifests) -> Figure | None:
+def _class_confusions(root: Place, manifests: Manifests) -> Figure | None:
     """Draw `class_confusion` of the rules that look at one image at a time.
 
     None where the folder has no answers, or not those after the last task.

@@ -10,12 +10,13 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from soft_jax import paths
 from soft_jax.errors import UserError
-from soft_jax.store.checkpoint import write_text
+from soft_jax.paths import Place
+from soft_jax.store.files import write_text
 
 FILE = "predictions.csv"
 _PROBABILITY = " probability"  # after a protocol's key: the heading of its probabilities
@@ -55,7 +56,7 @@ class Predictions:
         return np.asarray(self.answers[protocol]) == np.asarray(self.truth)
 
 
-def write(root: Path, predictions: Predictions, own: str) -> None:
+def write(root: Place, predictions: Predictions, own: str) -> None:
     """Write the three files into a run's folder; `own` is the protocol that `predict` goes by."""
     write_text(root / FILE, _all(predictions))
     write_text(root / "mistakes.csv", _mistakes(predictions, own))
@@ -113,15 +114,15 @@ def _csv(rows: Sequence[tuple]) -> str:
     return text.getvalue()
 
 
-def read(root: Path) -> Predictions:
+def read(root: Place) -> Predictions:
     """Read what `write` wrote into a run's folder.
 
     Raises UserError where it is not there or is no such table.
     """
     path = root / FILE
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            heading, *rows = csv.reader(file)
+        text = io.StringIO(paths.read_bytes(path).decode("utf-8"), newline="")
+        heading, *rows = csv.reader(text)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is not there; the run's next task, or training it again, writes it"

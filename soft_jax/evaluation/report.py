@@ -3,11 +3,9 @@ tables on screen.
 """
 
 import json
-import os
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -28,7 +26,9 @@ from soft_jax.inference.rules import (
     title,
 )
 from soft_jax.methods import registry
-from soft_jax.store.checkpoint import write_text
+from soft_jax.paths import Place
+from soft_jax.store import files
+from soft_jax.store.files import write_text
 from soft_jax.store.records import TaskManifest
 
 # Seconds of a task after which the report is written before the run ends. Writing it looks at every
@@ -73,7 +73,7 @@ class Report:
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         config: Mapping[str, Any],
         benchmark: str,
         manifests: Manifests = (),
@@ -106,7 +106,7 @@ class Report:
                 raise
 
     @property
-    def _results(self) -> Path:
+    def _results(self) -> Place:
         return self._root / "results.jsonl"
 
     def add(self, manifest: TaskManifest) -> None:
@@ -140,20 +140,9 @@ class Report:
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def _append(self, lines: bytes) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-        try:
-            file = open(os.open(self._results, flags), "ab")  # noqa: SIM115
-        except OSError:  # it is not there, or a link
-            self._write_results()
-            return
-        with file:
-            as_left = os.fstat(file.fileno()).st_size == self._size
-            if as_left:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-                self._size += len(lines)
-        if not as_left:
+        if files.of(self._results).append(self._results, lines, self._size):
+            self._size += len(lines)
+        else:
             self._write_results()
 
     def _write_results(self) -> None:
@@ -370,7 +359,7 @@ def show(console: Console, benchmark: str, manifests: Manifests) -> None:
 
 
 def markdown(
-    root: Path,
+    root: Place,
     config: Mapping[str, Any],
     benchmark: str,
     manifests: Manifests,
@@ -489,12 +478,14 @@ def _time(manifests: Manifests) -> str:
     )
 
 
-def _size_lines(root: Path, manifests: Manifests) -> list[str]:
+def _size_lines(root: Place, manifests: Manifests) -> list[str]:
     last = manifests[-1]
     adapter = last.parameters["adapter"] - last.parameters["fixed"]
     shared, sizes = last.parameters["shared"], last.bytes
     exemplars = sizes.get("exemplars", 0)
-    folders = sorted(path for path in (root / "tasks").iterdir() if path.name.isdigit())
+    there = files.of(root)
+    names = sorted(name for name in there.checkpoints(root / "tasks") if name.isdigit())
+    on_disk = [there.size(root / "tasks" / name) for name in names]
     of_images = f" ({exemplars:,} of it images, stored as their rows in the training set)"
     lines = [
         "## Size",
@@ -506,8 +497,7 @@ def _size_lines(root: Path, manifests: Manifests) -> list[str]:
         "statistics for prototype task identity, "
         f"{sizes['shared']:,} shared part, {sizes['memory'] + exemplars:,} what the "
         f"method holds of older tasks{of_images if exemplars else ''}.",
-        f"- Bytes on disk: {_bytes(folders[-1]):,} of the last task, {sum(map(_bytes, folders)):,} "
-        "of all.",
+        f"- Bytes on disk: {on_disk[-1]:,} of the last task, {sum(on_disk):,} of all.",
     ]
     if last.step_flops:
         lines.append(
@@ -515,10 +505,6 @@ def _size_lines(root: Path, manifests: Manifests) -> list[str]:
             f"{last.step_flops:.4g}."
         )
     return [*lines, ""]
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _matrix_lines(manifests: Manifests) -> list[str]:

@@ -447,7 +447,7 @@ def prepare(
     """
     settings_lib.check(config)
     if config.backbone_path:  # kept with every task: found again from any folder
-        path = paths.local(config.backbone_path, "backbone_path").absolute()
+        path = paths.place(config.backbone_path, "backbone_path").absolute()
         config = dataclasses.replace(config, backbone_path=str(path))
     used = settings_lib.used_settings(config)
     store.compare_settings(used, DEFAULTS)  # before anything is downloaded

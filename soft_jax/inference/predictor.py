@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from soft_jax import distributed
+from soft_jax import distributed, paths
+from soft_jax.buckets import BucketPath
 from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
 from soft_jax.errors import UserError
@@ -109,7 +110,10 @@ class Predictor:
             raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(options)}")
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
-        if library.holds_library(workdir):
+        root = paths.place(workdir, "workdir")
+        if isinstance(root, BucketPath):
+            _refuse_library(root)
+        elif library.holds_library(root):
             return _library_predictor(
                 workdir, tasks, task_id, backbone_path, cache_bytes, batch_size, devices
             )
@@ -371,6 +375,14 @@ class Predictor:
                 f"{', '.join(map(str, self.model.tasks))}"
             )
         return np.broadcast_to(given.astype(int), count)
+
+
+def _refuse_library(root: BucketPath) -> None:
+    if (root / library.STATE_FILE).exists():
+        raise UserError(
+            f"workdir: {root} is a library, which can't be read from a bucket; copy it to a disk, "
+            "and give that folder"
+        )
 
 
 def _library_predictor(

@@ -221,7 +221,7 @@ def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Pa
     """
     source = BACKBONES.get(name)
     if path:
-        return _at_path(paths.local(path, "backbone_path"), name, source)
+        return _at_path(paths.place(path, "backbone_path"), name, source)
     if not source:
         if not timm_config.is_known(name):
             raise UserError(_unknown(name))

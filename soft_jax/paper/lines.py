@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from soft_jax.experiment import planned as planned_lib
 from soft_jax.inference import rules
 from soft_jax.paper import runs
 from soft_jax.paper.rows import CLIP_METHODS, METHODS, Row, row_settings
+from soft_jax.paths import Place
 from soft_jax.store.records import TaskManifest
 
 # Each image by itself, in the way that a method has: one that names no task stands beside the
@@ -146,7 +146,7 @@ def joint_lines(
     benchmark: str,
     overrides: Mapping[str, Any],
     seeds: int,
-    workdir: Path,
+    workdir: Place,
     backbones: Iterable[str],
 ) -> list[Line]:
     """Return the lines of joint training on `backbones` under the settings of a table.

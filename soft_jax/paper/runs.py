@@ -3,17 +3,17 @@ folder that `experiment.planned` names, or in that of the program of format 0.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from soft_jax.config import DEFAULTS, Config
 from soft_jax.experiment import planned
 from soft_jax.experiment.planned import PlannedRun
 from soft_jax.paper.rows import Row, config_of, settings_of
+from soft_jax.paths import Place
 
 
 def plan(
-    row: Row, benchmark: str, overrides: Mapping[str, Any], seeds: int, workdir: Path
+    row: Row, benchmark: str, overrides: Mapping[str, Any], seeds: int, workdir: Place
 ) -> list[PlannedRun]:
     """Return the runs of a row, one a seed. Raises UserError as `config_of` does."""
     configs = [config_of(row, benchmark, overrides, seed) for seed in range(seeds)]
@@ -101,7 +101,7 @@ def folder_in_format_0(settings: Mapping[str, Any]) -> str | None:
     return f"{run}/seed{old['seed']}"
 
 
-def find(workdir: Path, config: Config, settings: Mapping[str, Any]) -> Path:
+def find(workdir: Place, config: Config, settings: Mapping[str, Any]) -> Place:
     """Return the folder of a run below `workdir`.
 
     `settings` are those that `config` was made of. It is the folder in which format 0 kept the run,

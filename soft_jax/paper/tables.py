@@ -4,7 +4,6 @@ with our figures beside the paper's.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from soft_jax.experiment.planned import PlannedRun
 from soft_jax.paper import printing, runs
 from soft_jax.paper.lines import Line, joint_lines, lines_of, reference_lines
 from soft_jax.paper.rows import BENCHMARKS, OWN, Row
+from soft_jax.paths import Place
 
 Planned = Mapping[int, Sequence[PlannedRun]]  # a row's runs, one a seed, by the row's number
 
@@ -33,11 +33,11 @@ class Request:
     benchmark: str
     overrides: Mapping[str, Any]
     seeds: int
-    workdir: Path
+    workdir: Place
     jobs: int | None = 1
 
 
-def make(request: Request, rows: Sequence[Row], command: str, picture: Path) -> tuple[str, bool]:
+def make(request: Request, rows: Sequence[Row], command: str, picture: Place) -> tuple[str, bool]:
     """Run what is missing of `rows`; return the table as Markdown, and whether it has every row.
 
     A row that can't be run, or fails, has its error in the table; the others are run. That of the

@@ -1,5 +1,4 @@
-"""Pytrees of arrays and a JSON manifest as one Orbax checkpoint, whole or not at all, and text
-files written the same way.
+"""Pytrees of arrays and a JSON manifest as one Orbax checkpoint, whole or not at all.
 
 Orbax keeps no checksums, so a manifest carries the SHA-256 of every array, and of itself.
 """
@@ -9,8 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,54 +21,14 @@ from jax.sharding import Sharding
 
 from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
+from soft_jax.paths import Place
+from soft_jax.store import files
+from soft_jax.store.files import refuse_link, write_text  # noqa: F401  libraries know them from here
 
 ADVICE = (
     "restore this folder from a copy, or move it and all later tasks away and give the same "
     "command again to retrain them"
 )
-
-
-def refuse_link(path: Path) -> None:
-    """Raise UserError where `path` is a symbolic link: what is written there would go elsewhere."""
-    if path.is_symlink():
-        raise UserError(
-            f"workdir: {path} is a symbolic link; put what it points to in its place, or remove it"
-        )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, UTF-8, whole or not at all: on the disk when this returns.
-
-    Raises UserError when it can't be written; the file is then as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    refuse_link(partial)
-    try:
-        partial.unlink(missing_ok=True)  # of a process that was killed
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(partial, flags, 0o666), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({error.strerror}); make room or mend the disk, and give "
-            "the same command again"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems can't; the file itself is safe there.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpointer(items: Mapping[str, Any]) -> ocp.Checkpointer:
@@ -102,6 +59,16 @@ def _quiet_orbax() -> Iterator[None]:
         logger.removeFilter(is_not_orbaxs)
 
 
+@contextlib.contextmanager
+def _saving(path: Place) -> Iterator[None]:
+    """Mark the checkpoint as not whole within, where it is saved under its own name."""
+    if not distributed.is_primary():
+        yield
+        return
+    with files.of(path).saving(path):
+        yield
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return any pytree's leaves by dotted name, which is also each array's directory on disk."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -112,7 +79,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+def save(path: Place, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Save pytrees of jax arrays and a JSON manifest as one checkpoint, whole or not at all.
 
     The manifest gets the key "sha256": the hash of each array by "item/leaf". Raises UserError when
@@ -129,43 +96,23 @@ def save(path: Path, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> N
     manifest["manifest_sha256"] = _digest(manifest)
     args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
     try:
-        with _quiet_orbax(), _checkpointer(named) as checkpointer:
+        with _saving(path), _quiet_orbax(), _checkpointer(named) as checkpointer:
             checkpointer.save(
-                path.absolute(),
+                os.fspath(path.absolute()),
                 args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)),
             )
     # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
     except Exception as error:
         if distributed.is_primary():
-            clean(path.parent)
+            with contextlib.suppress(OSError):  # a bucket that can't be reached
+                files.of(path).clean(path.parent)
         raise UserError(
             f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are "
             "as they were; make room or mend the disk, and give the same command again"
         ) from error
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint; of a link the link alone."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
-def clean(folder: Path) -> None:
-    """Remove what saves that were cut off left behind."""
-    # Threads of a save that just failed may still be writing: a few tries.
-    for _ in range(50):
-        partials = list(folder.glob("*orbax-checkpoint-tmp*"))
-        if not partials:
-            return
-        for partial in partials:
-            with contextlib.suppress(OSError):
-                remove(partial)
-        time.sleep(0.1)
-
-
-def load_manifest(path: Path) -> dict[str, Any]:
+def load_manifest(path: Place) -> dict[str, Any]:
     """Return a checkpoint's manifest as it was saved, with "sha256" of each array in it.
 
     It is read as the plain JSON that Orbax writes: setting up Orbax takes far longer than that, and
@@ -186,7 +133,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_items(
-    path: Path,
+    path: Place,
     hashes: Mapping[str, str],
     templates: Mapping[str, Any],
     sharding: Sharding,
@@ -214,7 +161,7 @@ def load_items(
                 f"{'checkpoint' if odd[0] in expected else 'configured method'}"
             )
         # Looked at before the arrays are read: what changes meanwhile is hashed again next time.
-        states = {name: _state_on_disk(folder / item / name) for name in leaves}
+        states = {name: files.of(path).state(folder / item / name) for name in leaves}
         arrays = _read(path, item, leaves)
         for name, array in arrays.items():
             key, state = (str(folder / item / name), expected[name]), states[name]
@@ -234,37 +181,26 @@ def load_items(
     return out
 
 
-def _state_on_disk(folder: Path) -> tuple | None:
-    """Return name, inode, size and time of each of an array's files.
-
-    The result differs once the files were written again. It is None where they can't be looked at.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            stats = [(entry.name, entry.stat()) for entry in entries]
-    except OSError:
-        return None
-    return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
-
-
 # What this process has verified: by folder and hash, the state of an array's files. An array that
 # is read again and again while predicting is hashed once, as long as its files stay as they were.
 # Threads share it: one look-up or one entry is atomic in a dict.
 _verified: dict[tuple[str, str], tuple] = {}
 
 
-def _read(path: Path, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+def _read(path: Place, item: str, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return arrays of an item as they are on disk. Raises UserError naming one that can't be read.
 
     By TensorStore, which is what Orbax reads with. Of a damaged array Orbax prints pages, some of
     them from its threads when it has raised already.
     """
-    folder = path.absolute() / item
+    folder, there = path.absolute() / item, files.of(path)
+    context = ts.Context(there.context())
     opened = {
         name: ts.open(
-            {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / name)}},
+            {"driver": "zarr", "kvstore": there.kvstore(folder / name)},
             open=True,
             read=True,
+            context=context,
         )
         for name in names
     }

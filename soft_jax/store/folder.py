@@ -7,26 +7,26 @@ training.
     WORKDIR/training/000-000500/    task 0 after its 500th step, until the task is finished
     WORKDIR/damaged/                training states that could not be used
 
+In a bucket, objects of these names; `store.files` says what differs.
+
 `config.json` is written once, when the run begins, and stays as it is: a run of an older format
 keeps its file, and every task of it is held against the record that the migrations make of that.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import re
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Sharding
 
 from soft_jax import distributed, paths
 from soft_jax.errors import UserError
-from soft_jax.store import checkpoint, formats, records
+from soft_jax.paths import Place
+from soft_jax.store import checkpoint, files, formats, records
 from soft_jax.store.records import RunRecord, TaskManifest, TrainingManifest
 
 # As `task_path` writes them, so that no two names are the same task.
@@ -41,14 +41,15 @@ class Reader:
     trains more.
     """
 
-    def __init__(self, workdir: str | Path):
-        self.root = paths.local(workdir, "workdir")
+    def __init__(self, workdir: str | os.PathLike):
+        self.root = paths.place(workdir, "workdir")
+        self._files = files.of(self.root)
         self.tasks, self.training = self.root / "tasks", self.root / "training"
         self.record: RunRecord | None = None  # what the run is, once it has been read or claimed
         self._format = 0  # of config.json
 
     @property
-    def _config(self) -> Path:
+    def _config(self) -> Place:
         return self.root / "config.json"
 
     def read_record(self) -> RunRecord:
@@ -63,10 +64,9 @@ class Reader:
     def _read_config(self) -> tuple[RunRecord, int]:
         config = self._config
         for name in _OURS:
-            checkpoint.refuse_link(self.root / name)
+            files.refuse_link(self.root / name)
         try:
-            with open(os.open(config, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                data = json.loads(file.read())
+            data = json.loads(self._files.read_own(config))
         except OSError as error:
             raise UserError(
                 f"workdir: {self.root} holds no run ({config.name} can't be read: {error.strerror})"
@@ -104,17 +104,14 @@ class Reader:
                 "settings:\n" + "\n".join(f"  {line}" for line in lines)
             )
 
-    def task_path(self, task: int) -> Path:
+    def task_path(self, task: int) -> Place:
         """Return where task `task` (from 0) is kept."""
         return self.tasks / f"{task:03d}"
 
     def present(self) -> list[int]:
         """Return the tasks that are there, in order."""
-        if not self.tasks.is_dir():
-            return []
-        return sorted(
-            int(path.name) for path in self.tasks.iterdir() if _TASK_NAME.fullmatch(path.name)
-        )
+        names = self._files.checkpoints(self.tasks) if self._files.is_dir(self.tasks) else []
+        return sorted(int(name) for name in names if _TASK_NAME.fullmatch(name))
 
     def finished(self) -> int:
         """Return how many tasks are finished. Raises UserError where one is missing among them."""
@@ -163,7 +160,7 @@ class Reader:
         self._check_origin(path, task, manifest)
         return manifest
 
-    def _check_origin(self, path: Path, task: int, manifest: TaskManifest) -> None:
+    def _check_origin(self, path: Place, task: int, manifest: TaskManifest) -> None:
         expected = self.record or self.read_record()
         lines = records.differences(manifest.run, expected.settings, {})
         lines += records.origin_differences(manifest.run, expected)
@@ -181,72 +178,60 @@ class Store(Reader):
     what Orbax does not, and keeps the lock.
     """
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | os.PathLike):
         """Make the folder, or open it.
 
         Raises UserError when it can't be written, something of ours in it is a link, or another
         process runs in it.
         """
         super().__init__(workdir)
-        self._locked = None
-        self._made: list[Path] = []  # files and folders that were not there, outermost first
+        self._lock: files.Lock | None = None
         distributed.run_on_all(self._open)
 
     def _open(self) -> None:
         if not distributed.is_primary():
-            if not self.tasks.is_dir():
+            if not self._files.is_locked(self.root):
                 raise UserError(
                     f"workdir: {self.root}, which the first process opened, is not there for "
                     "another; take one that all see"
                 )
             return
-        ours = (self.root / ".lock", self.tasks, self.training)
-        wanted = (*reversed(self.root.absolute().parents), self.root, *ours)
-        self._made = [path for path in wanted if not os.path.lexists(path)]
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
             for name in _OURS:
-                checkpoint.refuse_link(self.root / name)
-            self._lock()
-            if os.path.lexists(self.root / "library.json"):
-                self._locked.close()
-                raise UserError(
-                    f"workdir: {self.root} is a library by now; add a task with soft-jax learn, or "
-                    "train a run in another workdir"
-                )
-            for folder in (self.tasks, self.training):
-                folder.mkdir(exist_ok=True)
-                checkpoint.clean(folder)
-            self._opened = self._folders()
+                files.refuse_link(self.root / name)
+            self._lock = self._files.lock(self.root)
+            self._prepare(self._lock)
         except OSError as error:
             raise UserError(
                 f"workdir: {self.root} can't be written ({error}); name another with --workdir=DIR"
             ) from error
 
-    def _lock(self) -> None:
-        # Not emptied: whatever it is, it stays as it is. The kernel lets go of the lock when the
-        # process ends, however it ends.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        self._locked = open(os.open(self.root / ".lock", flags, 0o666), "r+b")  # noqa: SIM115
+    def _prepare(self, lock: files.Lock) -> None:
+        """Make what is missing in the folder, and clear away what was left half done."""
         try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._locked.close()
-            raise UserError(
-                f"workdir: another process is running in {self.root}; wait for it, or take another "
-                "workdir"
-            ) from error
+            if self._files.exists(self.root / "library.json"):
+                raise UserError(
+                    f"workdir: {self.root} is a library by now; add a task with soft-jax learn, or "
+                    "train a run in another workdir"
+                )
+            folders = (self.tasks, self.training)
+            lock.make(folders)
+            for folder in folders:
+                self._files.clean(folder)
+        except (OSError, UserError):
+            lock.close()
+            raise
 
     def close(self) -> None:
         """Let others open the folder. What was made for a run that was refused is removed."""
-        if not self._locked:
-            return
-        if not os.path.lexists(self._config):
-            for path in reversed(self._made):
-                # A folder that holds something by now stays.
-                with contextlib.suppress(OSError):
-                    path.rmdir() if path.is_dir() else path.unlink()
-        self._locked.close()
+        if self._lock:
+            self._lock.close(keep=self._is_claimed())
+
+    def _is_claimed(self) -> bool:
+        try:
+            return self._files.exists(self._config)
+        except OSError:  # a bucket that can't be reached: nothing is removed there
+            return True
 
     def compare_settings(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         """Raise UserError as `Reader.compare_settings`; a folder without a run is fine."""
@@ -260,7 +245,7 @@ class Store(Reader):
 
     def _holds_run(self) -> bool:
         """Whether config.json is there. Raises UserError where tasks are there without it."""
-        if os.path.lexists(self._config):
+        if self._files.exists(self._config):
             return True
         if self.present():
             raise UserError(
@@ -269,7 +254,7 @@ class Store(Reader):
             )
         return False
 
-    def claim(self, record: RunRecord, defaults: Mapping[str, Any]) -> Path | None:
+    def claim(self, record: RunRecord, defaults: Mapping[str, Any]) -> Place | None:
         """Make the folder this run's: write `record`, or find that the run there is this one.
 
         Where there was no config.json, nothing says which run the training states there are of:
@@ -287,7 +272,7 @@ class Store(Reader):
                 aside = self._move_states_aside()
             if distributed.is_primary():
                 text = json.dumps(formats.stamped("run", record.to_json()), indent=2)
-                checkpoint.write_text(self._config, text + "\n")
+                files.write_text(self._config, text + "\n")
         distributed.barrier()
         return aside
 
@@ -342,7 +327,7 @@ class Store(Reader):
         if not kept:
             return None
         path = kept[-1]
-        checkpoint.refuse_link(path)
+        files.refuse_link(path)
         data = formats.upgrade("training", checkpoint.load_manifest(path), path)
         manifest = TrainingManifest.from_json(data, path)
         self._check_state(path, manifest)
@@ -355,7 +340,7 @@ class Store(Reader):
             )
         return items["state"], manifest.seconds
 
-    def _check_state(self, path: Path, manifest: TrainingManifest) -> None:
+    def _check_state(self, path: Place, manifest: TrainingManifest) -> None:
         if manifest.run_fingerprint is None:
             if self._format > 0:
                 raise UserError(
@@ -373,7 +358,7 @@ class Store(Reader):
                 "is not what its folder is named for"
             )
 
-    def set_aside_training(self) -> Path:
+    def set_aside_training(self) -> Place:
         """Move every kept training state out of the way, never to be read again.
 
         Returns the folder where they are now.
@@ -381,33 +366,27 @@ class Store(Reader):
         self._check_still_ours()
         return self._move_states_aside()
 
-    def _move_states_aside(self) -> Path:
+    def _move_states_aside(self) -> Place:
         aside = self.root / "damaged"
         if distributed.is_primary():
-            aside.mkdir(exist_ok=True)
             for path in self._states():
-                os.replace(path, aside / f"{path.name}-{time.time_ns()}")
+                self._files.move(path, aside / f"{path.name}-{time.time_ns()}")
         distributed.barrier()
         return aside
 
-    def _states(self) -> list[Path]:
+    def _states(self) -> list[Place]:
         """Return the kept training states, in the order of tasks and steps."""
-        if not self.training.is_dir():
-            return []
-        paths = [path for path in self.training.iterdir() if _STATE_NAME.fullmatch(path.name)]
-        return sorted(paths, key=_state_of)
+        there = self._files.is_dir(self.training)
+        names = self._files.checkpoints(self.training) if there else []
+        states = [self.training / name for name in names if _STATE_NAME.fullmatch(name)]
+        return sorted(states, key=_state_of)
 
-    def _keep_only(self, path: Path | None) -> None:
+    def _keep_only(self, path: Place | None) -> None:
         if distributed.is_primary():
             for other in self._states():
                 if other != path:
-                    checkpoint.remove(other)
+                    self._files.remove(other)
         distributed.barrier()
-
-    def _folders(self) -> list[tuple[int, int]]:
-        """Return device and inode of each folder that is written in."""
-        stats = [os.stat(folder) for folder in (self.root, self.tasks, self.training)]
-        return [(stat.st_dev, stat.st_ino) for stat in stats]
 
     def _check_still_ours(self) -> None:
         """Raise UserError in all processes when the folder was moved, removed, or made another's.
@@ -418,19 +397,25 @@ class Store(Reader):
         def look() -> None:
             if not distributed.is_primary():
                 return
-            with contextlib.suppress(OSError, UserError):
-                if self._folders() == self._opened and self._read_config()[0] == self.record:
+            because = ""
+            try:
+                self._lock.check()
+                if self._read_config()[0] == self.record:
                     return
+            except OSError as error:
+                because = f" [{error}]"
+            except UserError:
+                pass
             raise UserError(
                 f"workdir: {self.root} is no longer the folder that this run was started in (it "
-                "was moved, removed or changed while the run trained); nothing more was written. "
-                "Put it back as it was and give the same command again"
+                f"was moved, removed or changed while the run trained){because}; nothing more was "
+                "written. Put it back as it was and give the same command again"
             )
 
         distributed.run_on_all(look)
 
 
-def _state_of(path: Path) -> tuple[int, int]:
+def _state_of(path: Place) -> tuple[int, int]:
     """Return the task and the step that a training state's folder is named for."""
     task, step = path.name.split("-")
     return int(task), int(step)

@@ -166,6 +166,7 @@ MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
     "library": (),
+    "lock": (),
     "seeds": (),
 }
 

@@ -1,0 +1,146 @@
+"""Google Cloud Storage on this machine: the emulator of the package index, with what it lacks.
+
+`gcp-storage-emulator` does not know if-generation-match, and does not tell an object's generation
+when it is downloaded. Both are added here, as Google documents them. Requests can be watched too:
+one can be refused, or end the program that sends it.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from http.server import HTTPServer
+from urllib.parse import unquote
+
+from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.storage import Storage
+
+BUCKET = "runs-here"
+Watch = Callable[[str, str], HTTPStatus | None]
+
+
+class Emulator:
+    """A running emulator with one empty bucket, `BUCKET`."""
+
+    def __init__(self):
+        self.storage = Storage(use_memory_fs=True)
+        buckets.create_bucket(BUCKET, self.storage)
+        # Gets the method and the object's name, before a request and after it; returns a status to
+        # refuse it with.
+        self.before: Watch = lambda method, name: None
+        self.after: Watch = lambda method, name: None
+        # It logs what it is asked for and hasn't got, which is nothing wrong.
+        for name in ("gcp_storage_emulator", "api.object"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._http = _Server(("127.0.0.1", 0), partial(_Handler, self))
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables by which Google's clients find it, and need no sign-in."""
+        url = f"http://127.0.0.1:{self._http.server_port}"
+        return {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+            # gcsfs would ask Google itself what kind of bucket it is.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    @property
+    def objects(self) -> dict[str, bytes]:
+        """Return the content of every object by name."""
+        names = sorted(self.storage.objects.get(BUCKET, {}))
+        return {name: self.storage.get_file(BUCKET, name) for name in names}
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write an object as another program would."""
+        generation = str(1 + max(map(int, self._generations().values()), default=0))
+        obj = {"name": name, "bucket": BUCKET, "generation": generation, "size": str(len(content))}
+        self.storage.create_file(BUCKET, name, content, obj)
+
+    def _generations(self) -> dict[str, str]:
+        return {n: obj["generation"] for n, obj in self.storage.objects.get(BUCKET, {}).items()}
+
+    def generation(self, name: str) -> str:
+        """Return the generation of an object, "0" where there is none."""
+        return self._generations().get(name, "0")
+
+    def calm(self) -> None:
+        """Watch nothing any more."""
+        self.before = self.after = lambda method, name: None
+
+
+def kill_at(emulator: Emulator, run: str, name: str, committed: bool) -> None:
+    """Kill the program that writes the object `name` into the folder `run`.
+
+    That is when the object is there if `committed`, else before it is.
+    """
+
+    def strike(method: str, there: str) -> HTTPStatus | None:
+        if method == "GET" or there != f"{run}/{name}":
+            return None
+        holder = json.loads(emulator.objects[f"{run}/.lock"])
+        os.kill(holder["process"], signal.SIGKILL)
+        return HTTPStatus.SERVICE_UNAVAILABLE
+
+    if committed:
+        emulator.after = strike
+    else:
+        emulator.before = strike
+
+
+class _Server(HTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing of clients that are gone before they have their answer."""
+
+
+class _Handler(server.RequestHandler):
+    def __init__(self, emulator: Emulator, *args):
+        self.emulator = emulator
+        super().__init__(emulator.storage, *args)
+
+    def _answer(self, method: str) -> None:
+        request = server.Request(self, method)
+        found = re.search(r"/b/[^/]+/o(?:/(.*))?$", request.path)
+        name = request.query.get("name", [""])[0] or unquote((found and found[1]) or "")
+        status, wanted = self.emulator.before(method, name), request.query.get("ifGenerationMatch")
+        if wanted and wanted[0] != self.emulator.generation(name):
+            status = status or HTTPStatus.PRECONDITION_FAILED
+        if status:
+            self._refuse(status)
+            return
+        self._name = name if "media" in request.query.get("alt", []) else ""
+        server.Router(self).handle(method)
+        self.emulator.after(method, name)
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        server._read_raw_data(self)
+        response = server.Response(self)
+        response.status = status
+        response.json({"error": {"code": status.value, "message": status.phrase}})
+        response.close()
+
+    def end_headers(self) -> None:
+        try:
+            if getattr(self, "_name", ""):
+                generation = self.storage.get_file_obj(BUCKET, self._name)["generation"]
+                self.send_header("X-Goog-Generation", generation)
+        except NotFound:
+            pass
+        super().end_headers()
+
+
+for _method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+    setattr(_Handler, f"do_{_method}", lambda self, method=_method: self._answer(method))
