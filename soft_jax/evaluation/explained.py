@@ -230,9 +230,10 @@ def _layers(e: Explanation) -> Markup:
     return html.joined(
         html.paragraph(
             f"The image was answered again with the masks of one layer put back to 1. {MARGIN}",
-            f"With all masks it is {html.number_of(e.margin, '{:.2f}')}, and the class has {100 * e.probability:.1f}% of "
-            "that network's softmax over the classes that could win. Where the margin falls, that "
-            "layer's masks spoke for the answer; where it rises, against it. Prompts stay.",
+            f"With all masks it is {html.number_of(e.margin, '{:.2f}')}, and the class has",
+            f"{100 * e.probability:.1f}% of that network's softmax over the classes that could",
+            "win. Where the margin falls, that layer's masks spoke for the answer; where it rises,",
+            "against it. Prompts stay.",
             below if e.margin < 0 else "",
         ),
         html.bars(
