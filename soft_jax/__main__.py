@@ -10,14 +10,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from soft_jax.cache import COMPILED
+from soft_jax import paths
+from soft_jax.cache import CACHE, COMPILED
 from soft_jax.errors import UserError
 from soft_jax.experiment.stopping import Preempted
 
 # Set before jax is imported. Programs compiled once are kept for later runs, the many small ones
 # too, which together take as long as a large one.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from soft_jax import commands
 
     try:
+        paths.place(CACHE, "SOFT_JAX_CACHE")
         if argv[:1] in (["train"], ["sweep"]):  # they take a config's fields as flags
             status = getattr(commands, argv[0])(argv[1:])
         else:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from soft_jax.errors import UserError
 
@@ -54,6 +54,13 @@ def _storage() -> Any:
     # Its memory of what was there knows nothing of other programs.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+class Object(NamedTuple):
+    """What a listing tells of an object: its bytes, and a number that each writing changes."""
+
+    size: int
+    generation: str
 
 
 class BucketPath(os.PathLike):
@@ -183,11 +190,11 @@ class BucketPath(os.PathLike):
             return
 
     @_as_os_error
-    def objects(self) -> dict["BucketPath", int]:
-        """Return all objects below it, at any depth, and the size of each in bytes."""
+    def objects(self) -> dict["BucketPath", "Object"]:
+        """Return all objects below it, at any depth."""
         found = _storage().find(str(self._path), detail=True)
         return {
-            self._of(PurePosixPath(name), _FILE): entry["size"]
+            self._of(PurePosixPath(name), _FILE): Object(entry["size"], entry["generation"])
             for name, entry in found.items()
             if not name.endswith("/")
         }

@@ -1,5 +1,5 @@
-"""Where files are kept between runs. It imports nothing of ours: the command lines need it
-before jax is imported.
+"""Where files are kept between runs: on a disk, or in a bucket that several machines share. It
+imports nothing of ours: the command lines need it before jax is imported.
 """
 
 import contextlib
@@ -8,12 +8,20 @@ import stat
 from pathlib import Path
 
 
-def _folder() -> Path:
-    """SOFT_JAX_CACHE, or ~/.cache/soft_jax; for a user without a home directory, as in many
-    containers, a folder of its own among the temporary files.
+def _folder() -> str:
+    """Return SOFT_JAX_CACHE, which may be a URL, or else the folder of `_on_disk`."""
+    named = os.environ.get("SOFT_JAX_CACHE", "")
+    return named if "://" in named else str(_on_disk(named))
+
+
+def _on_disk(named: str = "") -> Path:
+    """Return the folder `named`, or ~/.cache/soft_jax.
+
+    For a user without a home directory, as in many containers, it is a folder of its own among the
+    temporary files.
     """
     try:
-        return Path(os.environ.get("SOFT_JAX_CACHE", "~/.cache/soft_jax")).expanduser()
+        return Path(named or "~/.cache/soft_jax").expanduser()
     except RuntimeError:  # "~" stands for nothing
         import tempfile  # here, since it is hardly ever needed
 
@@ -28,4 +36,9 @@ def _folder() -> Path:
 
 
 CACHE = _folder()
-COMPILED = CACHE / "xla"  # programs compiled once
+COMPILED = f"{CACHE}/xla"  # programs compiled once
+
+
+def on_disk() -> Path:
+    """Return where copies are kept of what has to be on a disk to be read."""
+    return _on_disk() if "://" in CACHE else Path(CACHE)

@@ -12,8 +12,9 @@ import hashlib
 import io
 import os
 import re
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from soft_jax import paths, pytrees
+from soft_jax import cache, paths, pytrees
+from soft_jax.buckets import BucketPath
 from soft_jax.data import images as images_lib
 from soft_jax.data import preparation, scenarios
 from soft_jax.data.augmentation import prepare_test
 from soft_jax.errors import Stopped, UserError
+from soft_jax.paths import Place
+from soft_jax.store import files as files_lib
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -174,8 +178,7 @@ def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> 
 
     Args:
         name: the data set.
-        data_dir: where it is, a local folder; for TFDS's sets also a URL that TFDS reads, such as
-            gs://bucket/folder.
+        data_dir: where it is, a folder on a disk or in a bucket, as gs://bucket/folder.
         stop: ends a download when it is set.
 
     Raises:
@@ -230,7 +233,7 @@ def _tiny_imagenet(data_dir: str) -> Dataset:
 
     Its validation images, 50 a class, are the test. Classes are in the order of their WordNet ids.
     """
-    root = paths.local(data_dir or ".", "data_dir") / "tiny-imagenet-200"
+    root = paths.place(data_dir or ".", "data_dir") / "tiny-imagenet-200"
     try:
         names = tuple(sorted((root / "wnids.txt").read_text().split()))
         rows = [
@@ -269,16 +272,16 @@ def _folder(data_dir: str) -> Dataset:
     Raises UserError where there are no classes, `train/` and `test/` or `classes.txt` differ in
     them, a class has no image, or an image can't be read.
     """
-    root = paths.local(data_dir, "data_dir")
+    root = paths.place(data_dir, "data_dir")
     folders, stray = _class_folders(root / "train") if data_dir else ({}, [])
     if not folders:
         raise UserError(
             "dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of "
             f"--config.data_dir=DIR; no classes in {paths.shown(root)}/train"
         )
-    names = _ordered(root, tuple(folders))
+    there, names = files_lib.of(root), _ordered(root, tuple(folders))
     train, labels, notes = _class_files(root / "train", [folders[name] for name in names], stray)
-    part = next((part for part in ("test", "val") if os.path.lexists(root / part)), None)
+    part = next((part for part in ("test", "val") if there.exists(root / part)), None)
     if part:
         theirs, stray = _class_folders(root / part)
         if odd := sorted(theirs.keys() ^ folders.keys()):
@@ -304,18 +307,18 @@ def _folder(data_dir: str) -> Dataset:
     return Dataset(*splits, names, notes=tuple(notes))
 
 
-def _class_folders(folder: Path) -> tuple[dict[str, Path], images_lib.LeftOut]:
+def _class_folders(folder: Place) -> tuple[dict[str, Place], images_lib.LeftOut]:
     """Return the class folders in `folder` by printable name, in order; and what lies beside them.
 
     Hidden ones are neither. Raises UserError where two folders have the same printable name.
     """
-    folders: dict[str, Path] = {}
+    folders: dict[str, Place] = {}
     stray: images_lib.LeftOut = []
     for path in sorted(folder.glob("*")):
         name = paths.shown(path.name)
         if path.name.startswith("."):
             continue
-        if not os.path.isdir(path):
+        if not files_lib.of(path).is_dir(path):
             stray.append((path, "files or links outside the class folders"))
         elif name in folders:
             raise UserError(
@@ -327,13 +330,13 @@ def _class_folders(folder: Path) -> tuple[dict[str, Path], images_lib.LeftOut]:
     return folders, stray
 
 
-def _ordered(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+def _ordered(root: Place, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the classes `names` in the order of `root/classes.txt`, if there is that file.
 
     Raises UserError where it can't be read, or does not list each of `names` once and no other.
     """
     file, where = root / "classes.txt", f"dataset: {paths.shown(root)}/classes.txt"
-    if not os.path.lexists(file):
+    if not files_lib.of(file).exists(file):
         return names
     try:
         lines = paths.read_bytes(file).decode("utf-8-sig").splitlines()
@@ -354,14 +357,14 @@ def _ordered(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _class_files(
-    part: Path, folders: Sequence[Path], stray: images_lib.LeftOut
-) -> tuple[list[Path], np.ndarray, list[str]]:
+    part: Place, folders: Sequence[Place], stray: images_lib.LeftOut
+) -> tuple[list[Place], np.ndarray, list[str]]:
     """Return the image files of classes 0, 1, ..., which are `folders`: files, labels, and notes.
 
     Labels are int32 `[N]`. `stray` is left out beside the folders. Raises UserError where a class
     has no image.
     """
-    files: list[Path] = []
+    files: list[Place] = []
     labels, left_out = [], list(stray)
     for label, folder in enumerate(folders):
         within, others = images_lib.walk(folder)
@@ -379,7 +382,7 @@ def _class_files(
 
 
 def _held_out(
-    folder: Path, files: Sequence[Path], labels: np.ndarray, names: Sequence[str]
+    folder: Place, files: Sequence[Place], labels: np.ndarray, names: Sequence[str]
 ) -> np.ndarray:
     """Choose the test images of a folder that has none; return bool `[N]`.
 
@@ -430,7 +433,7 @@ DATASETS: dict[str, Callable[[str], Dataset]] = {
 
 
 def _from_paths(
-    files: Sequence[Path], labels: np.ndarray, where: str
+    files: Sequence[Place], labels: np.ndarray, where: str
 ) -> InMemoryImages | EncodedImages:
     if not files:
         raise UserError(f"dataset: no images in {where}")
@@ -478,7 +481,7 @@ def _prepared(name: str, data_dir: str, stop: threading.Event | None) -> "tfds.c
     # Imported here: it takes most of a second, and the bundled digits do without.
     import tensorflow_datasets as tfds
 
-    data_dir = _tfds_dir(data_dir)
+    data_dir = _tfds_dir(name, data_dir, stop)
     builder = _builder(name, data_dir)
     features = (
         dict(builder.info.features.items())
@@ -539,11 +542,60 @@ def _imagenet_r(images: InMemoryImages | EncodedImages, class_names: tuple[str, 
     )
 
 
-def _tfds_dir(data_dir: str) -> str:
-    """Return `data_dir` for TFDS: empty, a local folder, or a bucket's URL, which TFDS reads."""
-    if not data_dir or (paths.is_url(data_dir) and not re.match("(https?|ftp|file):", data_dir)):
+def _tfds_dir(name: str, data_dir: str, stop: threading.Event | None) -> str:
+    """Return `data_dir` for TFDS: empty, or a folder on a disk, to which a bucket's is copied."""
+    if not data_dir:
         return data_dir
-    return str(paths.local(data_dir, "data_dir"))
+    place = paths.place(data_dir, "data_dir")
+    if isinstance(place, BucketPath):
+        return str(_copied(place, re.split("[/:]", name)[0], stop))
+    return str(place)
+
+
+def _copied(bucket: BucketPath, name: str, stop: threading.Event | None) -> Path:
+    """Return a folder on a disk that holds what `bucket` has of TFDS's set `name`.
+
+    TFDS reads records from a disk alone. The copy is kept among the cached files, and made anew
+    when something in the bucket has changed. Raises UserError where it is not there or can't be
+    copied, and Stopped.
+    """
+    try:
+        there = (bucket / name).objects()
+        if not there:
+            raise UserError(
+                f"data_dir: no {name} in {bucket}; prepare it on a disk, and copy it there: "
+                f"gcloud storage cp -r DIR/{name} {bucket}/"
+            )
+        listed = "\n".join(f"{path} {each.generation}" for path, each in sorted(there.items()))
+        digest = hashlib.sha256(listed.encode()).hexdigest()[:16]
+        target = cache.on_disk() / "data" / f"{name}-{digest}"
+        if not target.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Beside it, since what is copied in part must not have its name.
+            with tempfile.TemporaryDirectory(prefix=".copying", dir=target.parent) as partial:
+                _copy(bucket, there, Path(partial) / "whole", stop)
+                try:
+                    os.rename(Path(partial) / "whole", target)
+                except OSError:
+                    if not target.is_dir():  # else another process was faster
+                        raise
+    except OSError as error:
+        raise UserError(f"data_dir: {bucket / name} can't be copied to a disk ({error})") from error
+    return target
+
+
+def _copy(
+    bucket: BucketPath, objects: Iterable[BucketPath], folder: Path, stop: threading.Event | None
+) -> None:
+    def copy(path: BucketPath) -> None:
+        if stop is not None and stop.is_set():
+            raise Stopped
+        file = folder / path.relative_to(bucket)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(path.read_bytes())
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(copy, objects))
 
 
 def _builder(name: str, data_dir: str) -> "tfds.core.DatasetBuilder":

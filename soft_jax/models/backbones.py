@@ -28,13 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from soft_jax import paths, pytrees
+from soft_jax import cache, paths, pytrees
+from soft_jax.buckets import BucketPath
 from soft_jax.cache import CACHE
 from soft_jax.errors import Stopped, UserError
 from soft_jax.models import clip_checkpoints, clip_config, timm_config, vit_checkpoints
 from soft_jax.models.clip import CLIPConfig
 from soft_jax.models.protocol import Architecture
 from soft_jax.models.vit import ViTConfig
+from soft_jax.paths import Place
 
 # Seconds without a byte from the network after which a download has failed.
 PATIENCE = 20.0
@@ -212,7 +214,7 @@ def _with_unseen(fingerprint: str, *unseen: object) -> str:
     return hashlib.sha256(" ".join(map(str, (fingerprint, *unseen))).encode()).hexdigest()
 
 
-def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Path:
+def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Place:
     """Find the file of backbone `name`: `path`, a bundled or cached copy, or a download.
 
     `path`, a file or a folder, is taken if it is given; else the copy, and a download where there
@@ -231,7 +233,7 @@ def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Pa
         )
     if not source.url:
         return Path(str(resources.files("soft_jax") / "assets" / source.file))
-    cached = CACHE / source.file
+    cached = paths.place(CACHE, "SOFT_JAX_CACHE") / source.file
     return cached if cached.is_file() else _download(source, cached, stop)
 
 
@@ -243,7 +245,7 @@ def _unknown(name: str) -> str:
     )
 
 
-def _at_path(path: Path, name: str, source: Source | None) -> Path:
+def _at_path(path: Place, name: str, source: Source | None) -> Place:
     if path.is_file():
         return path
     wanted = (
@@ -269,7 +271,7 @@ def _at_path(path: Path, name: str, source: Source | None) -> Path:
 
 
 def _timm_architecture(
-    name: str, file: Path, arrays: dict[str, np.ndarray], image_size: int
+    name: str, file: Place, arrays: dict[str, np.ndarray], image_size: int
 ) -> tuple[ViTConfig, tuple[str, ...]]:
     beside = file.parent / "config.json"
     config = _parse_config(beside) if beside.is_file() else None
@@ -284,7 +286,7 @@ def _timm_architecture(
 
 
 def _clip_architecture(
-    name: str, file: Path, arrays: dict[str, np.ndarray]
+    name: str, file: Place, arrays: dict[str, np.ndarray]
 ) -> tuple[CLIPConfig, tuple[str, ...]]:
     if timm_config.is_known(name):
         raise ValueError("it is a CLIP, and that is timm's name of a plain ViT; say my_clip")
@@ -301,7 +303,7 @@ def _clip_architecture(
     return CLIPConfig(**fields), notes
 
 
-def _parse_config(file: Path) -> timm_config.TimmConfig:
+def _parse_config(file: Place) -> timm_config.TimmConfig:
     try:
         return timm_config.parse(file.read_text("utf-8"))
     except (OSError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
@@ -310,7 +312,7 @@ def _parse_config(file: Path) -> timm_config.TimmConfig:
         ) from error
 
 
-def _notes(source: Source, file: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+def _notes(source: Source, file: Place, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
     """Return what a `config.json` beside the file of one of `BACKBONES` says in vain.
 
     Raises ValueError where it says that the file is of another CLIP.
@@ -348,7 +350,7 @@ _SAFETENSORS_TYPES = {
 }
 
 
-def _is_pickle(file: Path, source: Source | None) -> str:
+def _is_pickle(file: Place, source: Source | None) -> str:
     take = f"model.safetensors of the same model ({_OPEN_CLIP_FILE} of a CLIP)"
     if source and source.url.endswith(".safetensors"):
         take = source.url
@@ -358,7 +360,7 @@ def _is_pickle(file: Path, source: Source | None) -> str:
     )
 
 
-def _arrays(file: Path, raw: bytes, source: Source | None) -> dict[str, np.ndarray]:
+def _arrays(file: Place, raw: bytes, source: Source | None) -> dict[str, np.ndarray]:
     """Return the arrays of a file by name. Raises UserError where it can't be read."""
     # A new .pth is a zip archive as .npz is, an old one a bare pickle. The length of its header,
     # with which a .safetensors begins, may be the same byte.
@@ -412,15 +414,20 @@ def _from_npz(raw: bytes) -> dict[str, np.ndarray]:
 # Downloads.
 
 
-def _download(source: Source, target: Path, stop: threading.Event | None) -> Path:
-    partial = target.with_name(f"{target.name}.partial{os.getpid()}")
+def _download(source: Source, target: Place, stop: threading.Event | None) -> Place:
+    in_bucket = isinstance(target, BucketPath)
+    on_disk = cache.on_disk() / source.file if in_bucket else target
+    partial = on_disk.with_name(f"{target.name}.partial{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
         print(f"Downloading {source.url} to {target}")
         transfer = _Transfer(source.url, partial, stop)
         transfer.finish()
         _check_sha256(source, target, transfer.sha256, transfer.published_sha256)
-        partial.replace(target)
+        if in_bucket:
+            target.write_bytes(partial.read_bytes())
+        else:
+            partial.replace(target)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"backbone: {source.file} is not at {target} and could not be downloaded from "
@@ -432,7 +439,7 @@ def _download(source: Source, target: Path, stop: threading.Event | None) -> Pat
     return target
 
 
-def _check_sha256(source: Source, file: Path, sha256: str, published: str = "") -> None:
+def _check_sha256(source: Source, file: Place, sha256: str, published: str = "") -> None:
     """Compare a bundled or downloaded file with what its publisher says, and with the first one.
 
     `published` is what the publisher said with this download. Where nobody says anything, the first
@@ -457,8 +464,12 @@ def _check_sha256(source: Source, file: Path, sha256: str, published: str = "") 
         )
     if not first:
         with contextlib.suppress(OSError):  # a folder that can only be read
+            text = f"{sha256}  {file.name}\n"
+            if isinstance(record, BucketPath):
+                record.write_text(text)
+                return
             unfinished = record.with_name(f"{record.name}.partial{os.getpid()}")
-            unfinished.write_text(f"{sha256}  {file.name}\n", "utf-8")
+            unfinished.write_text(text, "utf-8")
             unfinished.replace(record)
 
 

@@ -8,7 +8,6 @@ are normalized with. What this module knows is as in open_clip 3.3 and transform
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from soft_jax.models import tokenizer
 from soft_jax.models.clip import EPSILON, PREPROCESSING, CLIPConfig
 from soft_jax.models.protocol import Preprocessing
 from soft_jax.models.timm_config import field, is_colour, is_object
+from soft_jax.paths import Place
 
 OPEN_CLIP, HUGGING_FACE = "open_clip_config.json", "config.json"
 # Fields of open_clip's configs that the arrays show too, that are read here, or that have no effect
@@ -61,7 +61,7 @@ class Described:
     preprocessing: Preprocessing | None
 
 
-def read(folder: Path, hugging_face: bool) -> Described | None:
+def read(folder: Place, hugging_face: bool) -> Described | None:
     """Read the config in `folder`, first that of the arrays' naming; None where there is none.
 
     Raises ValueError naming a file and a field that can't be used, or with which a model is not our
@@ -79,14 +79,14 @@ def read(folder: Path, hugging_face: bool) -> Described | None:
     return None
 
 
-def _object(file: Path) -> Mapping[str, Any]:
+def _object(file: Place) -> Mapping[str, Any]:
     whole = json.loads(file.read_text("utf-8"))
     if not is_object(whole):
         raise ValueError(f"it holds {whole!r}, expected an object")
     return whole
 
 
-def _from_open_clip(whole: Mapping[str, Any], folder: Path) -> Described:
+def _from_open_clip(whole: Mapping[str, Any], folder: Place) -> Described:
     model = _part(whole, "model_cfg")
     vision, text = _part(model, "vision_cfg"), _part(model, "text_cfg")
     for name, fields in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
@@ -117,7 +117,7 @@ def _from_open_clip(whole: Mapping[str, Any], folder: Path) -> Described:
     )
 
 
-def _from_hugging_face(whole: Mapping[str, Any], folder: Path) -> Described | None:
+def _from_hugging_face(whole: Mapping[str, Any], folder: Place) -> Described | None:
     """Read Hugging Face's config; None where it is another library's of the same name."""
     if not {"model_type", "vision_config", "text_config"} & whole.keys():
         return None

@@ -302,7 +302,7 @@ class _InBucket(Files):
         self.remove(path)
 
     def size(self, folder: BucketPath) -> int:
-        return sum(folder.objects().values())
+        return sum(each.size for each in folder.objects().values())
 
     def state(self, folder: BucketPath) -> tuple | None:
         return None  # asking costs a request for each array, as reading it does
