@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,14 @@ from typing import Any
 
 from rich.console import Console
 
+from soft_jax.cache import on_disk
 from soft_jax.config import DEFAULTS, Config, from_settings
 from soft_jax.errors import Stopped, UserError
 from soft_jax.experiment import jobs as jobs_lib
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.display import Display
 from soft_jax.experiment.stopping import Preempted, stop_at_signals
+from soft_jax.paths import Place
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
@@ -38,7 +41,7 @@ class PlannedRun:
     """
 
     config: Config
-    folder: Path
+    folder: Place
     title: str
 
 
@@ -186,9 +189,9 @@ def _side_by_side(
     slots: int,
     devices: jobs_lib.Devices,
     program: Sequence[str],
-) -> dict[Path, Outcome]:
+) -> dict[Place, Outcome]:
     """Return the outcome of each run by its folder; `slots` of them run at a time."""
-    outcomes: dict[Path, Outcome] = {}
+    outcomes: dict[Place, Outcome] = {}
     missing: list[PlannedRun] = []
     with stop_at_signals() as stop:
         fetch = functools.cache(functools.partial(_fetch, console, stop))
@@ -202,8 +205,7 @@ def _side_by_side(
             if isinstance(outcome, UserError):
                 console.print(f"error: {each.title}: {outcome}", markup=False, highlight=False)
         jobs = [
-            jobs_lib.Job(each.title, program, _given(each, figures), each.folder / LOG)
-            for each in missing
+            jobs_lib.Job(each.title, program, _given(each, figures), _log(each)) for each in missing
         ]
         problems = jobs_lib.run(jobs, slots, devices, console, stop)
         if stop.is_set():
@@ -213,7 +215,7 @@ def _side_by_side(
             outcomes[each.folder] = (
                 problem
                 or _stored(each)
-                or UserError(f"its process ended without a word (log: {each.folder / LOG})")
+                or UserError(f"its process ended without a word (log: {_log(each)})")
             )
         except UserError as error:
             outcomes[each.folder] = error
@@ -243,6 +245,13 @@ def _fetch(
     if stop.is_set():
         raise Preempted("Stopped while fetching images and backbone")
     return None
+
+
+def _log(planned: PlannedRun) -> Path:
+    """Return the log's file: in the run's folder, or below the cache where that is in a bucket."""
+    if isinstance(planned.folder, Path):
+        return planned.folder / LOG
+    return on_disk() / "logs" / re.sub(r"[^\w+.-]+", "/", str(planned.folder)) / LOG
 
 
 def _given(planned: PlannedRun, figures: bool) -> dict[str, Any]:

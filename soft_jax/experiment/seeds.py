@@ -7,9 +7,7 @@ WORKDIR/seeds.md     the same as a table
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from soft_jax.config import Config
@@ -20,6 +18,7 @@ from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.planned import PlannedRun
 from soft_jax.inference import rules
+from soft_jax.paths import Place
 from soft_jax.store import formats
 from soft_jax.store.checkpoint import write_text
 from soft_jax.store.records import TaskManifest
@@ -32,13 +31,13 @@ _COLUMNS = {
 }
 
 
-def plan(config: Config, count: int, workdir: Path) -> list[PlannedRun]:
+def plan(config: Config, count: int, workdir: Place) -> list[PlannedRun]:
     """Return `count` runs of `config`: with its own seed, and the seeds that follow.
 
     Raises UserError for a setting that is no good, and where `workdir` is itself a run's folder.
     """
     for name in ("config.json", "library.json"):
-        if os.path.lexists(workdir / name):
+        if (workdir / name).exists():
             raise UserError(
                 f"workdir: {workdir} is the folder of a run or library (it holds {name}); with "
                 "--seeds, name one for the folders of several runs"
@@ -112,7 +111,7 @@ def _cell(figure: Mapping[str, Any]) -> str:
     return f"{figure['mean']:.2f} ± {figure['deviation']:.2f}"
 
 
-def write(workdir: Path, found: Mapping[str, Any], text: str) -> None:
+def write(workdir: Place, found: Mapping[str, Any], text: str) -> None:
     """Write a `summary` and its table. Raises UserError where they can't be written."""
     stamped = formats.stamped("seeds", found)
     write_text(workdir / "seeds.json", json.dumps(stamped, indent=2) + "\n")
