@@ -178,7 +178,7 @@ function look(frame) {
     fetched: frame.contentWindow.performance.getEntriesByType("resource")
       .map(r => r.name).filter(n => !n.startsWith("data:")),
     scripts: page.scripts.length, overlaps: overlaps,
-    headings: [...page.querySelectorAll("h1,h2,h3")].map(h => h.tagName).join(""),
+    headings: [...page.querySelectorAll("h1,h2,h3,h4,h5,h6")].map(h => h.tagName).join(""),
     loose: page.querySelectorAll("th:not([scope]), svg:not([role]):not([aria-hidden])").length,
     clipped: [...page.querySelectorAll("svg[role=img] text")].filter(t => {
       const p = t.getBoundingClientRect(), q = t.ownerSVGElement.getBoundingClientRect();

@@ -260,7 +260,7 @@ def _attention(e: Explanation) -> Markup:
     return html.joined(
         html.paragraph(ATTENTION),
         html.side_by_side(
-            html.over_image("The image, as the model sees it", e.image, None, (0, 1)),
+            html.over_image("The image as seen", e.image, None, (0, 1)),
             html.over_image("Frozen network", e.image, e.frozen.patches, (0, most)),
             html.over_image(
                 f"Network of task {name_of(e, e.network)}", e.image, e.masked.patches, (0, most)

@@ -154,8 +154,7 @@ def table(
         body.append(f"<tr{_class('mark' if number in marked else '')}>{cells}</tr>")
     rows_ = "\n".join(body)
     inner = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows_}\n</tbody>"
-    made = f"<table><caption>{text(caption)}</caption>\n{inner}</table>"
-    return _box(caption, made)
+    return _box(caption, f"<table>{inner}</table>")
 
 
 def _wide(cell: Any) -> str:
@@ -163,11 +162,16 @@ def _wide(cell: Any) -> str:
     return "w" if not isinstance(cell, Markup) and len(str(cell)) > _ONE_LINE else ""
 
 
-def _box(label: str, inner: str, kind: str = "") -> Markup:
-    """Return what scrolls by itself; the keyboard reaches it too."""
+def _box(caption: str, table_: str, kind: str = "") -> Markup:
+    """Return a table that scrolls by itself below its caption; the keyboard reaches it too.
+
+    A caption inside it would be as wide as the table: out of sight, or in many lines.
+    """
+    label = text(caption)
+    table_ = table_.replace("<table", f'<table aria-label="{label}"', 1)
     return Markup(
-        f'<div{_class("box", kind)} tabindex="0" role="region" aria-label="{text(label)}">'
-        f"{inner}</div>"
+        f'<p class="caption" aria-hidden="true">{label}</p>\n'
+        f'<div{_class("box", kind)} tabindex="0" role="region" aria-label="{label}">{table_}</div>'
     )
 
 
@@ -220,7 +224,7 @@ def heat_map(
         f"<span>{number_of(high, form)}</span> {text(unit)}</p>"
     )
     made = (
-        f'<table class="heat"><caption>{text(caption)}</caption>\n'
+        '<table class="heat">'
         f'<thead><tr><th scope="col" class="corner">{text(corner)}</th>'
         f"{''.join(heads)}</tr></thead>"
         f"\n<tbody>\n{body}\n</tbody></table>"
@@ -561,11 +565,11 @@ gap:.3rem 1.1rem}
 padding:.45rem .8rem;min-width:6.5rem}
 .facts dt{color:var(--soft);font-size:.82rem}
 .facts dd{margin:0;font-size:1.15rem;font-weight:600;font-variant-numeric:tabular-nums}
-.box{overflow:auto;max-height:36rem;max-width:100%;margin:.5rem 0 1rem}
+.box{overflow:auto;max-height:36rem;max-width:100%;margin:.2rem 0 1rem}
 .box.heats{margin-bottom:.2rem}
 table{border-collapse:collapse;font-size:.9rem;line-height:1.35;font-variant-numeric:tabular-nums;
 overflow-wrap:normal;white-space:nowrap}
-caption{white-space:normal;text-align:left;font-weight:600;padding:0 0 .4rem}
+.caption{font-weight:600;font-size:.9rem;margin:.9rem 0 0}
 th,td{padding:.32rem .65rem .32rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600;font-size:.84rem;vertical-align:bottom}
@@ -589,7 +593,8 @@ margin:0 0 1rem}
 -webkit-print-color-adjust:exact}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));
 gap:.6rem 2rem;align-items:start}
-.grid.four{grid-template-columns:repeat(auto-fill,minmax(min(13rem,45%),1fr));gap:.6rem 1rem}
+.grid.four{grid-template-columns:repeat(auto-fill,minmax(min(13rem,45%),1fr));gap:.6rem 1rem;
+align-items:end}
 .cell{min-width:0}
 figure{margin:.6rem 0;max-width:28rem}
 figure.small{max-width:16rem}
