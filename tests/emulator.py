@@ -5,11 +5,13 @@ when it is downloaded. Both are added here, as Google documents them. Requests c
 one can be refused, or end the program that sends it.
 """
 
+import io
 import json
 import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +20,7 @@ from http.server import HTTPServer
 from urllib.parse import unquote
 
 from gcp_storage_emulator import server
-from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
 
 BUCKET = "runs-here"
@@ -66,16 +67,13 @@ class Emulator:
 
     def put(self, name: str, content: bytes) -> None:
         """Write an object as another program would."""
-        generation = str(1 + max(map(int, self._generations().values()), default=0))
-        obj = {"name": name, "bucket": BUCKET, "generation": generation, "size": str(len(content))}
-        self.storage.create_file(BUCKET, name, content, obj)
-
-    def _generations(self) -> dict[str, str]:
-        return {n: obj["generation"] for n, obj in self.storage.objects.get(BUCKET, {}).items()}
+        kind, size = "application/octet-stream", str(len(content))
+        told = objects._make_object_resource("", BUCKET, name, kind, size)
+        self.storage.create_file(BUCKET, name, content, objects._checksums(content, told))
 
     def generation(self, name: str) -> str:
         """Return the generation of an object, "0" where there is none."""
-        return self._generations().get(name, "0")
+        return self.storage.objects.get(BUCKET, {}).get(name, {"generation": "0"})["generation"]
 
     def calm(self) -> None:
         """Watch nothing any more."""
@@ -101,9 +99,21 @@ def kill_at(emulator: Emulator, run: str, name: str, committed: bool) -> None:
         emulator.before = strike
 
 
+def _object_of(request: server.Request) -> str:
+    """Return the name of the object that a request is about; "" for a listing."""
+    if name := request.query.get("name"):
+        return name[0]
+    if request.query.get("uploadType") == ["multipart"]:
+        return request.data["meta"]["name"]
+    found = re.search(r"/b/[^/]+/o/(.*)$", request.path)
+    return unquote(found[1]) if found else ""
+
+
 class _Server(HTTPServer):
     def handle_error(self, request, client_address) -> None:
         """Say nothing of clients that are gone before they have their answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(server.RequestHandler):
@@ -112,9 +122,11 @@ class _Handler(server.RequestHandler):
         super().__init__(emulator.storage, *args)
 
     def _answer(self, method: str) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.rfile = io.BytesIO(body)
         request = server.Request(self, method)
-        found = re.search(r"/b/[^/]+/o(?:/(.*))?$", request.path)
-        name = request.query.get("name", [""])[0] or unquote((found and found[1]) or "")
+        name = _object_of(request)
+        self.rfile = io.BytesIO(body)  # for who answers
         status, wanted = self.emulator.before(method, name), request.query.get("ifGenerationMatch")
         if wanted and wanted[0] != self.emulator.generation(name):
             status = status or HTTPStatus.PRECONDITION_FAILED
@@ -126,19 +138,14 @@ class _Handler(server.RequestHandler):
         self.emulator.after(method, name)
 
     def _refuse(self, status: HTTPStatus) -> None:
-        server._read_raw_data(self)
         response = server.Response(self)
         response.status = status
         response.json({"error": {"code": status.value, "message": status.phrase}})
         response.close()
 
     def end_headers(self) -> None:
-        try:
-            if getattr(self, "_name", ""):
-                generation = self.storage.get_file_obj(BUCKET, self._name)["generation"]
-                self.send_header("X-Goog-Generation", generation)
-        except NotFound:
-            pass
+        if getattr(self, "_name", ""):
+            self.send_header("X-Goog-Generation", self.emulator.generation(self._name))
         super().end_headers()
 
 

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soft_jax.buckets import BucketPath
@@ -46,9 +46,15 @@ def _machine() -> str:
         return ""
 
 
-def _is_running(process: int) -> bool:
+_ours: set[str] = set()  # the tokens of the locks that this process holds
+
+
+def _is_running(lock: Mapping[str, Any]) -> bool:
+    """Return whether the process of this machine that wrote a lock may still hold it."""
+    if lock["process"] == os.getpid():
+        return lock["token"] in _ours
     try:
-        os.kill(process, 0)
+        os.kill(lock["process"], 0)
     except ProcessLookupError:
         return False
     except OSError:  # another user's
@@ -70,6 +76,7 @@ class BucketLock:
             context = ts.Context(PATIENCE)
             self._object = ts.KvStore.open(kvstore(root / FILE), context=context).result()
             self._generation = self._acquire()
+        _ours.add(self._token)
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
@@ -89,7 +96,7 @@ class BucketLock:
         try:
             data = formats.upgrade("lock", json.loads(content), where)
             age = time.time() - data["time"]
-            gone = data["machine"] == _machine() != "" and not _is_running(data["process"])
+            gone = data["machine"] == _machine() != "" and not _is_running(data)
             holder = f"process {data['process']} on {data['host']}"
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{where} is no lock of ours; remove it") from error
@@ -142,6 +149,7 @@ class BucketLock:
     def close(self, keep: bool = True) -> None:
         """Let others in."""
         self._closed.set()
+        _ours.discard(self._token)
         with self._one_at_a_time, contextlib.suppress(Exception):
             # If it can't be reached, the lock is void by itself before long.
             if not self._taken:

@@ -1,0 +1,279 @@
+"""Runs, data and weights in a bucket, on the emulator of the package index.
+
+One undisturbed run on a disk is what every other run here has to equal, array for array.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from http import HTTPStatus
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from soft_jax import buckets, paths
+from soft_jax import __main__ as command_line
+from soft_jax.data import images, sources
+from soft_jax.errors import UserError
+from soft_jax.experiment import loop
+from soft_jax.hooks import Hooks
+from soft_jax.inference.predictor import Predictor
+from soft_jax.models import backbones
+from soft_jax.store import bucket_lock, folder, formats
+from tests.conftest import COMPILED, tiny_world
+from tests.emulator import BUCKET, Emulator, kill_at
+from tests.train_tiny import CONFIG
+
+ROOT = Path(__file__).parent.parent
+load_images, load_backbone = sources.load, backbones.load
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    running = Emulator()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running
+    running.close()
+
+
+@pytest.fixture(autouse=True)
+def _calm(emulator):
+    yield
+    emulator.calm()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(backbone):
+    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+        yield few
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def url(*names: str) -> str:
+    return "/".join((f"gs://{BUCKET}", *names))
+
+
+def train(workdir, **hooks) -> str:
+    printed = io.StringIO()
+    loop.run(CONFIG, workdir, Console(file=printed, width=200), hooks=Hooks(**hooks))
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run on a disk that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    train(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def in_bucket(world, emulator):
+    """The same in the bucket."""
+    printed = train(url("whole"))
+    assert f"Report: {url('whole/report.md')}" in printed
+    return url("whole")
+
+
+def outcome(manifests: list[bytes], results: bytes):
+    """Hash of every array, the counts of every protocol, and the figures, by task."""
+    rows = [json.loads(line) for line in results.splitlines()]
+    figures = [{key: row[key] for key in row if key != "seconds"} for row in rows]
+    read = map(json.loads, manifests)
+    return [(manifest["sha256"], manifest["metrics"]) for manifest in read], figures
+
+
+def of_disk(workdir: Path):
+    found = [workdir / f"tasks/{task:03d}/manifest/metadata" for task in range(2)]
+    return outcome([f.read_bytes() for f in found], (workdir / "results.jsonl").read_bytes())
+
+
+def of_bucket(emulator, run: str):
+    there = {
+        name.removeprefix(f"{run}/"): content
+        for name, content in emulator.objects.items()
+        if name.startswith(f"{run}/")
+    }
+    # Neither a lock nor anything half done is left.
+    assert not [name for name in there if name == ".lock" or ".partial" in name]
+    assert not [name for name in there if name.startswith("training/")]
+    manifests = [there[f"tasks/{task:03d}/manifest/metadata"] for task in range(2)]
+    return outcome(manifests, there["results.jsonl"])
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk(whole, in_bucket, emulator):
+    assert of_bucket(emulator, "whole") == of_disk(whole)
+    names = [path.name for path in whole.iterdir() if path.is_file() and path.name != ".lock"]
+    for name in names:
+        assert f"whole/{name}" in emulator.objects
+    assert emulator.objects["whole/classes.csv"] == (whole / "classes.csv").read_bytes()
+
+
+def start(workdir: str, *strike: str) -> str:
+    """Start the run in a program that is killed before it ends, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train_tiny", workdir, *strike],
+        cwd=ROOT,
+        env=os.environ | {"SOFT_JAX_TESTS_COMPILED": COMPILED},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_killed_anywhere_and_continued_is_the_same_run(whole, emulator):
+    """In a step, in a save, and between a task's commit and the report."""
+    start(url("killed"), "0:3")
+    kill_at(emulator, "killed", "tasks/000/commit_success.txt", committed=False)
+    assert "Task 1 continues after step 2" in start(url("killed"))
+    assert "killed/tasks/000/manifest/metadata" in emulator.objects
+    assert folder.Reader(url("killed")).present() == []  # nothing half done is taken for a task
+    kill_at(emulator, "killed", "tasks/000/commit_success.txt", committed=True)
+    assert "Task 1 continues after step 6" in start(url("killed"))
+    emulator.calm()
+    assert folder.Reader(url("killed")).present() == [0]
+    assert not emulator.objects["killed/results.jsonl"].strip()
+    assert "1 of 2 tasks are finished" in train(url("killed"))
+    assert of_bucket(emulator, "killed") == of_disk(whole)
+
+
+def test_a_bucket_that_goes_away_while_a_run_trains(whole, emulator):
+    def go_away(task, step, values):
+        if (task, step) == (1, 3):
+            emulator.before = lambda method, name: HTTPStatus.FORBIDDEN
+        return values
+
+    with pytest.raises(UserError, match=r"gone is no longer the folder .* \[.*; nothing more was"):
+        train(url("gone"), after_step=go_away)
+    emulator.calm()
+    train(url("gone"))
+    assert of_bucket(emulator, "gone") == of_disk(whole)
+
+
+def test_a_save_that_the_bucket_refuses_loses_nothing(emulator):
+    record = folder.RunRecord(settings={}, backbone_sha256="", dataset_sha256="", tasks=None)
+    state = {"mask": jax.numpy.arange(6.0)}
+    with closing(folder.Store(url("full"))) as store:
+        store.claim(record, {})
+        store.save_training(0, 1, state, 1.0)
+
+        def full(method, name):
+            return HTTPStatus.FORBIDDEN if method != "GET" and "state/mask" in name else None
+
+        emulator.before = full
+        with pytest.raises(UserError, match="training/000-000002 could not be saved"):
+            store.save_training(0, 2, state, 2.0)
+        emulator.calm()
+        whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        loaded, seconds = store.load_training(0, state, whole)
+        assert seconds == 1.0
+        np.testing.assert_array_equal(loaded["mask"], state["mask"])
+        assert not [name for name in emulator.objects if "000-000002" in name]
+        aside = store.set_aside_training()
+        assert str(aside) == url("full", "damaged")
+        assert store.load_training(0, state, whole) is None
+    assert [name for name in emulator.objects if name.startswith("full/damaged/000-000001-")]
+
+
+# Locks
+
+
+def lock(**changes) -> bytes:
+    """A lock as another host's program writes it."""
+    data = {
+        "host": "elsewhere",
+        "process": 7,
+        "machine": "another",
+        "time": time.time(),
+        "token": "theirs",
+    }
+    return json.dumps(formats.stamped("lock", data | changes)).encode()
+
+
+def test_two_programs_for_one_workdir(emulator):
+    with closing(folder.Store(url("held"))):
+        refused = rf"another process is running in .*held \(process {os.getpid()} on"
+        with pytest.raises(UserError, match=refused):
+            folder.Store(url("held"))
+    assert "held/.lock" not in emulator.objects
+    folder.Store(url("held")).close()
+
+
+def test_of_two_that_are_equally_fast_one_gets_the_lock(emulator):
+    def be_faster(method, name):
+        if method == "POST" and name == "race/.lock" and name not in emulator.objects:
+            emulator.put("race/.lock", lock())
+
+    emulator.before = be_faster
+    with pytest.raises(
+        UserError, match=r"another process is running in .*\(process 7 on elsewhere"
+    ):
+        folder.Store(url("race"))
+    assert json.loads(emulator.objects["race/.lock"])["token"] == "theirs"
+
+
+def test_a_lock_is_void_without_a_sign_of_life(emulator):
+    emulator.put("old/.lock", lock(time=time.time() - bucket_lock.STALE + 20))
+    with pytest.raises(UserError, match=r"last heard of 4\d s ago.* void after 60 s"):
+        folder.Store(url("old"))
+    emulator.put("old/.lock", lock(time=time.time() - bucket_lock.STALE - 1))
+    folder.Store(url("old")).close()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = {"machine": bucket_lock._machine(), "host": socket.gethostname()}
+    emulator.put("old/.lock", lock(process=ended.pid, **here))
+    folder.Store(url("old")).close()  # at once: its process is no more
+    emulator.put("old/.lock", b"mine")
+    with pytest.raises(UserError, match=r"old/.lock is no lock of ours; remove it"):
+        folder.Store(url("old"))
+    emulator.put("old/.lock", lock(format=9))
+    with pytest.raises(UserError, match="it has format 9"):
+        folder.Store(url("old"))
+
+
+def test_a_lock_is_kept_alive_and_its_loss_is_noticed(emulator, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "REFRESH", 0.02)
+    record = folder.RunRecord(settings={}, backbone_sha256="", dataset_sha256="", tasks=None)
+    with closing(folder.Store(url("taken"))) as store:
+        store.claim(record, {})
+        first = json.loads(emulator.objects["taken/.lock"])["time"]
+        deadline = time.monotonic() + 20
+        while json.loads(emulator.objects["taken/.lock"])["time"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        emulator.put("taken/.lock", lock())
+        with pytest.raises(UserError, match="another process has taken its lock"):
+            store.save_training(0, 1, {"mask": jax.numpy.arange(6.0)}, 1.0)
+    # It is not ours to remove, and nothing was saved.
+    assert json.loads(emulator.objects["taken/.lock"])["token"] == "theirs"
+    assert not [name for name in emulator.objects if name.startswith("taken/training")]
+
+
+@pytest.mark.parametrize("where", ["refused", "missing"])
+def test_a_bucket_that_can_not_be_written_is_one_line(emulator, where, capsys):
+    before = set(emulator.objects)
+    if where == "refused":
+        emulator.before = lambda method, _: None if method == "GET" else HTTPStatus.FORBIDDEN
+    workdir = url("no") if where == "refused" else "gs://no-such-bucket/run"
+    with pytest.raises(UserError, match=rf"^workdir: {workdir} can't be written \("):
+        train(workdir)
+    assert set(emulator.objects) == before
+    output = "".join(capsys.readouterr())
+    assert "Traceback" not in output
