@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             arguments, rest = _parser().parse_known_args(argv)
             arguments.flags, arguments.given = rest, argv[1:]
-            if rest and arguments.command != "learn":  # which takes a config's fields as flags
+            if rest and not getattr(arguments, "takes_config", False):
                 _parser().parse_args(argv)
             function = getattr(arguments, "function", None)
             status = (function or getattr(commands, arguments.command))(arguments)
@@ -248,12 +248,18 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser(
         "export",
         help="write a task as a model of timm, transformers or PEFT",
-        description="Write a task of a run as a folder: its weights merged into the backbone's, "
-        "and its own classes' classifier.",
+        description="Write a task as a folder: its weights merged into the backbone's, and its "
+        "own classes' classifier.",
     )
     export.register("action", None, _Once)
-    export.add_argument("run", metavar="RUN", help="the folder that the run was trained in")
-    export.add_argument("task", metavar="TASK", help="the task, counted from 1")
+    export.add_argument(
+        "run", metavar="RUN", help="the folder that a run was trained in, or that of a library"
+    )
+    export.add_argument(
+        "task",
+        metavar="TASK",
+        help="the task, counted from 1; in a library its name, or a version such as birds@2",
+    )
     export.add_argument(
         "out", metavar="OUT", help="the folder to write, which is not there yet or empty"
     )

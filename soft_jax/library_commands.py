@@ -14,6 +14,8 @@ from soft_jax import commands, paths
 from soft_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from soft_jax.config import Config
+    from soft_jax.experiment.data_spec import Data
     from soft_jax.experiment.gate import Gate, Verdict
     from soft_jax.experiment.library import Library
     from soft_jax.store.library import Version
@@ -26,31 +28,7 @@ _LIBRARY = "the library's folder, or that of a finished run"
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Add the parsers of all commands of a library; each names its function as `function`."""
-    learn = _add(subparsers, "learn", "add a task to a library, or a new version of one", learn_)
-    learn.description = (
-        "Learn a task and take it in, unless another task would fall by more than --max-drop "
-        "points: then it stays a candidate. The first task makes the library, with the settings "
-        "of --config (soft-jax train --help lists them). Killed anywhere, the same command "
-        "continues."
-    )
-    learn.add_argument("name", help="the task's name")
-    learn.add_argument(
-        "data", help="a folder with train/CLASS/* (and test/CLASS/*), or the name of a data set"
-    )
-    learn.add_argument("--classes", help="some of its classes, such as cat,dog; default: all")
-    learn.add_argument(
-        "--start-from",
-        help="a task, or a version such as birds@2, whose masks it begins with; best: the task "
-        "whose features serve the new images most",
-    )
-    learn.add_argument(
-        "--extend", action="store_true", help="a new version of the task, with these classes more"
-    )
-    learn.add_argument(
-        "--keep-test-images", action="store_true", help="keep its test images in the library"
-    )
-    _add_gate(learn)
-
+    _add_growing(subparsers)
     check = _add(
         subparsers, "check", "evaluate all active tasks again; status 1 if one fell", check_
     )
@@ -62,9 +40,30 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     transfer = _add(subparsers, "transfer", "show what tasks give to each other", transfer_)
     transfer.description = (
         "Print what each task's network gives to each task's images: a ridge regression on its "
-        "features, on training images held out, in points above that on the frozen network's."
+        "features, on training images held out, in points above that on the frozen network's. Then "
+        "to which tasks the test images of each were given, each by itself, when last accepted."
+    )
+    cost = _add(subparsers, "cost", "show what tasks and their identification cost", cost_)
+    cost.description = (
+        "Print bytes, parameters and seconds of learning of each active task, and of each rule by "
+        "which an image finds its task milliseconds an image, measured now on this machine, the "
+        "share of test images that it gives to the right task, and accuracy."
     )
     _add(subparsers, "log", "list all changes of a library", log_)
+    report = _add(subparsers, "report", "write what a library or a run holds as a page", report_)
+    report.description = (
+        "Write one HTML file, for any browser: tasks, versions and log, accuracy over time, "
+        "transfer and confusion, which weights each task changed, and how alike tasks are. Nothing "
+        "is evaluated again."
+    )
+    report.add_argument("--output", help="the file to write; default: report.html in the folder")
+    explain = _add(subparsers, "explain", "say why an image gets its answer", explain_)
+    explain.description = (
+        "Print what each rule makes of an image, which layers' masks moved the answer most, and "
+        "what the network looked at."
+    )
+    explain.add_argument("image", help="an image file")
+    explain.add_argument("--output", help="also write it, with pictures, to this HTML file")
 
     activate = _add(subparsers, "activate", "make a version the active one", activate_)
     activate.add_argument("task", help="the version, such as birds@2")
@@ -92,6 +91,42 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     tidy.add_argument("--yes", action="store_true", help="archive them")
 
 
+def _add_growing(subparsers: argparse._SubParsersAction) -> None:
+    """Add the parsers of the commands that make a version."""
+    learn = _add(subparsers, "learn", "add a task to a library, or a new version of one", learn_)
+    learn.description = (
+        "Learn a task and take it in, unless another task would fall by more than --max-drop "
+        "points: then it stays a candidate. The first task makes the library, with the settings "
+        "of --config (soft-jax train --help lists them). Killed anywhere, the same command "
+        "continues."
+    )
+    learn.add_argument("name", help="the task's name")
+    _add_data(learn)
+    learn.add_argument(
+        "--start-from",
+        help="a task, or a version such as birds@2, whose masks it begins with; best: the task "
+        "whose features serve the new images most",
+    )
+    learn.add_argument(
+        "--extend", action="store_true", help="a new version of the task, with these classes more"
+    )
+    _add_gate(learn)
+
+    lora = _add(subparsers, "import-lora", "take in a LoRA of PEFT as a task", import_lora_)
+    lora.description = (
+        "Take a LoRA that PEFT saved in, as a task of a library of the method lora, through the "
+        "same gate as learn. Its classifier's rows are the classes of the data, in the order of "
+        "--classes; where it has none, one is fitted to the training images. They also give what "
+        "the task is found by."
+    )
+    lora.add_argument("name", help="the task's name")
+    lora.add_argument(
+        "adapter", help="the folder with adapter_config.json and adapter_model.safetensors"
+    )
+    _add_data(lora)
+    _add_gate(lora)
+
+
 def _add(
     subparsers: argparse._SubParsersAction, name: str, what: str, function: Any
 ) -> argparse.ArgumentParser:
@@ -99,6 +134,18 @@ def _add(
     parser.add_argument("library", help=_LIBRARY)
     parser.set_defaults(function=function)
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which images a version is of; other flags are a config's."""
+    parser.add_argument(
+        "data", help="a folder with train/CLASS/* (and test/CLASS/*), or the name of a data set"
+    )
+    parser.add_argument("--classes", help="some of its classes, such as cat,dog; default: all")
+    parser.add_argument(
+        "--keep-test-images", action="store_true", help="keep its test images in the library"
+    )
+    parser.set_defaults(takes_config=True)
 
 
 def _add_gate(parser: argparse.ArgumentParser, of_version: bool = True) -> None:
@@ -149,8 +196,41 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def learn_(arguments: argparse.Namespace) -> int:
     """Learn a task; the exit status is 1 where it stays a candidate."""
-    root = paths.local(arguments.library, "library")
     gate = _gate(arguments)
+    opened, data, config = _to_learn(arguments)
+    version, verdict = opened.learn(
+        arguments.name,
+        data,
+        config=config,
+        start_from=arguments.start_from,
+        extend=arguments.extend,
+        gate=gate,
+        keep_test_images=arguments.keep_test_images,
+        command=_command(arguments),
+    )
+    return _print_taken_in(arguments, version, verdict)
+
+
+def import_lora_(arguments: argparse.Namespace) -> int:
+    """Take in a LoRA; the exit status is 1 where it stays a candidate."""
+    gate = _gate(arguments)
+    adapter = paths.local(arguments.adapter, "ADAPTER")
+    opened, data, config = _to_learn(arguments)
+    version, verdict = opened.import_lora(
+        arguments.name,
+        adapter,
+        data,
+        config=config,
+        gate=gate,
+        keep_test_images=arguments.keep_test_images,
+        command=_command(arguments),
+    )
+    return _print_taken_in(arguments, version, verdict)
+
+
+def _to_learn(arguments: argparse.Namespace) -> "tuple[Library, Data, Config | None]":
+    """Return the library, the images, and the settings where they are given or it is new."""
+    root = paths.local(arguments.library, "library")
     classes = [name.strip() for name in (arguments.classes or "").split(",") if name.strip()]
     from soft_jax.store import library
 
@@ -169,17 +249,13 @@ def learn_(arguments: argparse.Namespace) -> int:
     logging.set_verbosity(logging.ERROR)
     opened = _open(arguments)
     limits = vars(config) if config else opened.state().config
-    data = Data.parse(arguments.data, classes, limits)
-    version, verdict = opened.learn(
-        arguments.name,
-        data,
-        config=config,
-        start_from=arguments.start_from,
-        extend=arguments.extend,
-        gate=gate,
-        keep_test_images=arguments.keep_test_images,
-        command=_command(arguments),
-    )
+    return opened, Data.parse(arguments.data, classes, limits), config
+
+
+def _print_taken_in(arguments: argparse.Namespace, version: "Version", verdict: "Verdict") -> int:
+    """Say what became of a new version; return the exit status."""
+    from soft_jax.store import library
+
     _print_verdict(verdict)
     called = f"{arguments.name}@{version.number}"
     if version.state == library.ACTIVE:
@@ -261,13 +337,16 @@ def show_(arguments: argparse.Namespace) -> int:
     """Print what is known of a task's versions, or of one."""
     from soft_jax.store import library
 
-    reader = library.LibraryReader(paths.local(arguments.library, "library"))
+    opened = _open(arguments)
+    reader = library.LibraryReader(opened.root)
     state = reader.read()
     name, number = library.split_name(arguments.task)
     versions = state.versions(name) if number is None else (state.version(name, number),)
     for version in versions:
         print(f"{name}@{version.number}, {version.state}, made {version.created}")
         print(f"  classes: {', '.join(state.classes[c] for c in version.classes)}")
+        if version.origin:
+            print(f"  from: {version.origin}")
         for part in version.data:
             where = part["data_dir"] if part["dataset"] == "folder" else part["dataset"]
             print(f"  images of {', '.join(part['classes'])}: {where}")
@@ -277,6 +356,14 @@ def show_(arguments: argparse.Namespace) -> int:
         print(f"  when learned: {_learned(version)}")
         for line in version.gate.get("fallen", ()):
             print(f"  at the gate: {line}")
+        if forward := opened.forward(name, version):
+            print(
+                f"  forward transfer: {forward.gain:+.1f} from {forward.best}, "
+                f"{forward.mean:+.1f} on average; frozen features {forward.frozen:.1f}%"
+            )
+        for task, change in version.gate.get("backward", {}).items():  # since format 1
+            given, alone = change["given"], change["per_sample"]
+            print(f"  backward transfer: {task}: {given:+.1f} given, {alone:+.1f} by itself")
         for task, why in version.gate.get("unchecked", {}).items():
             print(f"  not checked: {task}: {why}")
         print(f"  {version.bytes:,} bytes, {version.seconds:.0f} s of training")
@@ -285,14 +372,47 @@ def show_(arguments: argparse.Namespace) -> int:
 
 def transfer_(arguments: argparse.Namespace) -> int:
     """Print the table of transfer."""
-    table = _open(arguments).transfer()
+    opened = _open(arguments)
+    table = opened.transfer()
     names = list(table["frozen"])
     rows = [["network of", *names]]
     for of, gains in table.items():
         figure = "{:.1f}%" if of == "frozen" else "{:+.1f}"
         rows.append([of, *(figure.format(gains[name]) for name in names)])
     _print_table(rows)
+    _print_confusion(opened)
     return 0
+
+
+def _print_confusion(opened: "Library") -> None:
+    """Print to which tasks each task's test images were given, where that is known of any."""
+    given = opened.confusion()
+    names = {version.id: name for name, version in opened.state().active.items()}
+    if not given:
+        return
+    rows = [["images given to", *(names[one] for one in given)]]
+    for other, name in names.items():
+        shares = (100 * row.get(other, 0) / sum(row.values()) for row in given.values())
+        rows.append([name, *(f"{share:.1f}%" for share in shares)])
+    print()
+    _print_table(rows)
+
+
+def cost_(arguments: argparse.Namespace) -> int:
+    """Print the table of costs; the exit status is 1 where a task's images could not be had."""
+    cost = _open(arguments).cost()
+    rows = [("", "bytes", "parameters", "learned in", "an image", "right task", "accuracy")]
+    for name, of in cost.tasks.items():
+        learned = f"{of.seconds:.1f} s"
+        rows.append((name, f"{of.bytes:,}", f"{of.parameters:,}", learned, "", "", ""))
+    for option, of in cost.rules.items():
+        figures = (f"{of.milliseconds:.2f} ms", f"{of.right_task:.1f}%", f"{of.accuracy:.1f}%")
+        rows.append((f"--task-id={option}", "", "", "", *figures))
+    _print_table(rows)
+    print(f"an image: measured now, on {cost.machine}; oracle: the task is given")
+    for name, why in cost.unchecked.items():
+        print(f"not measured: {name}: {why}")
+    return 1 if cost.unchecked else 0
 
 
 def log_(arguments: argparse.Namespace) -> int:
@@ -300,6 +420,35 @@ def log_(arguments: argparse.Namespace) -> int:
     for record in _open(arguments).log():
         note = f": {record['note']}" if record["note"] else ""
         print(f"{record['number']}  {record['when']}  {record['command']}{note}")
+    return 0
+
+
+def report_(arguments: argparse.Namespace) -> int:
+    """Write the report."""
+    root = paths.local(arguments.library, "library")
+    from rich.console import Console
+
+    from soft_jax.experiment import html_report
+
+    print(f"Report: {paths.shown(html_report.write(root, arguments.output, Console()))}")
+    return 0
+
+
+def explain_(arguments: argparse.Namespace) -> int:
+    """Print why an image gets its answer, and write it as a page where one is asked for."""
+    root = paths.local(arguments.library, "library")
+    image = paths.local(arguments.image, "image")
+    output = arguments.output and paths.local(arguments.output, "--output")
+    from soft_jax.evaluation import explained, html
+    from soft_jax.inference import explain
+
+    if output:
+        html.check_output(output)  # before what takes long
+    found = explain.explain(*explain.load(root), image)
+    print("\n".join(explained.lines(found, paths.shown(image))))
+    if output:
+        html.write(output, explained.page(found, image, root.absolute().name))
+        print(f"Page: {paths.shown(output)}")
     return 0
 
 

@@ -18,11 +18,15 @@ import safetensors.numpy
 
 from soft_jax import pytrees
 from soft_jax.__main__ import main
-from soft_jax.config import DEFAULTS
+from soft_jax.config import DEFAULTS, Config, from_settings
 from soft_jax.data import augmentation, sources
 from soft_jax.errors import UserError
 from soft_jax.experiment import export as export_lib
+from soft_jax.experiment import imported
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.experiment.data_spec import Data
+from soft_jax.experiment.gate import Gate
+from soft_jax.experiment.library import Library
 from soft_jax.inference import engine
 from soft_jax.inference.predictor import Predictor
 from soft_jax.methods import low_rank, masks, peft, registry
@@ -315,7 +319,135 @@ def test_adapters_that_do_not_fit_are_refused(lora_folder):
         peft.lora_from_peft(lora_folder / "nowhere", method, backbone)
 
 
-# Runs.
+# Adapters of PEFT as tasks of a library.
+
+
+@pytest.fixture(scope="module")
+def pets():
+    """18 training images and 6 to test, of three classes, a colour a class."""
+    rng = np.random.default_rng(3)
+
+    def split(count):
+        labels = np.repeat(np.arange(3, dtype=np.int32), count)
+        images = rng.integers(0, 60, (len(labels), 32, 32, 3)) + 90 * labels[:, None, None, None]
+        return sources.InMemoryImages(np.minimum(images, 255).astype(np.uint8), labels)
+
+    return sources.Dataset(split(6), split(2), NAMES)
+
+
+@pytest.fixture(scope="module")
+def imported_folder(pets, tmp_path_factory):
+    """A library that took in the adapter that PEFT was given, and that adapter's folder."""
+    folder = tmp_path_factory.mktemp("imported")
+    write(folder / "peft", {k.removeprefix("peft/"): v for k, v in example_files("lora").items()
+                            if k.startswith("peft/")})  # fmt: skip
+    config = Config(
+        method="lora",
+        backbone="vit_ti8_32",
+        mask_layers=tuple(layer + 1 for layer in LAYERS),
+        target_modules="+".join(MODULES),
+        rank=3,
+        prototype_features=20,
+        eval_batch_size=16,
+    )
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(sources, "load", lambda *_: pets)
+        jax.config.update("jax_disable_most_optimizations", True)
+        opened = Library(folder / "library")
+        opened.import_lora("pets", folder / "peft", Data("pets", classes=NAMES), config=config)
+        yield opened, folder / "peft"
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def logits_of_task(root, name, images):
+    """A library's logits of a task's classes, in the order of their names."""
+    plain = export_lib.load(root, name)
+    model, batching = plain.predictor.model, plain.predictor.batching
+    tokens, _ = engine.encode(model, images, batching, queried=False)
+    rows = engine.logits(model, tokens, engine.alone(np.zeros(len(images), int)), batching)
+    return rows[:, [plain.columns[plain.class_names.index(name)] for name in NAMES]]
+
+
+def test_what_peft_answered_an_imported_adapter_answers(imported_folder, recorded, tmp_path):
+    opened, _ = imported_folder
+    ours = logits_of_task(opened.root, "pets", recorded["images"])
+    np.testing.assert_allclose(ours, recorded["lora_peft"], rtol=0, atol=1e-5)
+    version = opened.state().active["pets"]
+    assert "the PEFT adapter" in version.origin and version.seconds == 0
+    # Out again, and into another library.
+    out = tmp_path / "out"
+    assert main(["export", str(opened.root), "pets@1", str(out), "--format=peft"]) == 0
+    other = Library(tmp_path / "other")
+    config = from_settings(opened.state().config)
+    other.import_lora("again", out, Data("pets", classes=NAMES), config=config)
+    again = logits_of_task(other.root, "again", recorded["images"])
+    np.testing.assert_allclose(again, ours, rtol=0, atol=1e-5)
+    # A classifier whose rows are in another order than the task's classes, and none at all.
+    changed(
+        out,
+        lambda arrays: {n: a[::-1].copy() if "classifier" in n else a for n, a in arrays.items()},
+    )
+    other.import_lora("again", out, Data("pets", classes=NAMES[::-1]), gate=Gate(100))
+    turned = logits_of_task(other.root, "again@2", recorded["images"])
+    np.testing.assert_allclose(turned, again, rtol=0, atol=1e-5)
+    changed(out, lambda arrays: {n: a for n, a in arrays.items() if "classifier" not in n})
+    version, _ = other.import_lora("again", out, Data("pets", classes=NAMES), gate=Gate(100))
+    assert version.number == 3 and version.learned["given"] == 100  # colours are easy
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_a_fitted_classifier_tells_apart_what_features_do(classes):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), 20)
+    features = rng.normal(size=(len(labels), 5)) + 6 * np.eye(3, 5)[labels]
+    found = imported.fit(features, labels)
+    logits = features @ found["kernel"] + found["bias"]
+    assert logits.shape == (len(labels), classes)
+    assert (logits.argmax(axis=1) == labels).all()
+
+
+def test_adapters_that_do_not_fit_a_library_are_refused(imported_folder, tmp_path):
+    opened, folder = imported_folder
+    before = opened.state()
+
+    def refused(message, arrays=lambda arrays: arrays, **config):
+        shutil.rmtree(tmp_path / "peft", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "peft")
+        changed(tmp_path / "peft", arrays, **config)
+        with pytest.raises(UserError, match=message):
+            opened.import_lora("pets", tmp_path / "peft", Data("pets", classes=NAMES))
+
+    def wider(arrays):
+        return {
+            n: np.concatenate([a, a], axis=0 if "lora_A" in n else 1) if "lora" in n else a
+            for n, a in arrays.items()
+        }
+
+    def of_a_narrower_model(arrays):
+        return {n: a[:, :96] if "lora_A" in n else a for n, a in arrays.items()}
+
+    def of_layer_5(arrays):
+        return {n.replace("layers.11", "layers.5"): a for n, a in arrays.items()}
+
+    def four_classes(arrays):
+        return {n: a[[0, 1, 2, 0]] if "classifier" in n else a for n, a in arrays.items()}
+
+    refused("the rank of .* is 6, the method's 3", wider)
+    refused(r"expected \(r, 192\)", of_a_narrower_model)
+    refused("module 'vit.layers.5.* has no product in this method", of_layer_5)
+    refused("its classifier has 4 classes, and the data 3", four_classes)
+    base = {"model.safetensors": vit_export.to_timm(backbones.load("vit_ti8_32").params, example(
+        "lora")[2])}  # fmt: skip
+    base["model.safetensors"]["cls_token"] = base["model.safetensors"]["cls_token"] + 0.1
+    write(tmp_path / "base", base)
+    named = {"base_model_name_or_path": str(tmp_path / "base")}
+    refused("base model: .* is another .*cls_token differs", **named)
+    with pytest.raises(UserError, match="ADAPTER: .* can't be read"):
+        opened.import_lora("pets", tmp_path / "nothing", Data("pets", classes=NAMES))
+    config = Config(method="softtf", backbone="vit_ti8_32")
+    with pytest.raises(UserError, match="method: 'softtf' is this library's, and a LoRA of PEFT"):
+        Library(tmp_path / "new").import_lora("x", folder, Data("pets"), config=config)
+    assert opened.state() == before and not (tmp_path / "new").exists()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import gate, library_planning, loop
+from soft_jax.experiment import gate, library_planning, loop, transfer
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import Gate, Verdict
 from soft_jax.experiment.library import Library
@@ -727,6 +727,16 @@ def test_start_from(root, monkeypatch):
             opened.learn("t5", of(10, 11), start_from=start_from)
 
 
+def test_start_from_best_is_the_task_that_serves_most(root, monkeypatch):
+    monkeypatch.setattr(transfer, "gains", lambda *_: (50.0, {"t0": 1.0, "t1": 4.0, "t2": -2.0}))
+    opened = Library(root)
+    version, _ = opened.learn("t3", of(6, 7), start_from="best", gate=OPEN_GATE)
+    forward = {"frozen": 50.0, "best": "t1", "gain": 4.0, "mean": 1.0}
+    assert opened.log()[-1]["found"]["forward"] == forward
+    assert dataclasses.asdict(opened.forward("t3", version)) == forward
+    assert opened.forward("t0", opened.state().version("t0")) is None
+
+
 def test_a_library_has_one_set_of_settings(root, tmp_path):
     opened = Library(root)
     other = dataclasses.replace(WITHOUT, learning_rate=0.5)
@@ -739,6 +749,73 @@ def test_a_library_has_one_set_of_settings(root, tmp_path):
     with pytest.raises(UserError, match="library: .*new is not there"):
         Library(tmp_path / "new").learn("t", of(0))
     assert not (tmp_path / "new").exists()  # nothing is left of what was refused
+
+
+@pytest.mark.usefixtures("paper")
+def test_no_number_of_a_version_is_given_again(root):
+    opened = Library(root)
+    opened.remove("t1", 3)
+    assert opened.learn("t1", of(2, 3))[0].number == 4
+    opened.remove("t2")
+    assert opened.learn("t2", of(4, 5))[0].number == 2
+    opened.rename("t0", "t2b")
+    opened.rename("t2b", "x")
+    for name, number in (("t0", 2), ("t2b", 2)):
+        assert opened.learn(name, of(10 + number + len(name)))[0].number == number
+    assert opened.learn("x", of(0, 1))[0].number == 2
+    check_whole(root)
+
+
+def test_a_library_of_format_0_is_read(tmp_path):
+    """`data/library_0.json` was written before versions' numbers were kept."""
+    shutil.copy(Path(__file__).parent / "data/library_0.json", tmp_path / "library.json")
+    (tmp_path / "log").mkdir()
+    state = LibraryReader(tmp_path).read()
+    assert state.numbers == {"t0": 1, "t1": 2, "t2": 1} and state.confusion == {}
+    assert {v.origin for found in state.tasks.values() for v in found} == {""}
+    for number in range(1, state.changes + 1):
+        old = {"number": number, "when": "", "command": "learn", "note": "", "state_before": None}
+        text = json.dumps(old | {"state_after": ""})
+        (tmp_path / f"log/{number:06d}.json").write_text(text)
+    assert [record["found"] for record in Library(tmp_path).log()] == [{}] * state.changes
+
+
+def test_what_was_asked_for_or_answered_counts_as_used(root):
+    images, used = letters().test.images[:4], root / "used"
+    predictor = Predictor.load(root)
+    assert not used.exists()
+    predictor.predict(images, task=2)
+    assert [file.name for file in used.iterdir()] == ["002"]
+    networks = {predictor.predict(images[:1]).networks[0] for _ in range(2)}
+    assert {file.name for file in used.iterdir()} == {"002", *(f"{n:03d}" for n in networks)}
+    shutil.rmtree(used)
+    Predictor.load(root, ["t1"])
+    active = Library(root).state().active["t1"].id
+    assert [file.name for file in used.iterdir()] == [f"{active:03d}"]
+
+
+def test_a_damaged_g_prompt_is_read_from_another_version(tmp_path):
+    root, images = tmp_path / "library", letters().test.images[:12]
+    with gate_of_paper():
+        opened = made(root, WITH_G_PROMPT)
+    asked = {"task_id": "oracle", "batch_size": 16}
+    before = Predictor.load(root, **asked).predict(images, task=1)
+    damage(root, opened.state().active["t0"], "shared/g_prompt")
+    after = Predictor.load(root, **asked).predict(images, task=1)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    verdict = opened.check(100.0)
+    assert "t0@1 is damaged" in verdict.unchecked["t0"] and set(verdict.figures) == {"t1", "t2"}
+    (root / "tasks/000/manifest/metadata").write_text("{}")  # nor does that say what it was
+    after = Predictor.load(root, ["t1", "t2"], **asked).predict(images, task=0)
+    np.testing.assert_array_equal(after.probabilities, before.probabilities)
+    opened.archive("t2")
+    damage(root, opened.state().active["t1"], "shared/g_prompt")
+    with pytest.raises(
+        UserError, match=r"what all tasks share \(g_prompt\) is damaged .*soft-jax restore .* t2@1"
+    ):
+        Predictor.load(root, ["t1"], **asked)
+    opened.restore("t2")
+    Predictor.load(root, ["t1"], **asked)
 
 
 def test_other_things_in_a_folder_are_left_alone(root, tmp_path):
@@ -771,7 +848,8 @@ def test_links_are_refused(root, tmp_path, name):
     [
         ("{", "can't be read"),
         ("[]", "a JSON object was expected"),
-        ("{}", "is missing or unknown; restore it"),
+        ('{"format": 1}', "is missing or unknown; restore it"),
+        ("{}", "it is not what its format says"),
         ('{"format": 7, "written_by": "9.1"}', "written by soft_jax 9.1.*upgrade this program"),
         (None, "is not what was written"),
     ],

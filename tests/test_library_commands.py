@@ -10,21 +10,24 @@ from contextlib import closing
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from rich.console import Console
 
 from soft_jax.__main__ import main
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import loop
+from soft_jax.experiment import export, loop, transfer
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.library import Library
 from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
+from soft_jax.inference import engine
 from soft_jax.inference.predictor import Predictor
 from soft_jax.store.folder import Store
 from soft_jax.store.library import ACTIVE, CANDIDATE, RETIRED, LibraryReader
 from tests.conftest import tiny_config, tiny_world
+from tests.test_export import plain_logits
 
 # ml_collections reads config files by a function that Python deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -149,6 +152,50 @@ def test_tasks_show_and_log(say, root):
     assert say("log")[1].splitlines()[-1].endswith("rename low small")
 
 
+def test_a_change_says_what_it_did_to_other_tasks(say, root):
+    first, second, _ = Library(root).log()
+    assert first["found"] == {"backward": {}}
+    now = Library(root).state()
+    (change,) = second["found"]["backward"].values()
+    was = now.version("low", 1).learned
+    assert change == {name: now.figures["low"][name] - was[name] for name in was}
+    assert change["given"] == 0 and change["per_sample"] <= 0
+    assert f"low: +0.0 given, {change['per_sample']:+.1f} by itself" in say("show", "high")[1]
+    given = Library(root).confusion()
+    assert {sum(row.values()) for row in given.values()} == {
+        v.test["images"] for v in now.active.values()
+    }
+
+
+def test_what_tasks_give_to_each_other_and_cost(say, root, monkeypatch):
+    assert "forward transfer" not in say("show", "high")[1]
+    status, out, _ = say("transfer")
+    table, given = (part.splitlines() for part in out.split("\n\n"))
+    heads = [line.split()[0] for line in table]
+    assert status == 0 and heads == ["network", "frozen", "low", "high"]
+    assert given[0].split() == ["images", "given", "to", "low", "high"]
+    shares = [[float(cell[:-1]) for cell in line.split()[1:]] for line in given[1:]]
+    np.testing.assert_allclose(np.sum(shares, axis=0), 100, atol=0.1)
+    gain = float(table[2].split()[2])  # of low's network for high's images
+    frozen = table[1].split()[2]
+    expected = f"forward transfer: {gain:+.1f} from low, {gain:+.1f} on average; frozen features "
+    assert f"{expected}{frozen}" in say("show", "high")[1]
+    # As the release before wrote it; nothing is measured again.
+    kept = json.loads((root / "transfer.json").read_text())
+    text = json.dumps({key: row for key, row in kept.items() if isinstance(row, dict)})
+    (root / "transfer.json").write_text(text)
+    monkeypatch.setattr(transfer, "gains", None)
+    assert say("transfer")[1] == out
+    status, out, _ = say("cost")
+    lines = [line.split() for line in out.splitlines()]
+    assert status == 0 and [line[0] for line in lines[1:3]] == ["low", "high"]
+    ours = LibraryReader(root).read().active["low"]
+    assert lines[1][1] == f"{ours.bytes:,}" and lines[1][-2:] == [f"{ours.seconds:.1f}", "s"]
+    oracle = next(line for line in lines if line[0] == "--task-id=oracle")
+    assert oracle[2] == "ms" and oracle[3] == "100.0%"
+    assert "measured now, on 4 × cpu" in out
+
+
 def test_check_says_what_fell(say, root, monkeypatch):
     status, out, _ = say("check")
     assert status == 0 and out.endswith("All tasks are as they were.\n")
@@ -242,6 +289,33 @@ def test_folders_of_images(say, root, tmp_path, photos):
     new = tmp_path / "new"
     assert "no classes in" in say("learn", "x", str(tmp_path / "empty"), CONFIG, on=new)[2]
     assert not new.exists()
+
+
+def test_a_task_is_exported_by_its_name(root, tmp_path, _tiny_world, capsys):
+    for task in ("high", "low@2"):
+        out = tmp_path / task
+        assert main(["export", str(root), task, str(out), "--format=timm"]) == 0
+        assert f"{task if '@' in task else 'high@1'} of softtf" in capsys.readouterr().out
+    version = Library(root).state().version("low", 2)
+    images = _tiny_world.test.images[:6]
+    plain = export.load(root, "low@2")
+    tokens, _ = engine.encode(plain.predictor.model, images, plain.predictor.batching, False)
+    ours = engine.logits(
+        plain.predictor.model, tokens, engine.alone(np.zeros(6, int)), plain.predictor.batching
+    )
+    arrays = safetensors.numpy.load_file(tmp_path / "low@2/model.safetensors")
+    np.testing.assert_allclose(
+        plain_logits(arrays, images), ours[:, list(version.classes)], rtol=0, atol=1e-5
+    )
+    Library(root).archive("low", 2)
+    for task, message in (
+        ("low@2", "TASK: low@2 is archived; restore it first"),
+        ("1", "task: there is no '1' in this library; there are low, high"),
+        ("low@7", "version: there is no low@7"),
+    ):
+        assert main(["export", str(root), task, str(tmp_path / "no"), "--format=timm"]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_run_does_not_go_on_in_a_library(root):

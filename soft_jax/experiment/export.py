@@ -1,4 +1,4 @@
-"""A task of a run as a folder that another library reads: timm, Hugging Face's transformers, PEFT.
+"""A task as a folder that another library reads: timm, Hugging Face's transformers, PEFT.
 
 The task's weights, θ ⊙ m or W + 8 A B, and its classes' columns of the classifier make a plain ViT,
 which answers as `Predictor` does with the task given. Prompts have no place in it.
@@ -6,6 +6,7 @@ which answers as `Predictor` does with the task given. Prompts have no place in 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ from soft_jax import distributed, paths, pytrees
 from soft_jax.config import Config, from_settings
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.inference import engine
+from soft_jax.experiment import gate
+from soft_jax.inference import assembly, engine
+from soft_jax.inference import predictor as predictor_lib
 from soft_jax.inference.predictor import Predictor
 from soft_jax.inference.rules import TaskGiven
 from soft_jax.methods import peft, registry
@@ -29,7 +32,9 @@ from soft_jax.methods.low_rank import LoRA
 from soft_jax.methods.method import Method
 from soft_jax.models import vit_export
 from soft_jax.models.vit import ViTConfig
+from soft_jax.store import checkpoint, library
 from soft_jax.store.folder import Reader
+from soft_jax.store.library import LibraryReader
 from soft_jax.store.records import RunRecord, TaskManifest
 
 FORMATS = ("timm", "hf", "peft")
@@ -51,21 +56,25 @@ class Agreement(NamedTuple):
 class PlainTask:
     """A task's network as a plain ViT: `params` in our naming, the frozen `backbone` likewise.
 
-    `classifier` is `{"kernel": [dim, classes], "bias": [classes]}` of the task's own classes, in
-    the order of its manifest.
+    `called` is the task for people. `columns` are its own classes in the classifier of `predictor`,
+    whose only task it is, `class_names` are theirs, and `classifier` is `{"kernel": [dim, classes],
+    "bias": [classes]}` of them in this order. `products` loads A and B of a LoRA task, and `tests`
+    its test images, as `_test_images_of_run` does.
     """
 
-    reader: Reader
-    manifest: TaskManifest
+    called: str
     config: Config
-    record: RunRecord
     predictor: Predictor
+    columns: tuple[int, ...]
+    class_names: tuple[str, ...]
     params: pytrees.Tree
     classifier: Mapping[str, np.ndarray]
+    products: Callable[[], pytrees.Tree]
+    tests: Callable[[], tuple[np.ndarray, np.ndarray, bool]]
 
     @property
     def method(self) -> Method:
-        """Return the run's method."""
+        """Return the method of the run or library."""
         return self.predictor.model.method
 
     @property
@@ -76,7 +85,7 @@ class PlainTask:
 
 def export(
     workdir: str | PathLike,
-    task: int,
+    task: int | str,
     out: str | PathLike,
     format: str,
     *,
@@ -84,18 +93,19 @@ def export(
     backbone_path: str | PathLike = "",
     tell: Callable[[str], None] = print,
 ) -> Path:
-    """Write a task of a run as the folder `out` of another library, whole or not at all.
+    """Write a task as the folder `out` of timm, transformers or PEFT, whole or not at all.
 
     Args:
-        workdir: the folder that the run was trained in.
-        task: counted from 0, as `Predictor` counts.
+        workdir: the folder that a run was trained in, or that of a library of tasks.
+        task: of a run counted from 0, as `Predictor` counts; of a library its name, "birds", or a
+            version, "birds@2".
         out: a folder that is not there yet, or empty.
         format: "timm" (`model.safetensors`, `config.json`), "hf" (the same and
             `preprocessor_config.json`, for `ViTForImageClassification`), or "peft" (a LoRA task as
             an adapter, with the model it is for in `base/`).
         without_prompts: leave prompts out where the method has any, which changes answers; how
             many, of the task's test images, is told.
-        backbone_path: the backbone's file, where it is no longer where the run found it.
+        backbone_path: the backbone's file, where it is no longer where it was.
         tell: is called with lines for the user.
 
     Raises:
@@ -108,14 +118,14 @@ def export(
         raise UserError(f"format: {format!r} is unknown; known are {', '.join(FORMATS)}")
     plain = load(workdir, task, format, without_prompts, backbone_path)
     _write(folder, _files(plain, format))
-    vit, count = plain.method.architecture, len(plain.manifest.classes)
+    vit, count = plain.method.architecture, len(plain.class_names)
     tell(
-        f"{paths.shown(folder)}: task {task + 1} of {plain.config.method}, a ViT for images of "
+        f"{paths.shown(folder)}: {plain.called} of {plain.config.method}, a ViT for images of "
         f"{vit.image_size} pixels with {count} {'class' if count == 1 else 'classes'}: "
-        f"{', '.join(plain.manifest.class_names)}"
+        f"{', '.join(plain.class_names)}"
     )
     if vit.dtype != "float32":
-        tell(f"The run computed in {vit.dtype}; in float32, answers differ by its rounding.")
+        tell(f"It was trained in {vit.dtype}; in float32, answers differ by its rounding.")
     if registry.parse(plain.config.method).host_name:
         _tell_agreement(plain, tell)
     return folder
@@ -123,12 +133,14 @@ def export(
 
 def load(
     workdir: str | PathLike,
-    task: int,
+    task: int | str,
     format: str = "timm",
     without_prompts: bool = False,
     backbone_path: str | PathLike = "",
 ) -> PlainTask:
-    """Load a task, counted from 0, as a plain ViT. Raises UserError as `export`."""
+    """Load a task as a plain ViT. Raises UserError as `export`."""
+    if isinstance(task, str):
+        return _load_of_library(workdir, task, format, without_prompts, backbone_path)
     reader = Reader(workdir)
     record, there = reader.read_record(), reader.present()
     config = from_settings(record.settings)
@@ -140,23 +152,93 @@ def load(
         )
     _check_method(config.method, format, without_prompts)
     predictor = Predictor.load(workdir, [task], TaskGiven.option, backbone_path=backbone_path)
+    manifest = reader.load_task_manifest(task)
+    load_items = functools.partial(reader.load_items, manifest)
+    return _plain(
+        called=f"task {task + 1}",
+        config=config,
+        predictor=predictor,
+        columns=manifest.classes,
+        class_names=manifest.class_names,
+        load_items=load_items,
+        tests=functools.partial(_test_images_of_run, predictor, config, record, manifest),
+    )
+
+
+def _load_of_library(
+    root: str | PathLike,
+    task: str,
+    format: str,
+    without_prompts: bool,
+    backbone_path: str | PathLike,
+) -> PlainTask:
+    reader = LibraryReader(root)
+    state = reader.read()
+    name, number = library.split_name(task)
+    version = state.version(name, number)
+    if version.state == library.ARCHIVED:
+        raise UserError(f"TASK: {name}@{version.number} is archived; restore it first")
+    config = from_settings(state.config)
+    _check_method(config.method, format, without_prompts)
+    backbone = assembly.load_backbone(config, state.backbone_sha256, backbone_path)
+    predictor = predictor_lib.of_versions(
+        reader, state, {name: version}, backbone, TaskGiven.option
+    )
+    folder = reader.path(version)
+    load_items = functools.partial(
+        checkpoint.load_items, folder, reader.load_manifest(folder).sha256
+    )
+
+    def tests() -> tuple[np.ndarray, np.ndarray, bool]:
+        return *gate.tested_images(reader, state, version, predictor, {}), True
+
+    return _plain(
+        called=f"{name}@{version.number}",
+        config=config,
+        predictor=predictor,
+        columns=version.classes,
+        class_names=tuple(state.classes[class_] for class_ in version.classes),
+        load_items=load_items,
+        tests=tests,
+    )
+
+
+def _plain(
+    *,
+    config: Config,
+    predictor: Predictor,
+    columns: tuple[int, ...],
+    load_items: Callable[..., dict[str, Any]],
+    **rest: Any,
+) -> PlainTask:
+    """Make a plain task of the only task of a predictor. Raises UserError where it is none."""
     model = predictor.model
     if not isinstance(model.method.architecture, ViTConfig):
         raise UserError(f"backbone: {config.backbone} is no plain ViT, which alone is exported")
-    manifest = reader.load_task_manifest(task)
-    weights = model.weights[task]
+    weights = model.weights[model.tasks[0]]
     if foreign := sorted(set(pytrees.flatten(weights)) - set(pytrees.flatten(model.backbone))):
         raise UserError(_no_place(config.method, foreign[0]))
-    columns, head = list(manifest.classes), model.shared["head"]
+    head = model.shared["head"]
     return PlainTask(
-        reader=reader,
-        manifest=manifest,
         config=config,
-        record=record,
         predictor=predictor,
+        columns=columns,
         params=pytrees.merge(model.shared.get("weights", model.backbone), weights),
-        classifier={name: np.asarray(head[name])[..., columns] for name in ("kernel", "bias")},
+        classifier={
+            name: np.asarray(head[name])[..., list(columns)] for name in ("kernel", "bias")
+        },
+        products=functools.partial(_products, predictor, load_items),
+        **rest,
     )
+
+
+def _products(predictor: Predictor, load_items: Callable[..., dict[str, Any]]) -> pytrees.Tree:
+    """Return the task's A and B, as `LoRA` has them."""
+    method, params = predictor.model.method, predictor.model.backbone
+    key = method.reparametrization.adapter_key
+    template = {"adapter": {key: method.packed_shapes(params)[key]}}
+    items = load_items(template, distributed.replicated(predictor.batching.mesh), part=True)
+    return method.unpack(items["adapter"], params)[key]
 
 
 def _check_method(method: str, format: str, without_prompts: bool) -> None:
@@ -198,7 +280,7 @@ Content = Mapping[str, Any]
 
 def _files(plain: PlainTask, format: str) -> dict[str, Content]:
     """Return the content of each file: of `.safetensors` the arrays, of others JSON."""
-    vit, names = plain.method.architecture, plain.manifest.class_names
+    vit, names = plain.method.architecture, plain.class_names
     if format == "timm":
         return {
             "model.safetensors": vit_export.to_timm(plain.params, plain.classifier),
@@ -212,23 +294,12 @@ def _files(plain: PlainTask, format: str) -> dict[str, Content]:
     }
     if format == "hf":
         return model
-    config, arrays = peft.lora_to_peft(_products(plain), plain.method, plain.classifier)
+    config, arrays = peft.lora_to_peft(plain.products(), plain.method, plain.classifier)
     return {
         peft.CONFIG: config,
         peft.ARRAYS: arrays,
         **{f"base/{name}": content for name, content in model.items()},
     }
-
-
-def _products(plain: PlainTask) -> pytrees.Tree:
-    """Return the task's A and B, as `LoRA` has them."""
-    method, key = plain.method, plain.method.reparametrization.adapter_key
-    adapter = method.packed_shapes(plain.backbone)
-    whole = distributed.replicated(plain.predictor.batching.mesh)
-    items = plain.reader.load_items(
-        plain.manifest, {"adapter": {key: adapter[key]}}, whole, part=True
-    )
-    return method.unpack(items["adapter"], plain.backbone)[key]
 
 
 def _write(folder: Path, files: Mapping[str, Content]) -> None:
@@ -255,7 +326,7 @@ def _write(folder: Path, files: Mapping[str, Content]) -> None:
 
 def _tell_agreement(plain: PlainTask, tell: Callable[[str], None]) -> None:
     try:
-        images, labels, prepared = _test_images(plain)
+        images, labels, prepared = plain.tests()
     except UserError as error:
         tell(f"Left out: prompts. How many answers change could not be measured: {error}")
         return
@@ -269,37 +340,38 @@ def _tell_agreement(plain: PlainTask, tell: Callable[[str], None]) -> None:
     )
 
 
-def _test_images(plain: PlainTask) -> tuple[np.ndarray, np.ndarray, bool]:
+def _test_images_of_run(
+    predictor: Predictor, config: Config, record: RunRecord, manifest: TaskManifest
+) -> tuple[np.ndarray, np.ndarray, bool]:
     """Return the task's test images, their labels, and whether they are as the model takes them.
 
     Raises UserError where the data set can't be loaded, or is no longer the run's.
     """
-    config, manifest = plain.config, plain.manifest
     dataset = sources.load(config.dataset, manifest.config["data_dir"])
     dataset = dataset.first(config.train_images_per_class, config.test_images_per_class)
-    if dataset.fingerprint != plain.record.dataset_sha256:
+    if dataset.fingerprint != record.dataset_sha256:
         raise UserError(f"dataset: {config.dataset} is no longer what the run was trained on")
     members = np.flatnonzero(np.isin(dataset.test.labels, manifest.classes))
     if isinstance(dataset.test, sources.InMemoryImages):
         return dataset.test.images[members], dataset.test.labels[members], False
-    size = plain.method.architecture.image_size
+    size = predictor.model.method.architecture.image_size
     return dataset.test.prepared(members, size), dataset.test.labels[members], True
 
 
 def agreement(
     plain: PlainTask, images: np.ndarray, labels: np.ndarray, prepared: bool
 ) -> Agreement:
-    """Compare the exported ViT's answers with the run's, the task given.
+    """Compare the exported ViT's answers with those of the run or library, the task given.
 
     `images` are uint8 `[N, H, W, 3]`, `prepared` as test images or not; `labels` int `[N]`.
     """
     model, batching = plain.predictor.model, plain.predictor.batching
-    classes, columns = np.array(plain.manifest.classes), list(plain.manifest.classes)
+    classes, columns = np.array(plain.columns), list(plain.columns)
     answers: list[Sequence[np.ndarray]] = []
     for start in range(0, len(images), batching.chunk):
         chunk = images[start : start + batching.chunk]
         tokens, _ = engine.encode(model, chunk, batching, queried=False, prepared=prepared)
-        tasks = np.full(len(chunk), plain.manifest.task)
+        tasks = np.full(len(chunk), model.tasks[0])
         ours = engine.logits(model, tokens, engine.alone(tasks), batching)[:, columns]
         features = engine.queries(plain.method, plain.params, chunk, batching, prepared)
         theirs = features @ plain.classifier["kernel"] + plain.classifier["bias"]

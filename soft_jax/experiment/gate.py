@@ -122,6 +122,20 @@ def accuracies(
     return {name: 100 * count / len(images) for name, count in right.items()}, dict(tasks)
 
 
+def backward(
+    before: Mapping[str, Mapping[str, float]], verdict: Verdict, name: str
+) -> dict[str, dict[str, float]]:
+    """Return by how many points each other task's figures went up by a change of task `name`.
+
+    That is backward transfer. `before` are their figures when they were last accepted.
+    """
+    return {
+        task: {measured: row[measured] - before[task][measured] for measured in MEASURED}
+        for task, row in verdict.figures.items()
+        if task != name and task in before
+    }
+
+
 def note_of(verdict: Verdict) -> str:
     """Return what the log says of a verdict: what fell and what was not checked; "" for nothing."""
     parts = [*verdict.fallen, *(f"{k}: not checked, {v}" for k, v in verdict.unchecked.items())]

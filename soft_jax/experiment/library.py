@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -24,18 +24,20 @@ from rich.console import Console
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import data_spec, loop, transfer
+from soft_jax.experiment import cost, data_spec, imported, loop, transfer
 from soft_jax.experiment import gate as gate_lib
 from soft_jax.experiment import library_planning as planning
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.experiment.cost import Cost
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import GIVEN, MAX_DROP, Gate, Verdict
+from soft_jax.experiment.run import Start
 from soft_jax.hooks import Hooks
 from soft_jax.inference import assembly
 from soft_jax.inference import predictor as predictor_lib
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
-from soft_jax.store import checkpoint, library
+from soft_jax.store import checkpoint, formats, library
 from soft_jax.store.library import (
     ACTIVE,
     ARCHIVED,
@@ -49,9 +51,22 @@ from soft_jax.store.library import (
 
 BEST = "best"  # in the place of a task to start from
 TRANSFER_FILE = "transfer.json"
-CONFUSION_FILE = "confusion.json"
-_CONFUSION_FORMAT = 1
+Column = Mapping[str, float]  # of one version: "frozen", and by id what other versions give to it
 RUN_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Forward transfer: what the networks of earlier tasks give to a later one's images.
+
+    `frozen` is the accuracy of a probe on the frozen features, in percent; `best` is the name of
+    the task whose features are better by most, `gain` by how many points, and `mean` of all.
+    """
+
+    frozen: float
+    best: str
+    gain: float
+    mean: float
 
 
 class Library:
@@ -125,22 +140,93 @@ class Library:
             old, backbone = self._state_or_new(folder, config)
             named = None if start_from == BEST else start_from
             plan, dataset = planning.planned(old, name, data, extend, named)
+            measured = None
             if start_from == BEST:
-                plan = dataclasses.replace(
-                    plan, start_from=self._best(folder, old, backbone, dataset)
-                )
-            version, finished = self._train(folder, old, backbone, plan, dataset, hooks)
-            new, version = planning.with_version(old, plan, version)
-            folder.take_in(finished, version)
-            if keep_test_images:
-                version = self._keep_tests(folder, backbone, dataset, version)
-                new = new.replaced(name, version)
-            verdict = self._judge(folder, old, new, backbone, name, version, gate or Gate())
-            new, version = _decided(new, name, version, verdict)
-            before = old if old.changes or old.tasks else None
-            folder.commit(before, new, command, gate_lib.note_of(verdict))
-            if not verdict.fallen:
-                self._keep_confusion(verdict)
+                measured = self._gains(folder, old, backbone, dataset)
+                plan = dataclasses.replace(plan, start_from=old.active[measured[1].best])
+            begin = planning.start(folder, old, backbone, plan)
+            trained = self._train(old, plan, begin, dataset, hooks)
+            options = (gate or Gate(), keep_test_images, command, measured)
+            return self._take_in(folder, old, backbone, plan, dataset, *trained, *options)
+
+    def import_lora(
+        self,
+        name: str,
+        adapter: str | PathLike,
+        data: Data,
+        *,
+        config: Config | None = None,
+        gate: Gate | None = None,
+        keep_test_images: bool = False,
+        command: str = "import-lora",
+    ) -> tuple[Version, Verdict]:
+        """Take in a LoRA that PEFT saved as a task, or as a new version of it.
+
+        Its products are taken as they are, and its classifier, whose rows are the classes of `data`
+        in their order; one that it lacks is fitted (`experiment.imported`). The task's key, and the
+        statistics by which images find it, are made of the training images.
+
+        Args:
+            name: the task's.
+            adapter: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+            data: its images.
+            config: as for `learn`, of the method "lora".
+            gate: what the version has to hold to become the active one.
+            keep_test_images: whether its test images are kept in the library.
+            command: how the log calls it.
+
+        Returns:
+            The version, active or a candidate, and what the gate found.
+
+        Raises:
+            UserError: for anything that the user has to mend, such as an adapter of another rank,
+                shape, module or base model; nothing is changed then.
+        """
+        library.check_name(name)
+        with self._held(make=config is not None) as folder:
+            old, backbone = self._state_or_new(folder, config)
+            imported.check_method(planning.config_of(old))
+            origin = imported.origin_of(adapter)
+            plan, dataset = planning.planned(old, name, data, False, None)
+            plan = dataclasses.replace(plan, origin=origin)
+            begin = planning.start_imported(old, backbone, plan, adapter)
+            trained = self._train(old, plan, begin, dataset, None)
+            options = (gate or Gate(), keep_test_images, command)
+            return self._take_in(folder, old, backbone, plan, dataset, *trained, *options)
+
+    def _take_in(
+        self,
+        folder: LibraryFolder,
+        old: LibraryState,
+        backbone: backbones.Backbone,
+        plan: planning.Plan,
+        dataset: sources.Dataset,
+        version: Version,
+        finished: Path,
+        gate: Gate,
+        keep_test_images: bool,
+        command: str,
+        measured: tuple[Column, Forward] | None = None,
+    ) -> tuple[Version, Verdict]:
+        """Take in a version that is finished, through the gate.
+
+        `measured` is what other tasks' networks give to its images, where that was looked at.
+        """
+        name = plan.name
+        new, version = planning.with_version(old, plan, version)
+        folder.take_in(finished, version)
+        if keep_test_images:
+            version = self._keep_tests(folder, backbone, dataset, version)
+            new = new.replaced(name, version)
+        verdict = self._judge(folder, old, new, backbone, name, version, gate)
+        new, version = _decided(new, name, version, verdict)
+        before = old if old.changes or old.tasks else None
+        found = {"backward": version.gate["backward"]}
+        if measured:
+            found["forward"] = dataclasses.asdict(measured[1])
+        folder.commit(before, new, command, gate_lib.note_of(verdict), found)
+        if measured:
+            self._keep_transfer({**_kept_transfer(folder), str(version.id): measured[0]})
         return version, verdict
 
     @contextlib.contextmanager
@@ -167,10 +253,9 @@ class Library:
 
     def _train(
         self,
-        folder: LibraryFolder,
         state: LibraryState,
-        backbone: backbones.Backbone,
         plan: planning.Plan,
+        begin: Start,
         dataset: sources.Dataset,
         hooks: Hooks | None,
     ) -> tuple[Version, Path]:
@@ -178,7 +263,6 @@ class Library:
         named = {"dataset": plan.parts[-1].dataset, "data_dir": plan.parts[-1].data_dir}
         config = dataclasses.replace(planning.config_of(state), **named, **planning.ONE_TASK)
         workdir = self.root / "learning" / planning.training_name(state, plan, config, dataset)
-        begin = planning.start(folder, state, backbone, plan)
         manifests = loop.run(
             config, workdir, self.console, dataset, hooks, figures=False, start=begin
         )
@@ -194,6 +278,7 @@ class Library:
             test={"images": len(test.labels), "sha256": gate_lib.hash_of(dataset)},
             seconds=float(manifests[0].seconds["train"]),
             bytes=library.checkpoint_bytes(finished),
+            origin=plan.origin,
         )
         return version, finished
 
@@ -220,34 +305,15 @@ class Library:
         reader = LibraryReader(self.root)
         state = reader.read()
         backbone = _backbone(state)
-        verdict = gate_lib.evaluate(reader, state, backbone, state.figures, Gate(max_drop))
-        self._keep_confusion(verdict)
-        return verdict
-
-    def _keep_confusion(self, verdict: Verdict) -> None:
-        """Keep which tasks are confused, for `confusion`, where the library can be written."""
-        if not library.holds_library(self.root):  # a run has its own
-            return
-        found = {"format": _CONFUSION_FORMAT, "given": verdict.confusion}
-        with contextlib.suppress(UserError):
-            checkpoint.write_text(self.root / CONFUSION_FILE, json.dumps(found, indent=1) + "\n")
+        return gate_lib.evaluate(reader, state, backbone, state.figures, Gate(max_drop))
 
     def confusion(self) -> dict[int, dict[int, int]]:
-        """Return `Verdict.confusion` as it was found last, for active versions alone.
+        """Return to which tasks the active versions' test images were given, each by itself.
 
-        Empty where nothing was evaluated yet.
+        By versions' ids, `[one][other]` images, as when they were last accepted. Empty where
+        nothing was evaluated yet.
         """
-        try:
-            found = json.loads((self.root / CONFUSION_FILE).read_bytes())
-            if found["format"] != _CONFUSION_FORMAT:
-                return {}
-            given = {
-                int(i): {int(j): int(n) for j, n in r.items()} for i, r in found["given"].items()
-            }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged
-            return {}
-        active = {version.id for version in self.state().active.values()}
-        return {one: row for one, row in given.items() if one in active and active >= row.keys()}
+        return {one: dict(row) for one, row in self.state().confusion.items()}
 
     def _judge(
         self,
@@ -274,25 +340,45 @@ class Library:
 
     # Transfer.
 
-    def _best(
+    def _gains(
         self,
         folder: LibraryReader,
         state: LibraryState,
         backbone: backbones.Backbone,
         dataset: sources.Dataset,
-    ) -> Version:
-        """Return the active version whose features serve the images of a data set most."""
+    ) -> tuple[Column, Forward]:
+        """Return what the active tasks' networks give to the images of a data set."""
         if not state.active:
             raise UserError("start_from: there is no active task yet to begin with")
         predictor = predictor_lib.of_versions(folder, state, state.active, backbone)
         frozen, gains = transfer.gains(predictor, dataset)
-        best = max(gains, key=lambda task: gains[task])
+        forward = _forward(frozen, gains)
         self.console.print(
-            f"Begins with {best}: its features name {frozen + gains[best]:.1f}% of the new images "
-            f"held out of training, the frozen ones {frozen:.1f}%",
+            f"Begins with {forward.best}: its features name {frozen + forward.gain:.1f}% of the "
+            f"new images held out of training, the frozen ones {frozen:.1f}%",
             highlight=False,
         )
-        return state.active[best]
+        by_id = {str(state.active[task].id): gain for task, gain in gains.items()}
+        return {"frozen": frozen, **by_id}, forward
+
+    def _keep_transfer(self, kept: Mapping[str, Column]) -> None:
+        with contextlib.suppress(UserError):  # a library that can only be read
+            text = json.dumps(formats.stamped("transfer", kept), indent=1, sort_keys=True)
+            checkpoint.write_text(self.root / TRANSFER_FILE, f"{text}\n")
+
+    def forward(self, name: str, version: Version) -> Forward | None:
+        """Return what tasks that were learned before a version of task `name` give to its images.
+
+        None where `transfer` has not measured it, or there was no other task.
+        """
+        column = _kept_transfer(LibraryReader(self.root)).get(str(version.id), {})
+        gains = {
+            other: column[str(earlier.id)]
+            for other, versions in self.state().tasks.items()
+            for earlier in versions
+            if other != name and earlier.id < version.id and str(earlier.id) in column
+        }
+        return _forward(column["frozen"], gains) if gains else None
 
     def transfer(self) -> dict[str, dict[str, float]]:
         """Return what each active task's network gives to each active task, `transfer.gains`.
@@ -310,20 +396,30 @@ class Library:
             raise UserError(f"library: {self.root} has no active task")
         table: dict[str, dict[str, float]] = {name: {} for name in ("frozen", *versions)}
         for name, version in versions.items():
-            column = kept.setdefault(str(version.id), {})
+            column = dict(kept.get(str(version.id), {}))
             missing = {n: v for n, v in versions.items() if str(v.id) not in column}
             if missing:
                 predictor = predictor_lib.of_versions(reader, state, missing, backbone)
                 frozen, gains = transfer.gains(predictor, _images(version))
                 column["frozen"] = frozen
                 column |= {str(versions[task].id): gain for task, gain in gains.items()}
+                kept[str(version.id)] = column
             table["frozen"][name] = column["frozen"]
             for other, of in versions.items():
                 table[other][name] = column[str(of.id)]
-        with contextlib.suppress(UserError):  # a library that can only be read
-            text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
-            checkpoint.write_text(self.root / TRANSFER_FILE, text)
+        self._keep_transfer(kept)
         return table
+
+    def cost(self) -> Cost:
+        """Measure what the active tasks and the rules that identify them cost, `cost.measure`.
+
+        Raises UserError where there is no active task, or one is damaged.
+        """
+        reader = LibraryReader(self.root)
+        state = reader.read()
+        if not state.active:
+            raise UserError(f"library: {self.root} has no active task")
+        return cost.measure(reader, state, _backbone(state))
 
     # Versions.
 
@@ -343,8 +439,8 @@ class Library:
             verdict = self._judge(folder, old, old, _backbone(old), name, version, gate or Gate())
             if not verdict.fallen:
                 new = _with_figures(_activated(old, name, version), name, verdict)
-                folder.commit(old, new, command, gate_lib.note_of(verdict))
-                self._keep_confusion(verdict)
+                found = {"backward": gate_lib.backward(old.figures, verdict, name)}
+                folder.commit(old, new, command, gate_lib.note_of(verdict), found)
         return verdict
 
     def rollback(self, name: str, command: str = "rollback") -> tuple[Version, Verdict]:
@@ -368,8 +464,8 @@ class Library:
             new = _activated(old, name, version)
             verdict = gate_lib.evaluate(folder, new, _backbone(old), old.figures, Gate(100.0), name)
             new = _with_figures(new, name, verdict)
-            folder.commit(old, new, command, gate_lib.note_of(verdict))
-            self._keep_confusion(verdict)
+            found = {"backward": gate_lib.backward(old.figures, verdict, name)}
+            folder.commit(old, new, command, gate_lib.note_of(verdict), found)
         return version, verdict
 
     def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
@@ -417,7 +513,9 @@ class Library:
                 raise UserError(f"rename: there is a task {to!r} already")
             renamed = {to if task == name else task: found for task, found in old.tasks.items()}
             figures = {to if task == name else task: row for task, row in old.figures.items()}
-            new = dataclasses.replace(old, tasks=renamed, figures=figures)
+            highest = max(old.numbers.get(to, 0), old.numbers[name])
+            numbers = {**old.numbers, to: highest}  # neither name gets one again
+            new = dataclasses.replace(old, tasks=renamed, figures=figures, numbers=numbers)
             folder.commit(old, new, command)
 
     def remove(self, name: str, number: int | None = None, command: str = "remove") -> None:
@@ -483,6 +581,7 @@ def _decided(
 ) -> tuple[LibraryState, Version]:
     """Return the state after the gate, and the version, active or a candidate."""
     found = {
+        "backward": gate_lib.backward(state.figures, verdict, name),
         "fallen": list(verdict.fallen),
         "unchecked": dict(verdict.unchecked),
         "figures": {task: dict(row) for task, row in verdict.figures.items()},
@@ -501,13 +600,18 @@ def _with_figures(state: LibraryState, name: str, verdict: Verdict) -> LibrarySt
     Those of tasks that could not be evaluated stay, but for those of `name`'s version before.
     """
     kept = {task: row for task, row in state.figures.items() if task != name}
-    return _of_active(dataclasses.replace(state, figures={**kept, **verdict.figures}))
+    figures, confusion = {**kept, **verdict.figures}, {**state.confusion, **verdict.confusion}
+    return _of_active(dataclasses.replace(state, figures=figures, confusion=confusion))
 
 
 def _of_active(state: LibraryState) -> LibraryState:
     """Return the state without the figures of tasks that are not active."""
     figures = {task: row for task, row in state.figures.items() if task in state.active}
-    return dataclasses.replace(state, figures=figures)
+    active = {version.id for version in state.active.values()}
+    confusion = {
+        one: row for one, row in state.confusion.items() if one in active and active >= row.keys()
+    }
+    return dataclasses.replace(state, figures=figures, confusion=confusion)
 
 
 def _images(version: Version) -> sources.Dataset:
@@ -516,13 +620,18 @@ def _images(version: Version) -> sources.Dataset:
     return functools.reduce(data_spec.joined, parts)
 
 
-def _kept_transfer(reader: LibraryReader) -> dict[str, dict[str, float]]:
+def _forward(frozen: float, gains: Mapping[str, float]) -> Forward:
+    best = max(gains, key=lambda task: gains[task])
+    return Forward(frozen, best, gains[best], float(np.mean(list(gains.values()))))
+
+
+def _kept_transfer(reader: LibraryReader) -> dict[str, Column]:
     """Return what is kept of transfer: by version, the frozen probe and each version's gain."""
+    file = reader.root / TRANSFER_FILE
     try:
-        kept = json.loads((reader.root / TRANSFER_FILE).read_bytes())
-    except (OSError, ValueError):  # none, or damaged: it is measured again
+        return formats.upgrade("transfer", json.loads(file.read_bytes()), file)
+    except (OSError, ValueError, UserError):  # none, or damaged: it is measured again
         return {}
-    return kept if isinstance(kept, dict) else {}
 
 
 def _backbone(state: LibraryState) -> backbones.Backbone:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
+from os import PathLike
 
 import jax
 
@@ -13,7 +14,7 @@ from soft_jax import distributed
 from soft_jax.config import Config, from_settings
 from soft_jax.data import sources
 from soft_jax.errors import Stopped, UserError
-from soft_jax.experiment import data_spec
+from soft_jax.experiment import data_spec, imported
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.run import Start
@@ -42,7 +43,8 @@ _OF_DATA = ("name", "dataset", "data_dir", *ONE_TASK)
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is to be learned: version `number` of task `name`, with `classes` in this order, whose
-    images are in `parts`.
+    images are in `parts`. `given` are the classes that were asked for, in that order. `origin` is a
+    few words on where arrays are from that are not trained here.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Plan:
     classes: tuple[str, ...]
     parts: tuple[Data, ...]
     start_from: Version | None
+    given: tuple[str, ...]
+    origin: str = ""
 
 
 def planned(
@@ -70,7 +74,8 @@ def planned(
             here: tuple[str, ...] = ()
             if versions:
                 here = tuple(state.classes[class_] for class_ in versions[-1].classes)
-            _check_classes(state, name, dataset.class_names, here, extend)
+            given = dataset.class_names
+            _check_classes(state, name, given, here, extend)
             newer = tuple(c for c in dataset.class_names if c not in here)
             parts = (dataclasses.replace(data, classes=(*here, *newer)),)
             if extend and len(newer) == len(dataset.class_names):
@@ -83,8 +88,8 @@ def planned(
         except Stopped:
             raise Preempted("Stopped while reading images") from None
     dataset = data_spec.subset(dataset, (*here, *newer))
-    number = versions[-1].number + 1 if versions else 1
-    return Plan(name, number, dataset.class_names, parts, begin), dataset
+    number = state.numbers.get(name, 0) + 1
+    return Plan(name, number, dataset.class_names, parts, begin, given), dataset
 
 
 def _begin_of(state: LibraryState, start_from: str) -> Version:
@@ -130,6 +135,7 @@ def training_name(state: LibraryState, plan: Plan, config: Config, dataset: sour
     """
     begun = plan.start_from.id if plan.start_from else None
     of = [settings_lib.used_settings(config), dataset.fingerprint, begun, state.shared_from]
+    of += [plan.origin, plan.given] if plan.origin else []
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
     return f"{plan.name}@{plan.number}-{digest[:12]}"
 
@@ -153,9 +159,26 @@ def start(
             folder.path(version), manifest.sha256, {"adapter": template}, whole, part=True
         )
         adapter = jax.device_get(method.unpack(items["adapter"], backbone.params))
-    # Not the version's id: another may be taken in before a killed command is given again.
-    number = zlib.crc32(f"{plan.name}@{plan.number}".encode())
-    return Start(alone=True, number=number, adapter=adapter, shared=shared)
+    return Start(alone=True, number=_number(plan), adapter=adapter, shared=shared)
+
+
+def start_imported(
+    state: LibraryState, backbone: backbones.Backbone, plan: Plan, folder: str | PathLike
+) -> Start:
+    """Return what a plan begins with that is the PEFT adapter in `folder`. Raises UserError where
+    it does not fit.
+    """
+    config = config_of(state)
+    adapter, shared = imported.read(folder, config, backbone, plan.given, plan.classes)
+    return Start(alone=True, trained=True, number=_number(plan), adapter=adapter, shared=shared)
+
+
+def _number(plan: Plan) -> int:
+    """Return the number of a plan's random draws.
+
+    Not the version's id: another may be taken in before a killed command is given again.
+    """
+    return zlib.crc32(f"{plan.name}@{plan.number}".encode())
 
 
 def with_version(state: LibraryState, plan: Plan, version: Version) -> tuple[LibraryState, Version]:
@@ -166,7 +189,11 @@ def with_version(state: LibraryState, plan: Plan, version: Version) -> tuple[Lib
     version = dataclasses.replace(version, classes=numbers)
     shared_from = version.id if state.shared_from is None else state.shared_from
     state = dataclasses.replace(
-        state, classes=tuple(classes), next_id=state.next_id + 1, shared_from=shared_from
+        state,
+        classes=tuple(classes),
+        next_id=state.next_id + 1,
+        shared_from=shared_from,
+        numbers={**state.numbers, plan.name: plan.number},
     )
     return state.replaced(plan.name, version), version
 

@@ -16,6 +16,7 @@ from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.evaluation import evaluate, predictions, report
 from soft_jax.evaluation.metrics import TEST, VALIDATION
+from soft_jax.experiment import imported
 from soft_jax.experiment import manifest as manifests_lib
 from soft_jax.experiment import trackers as trackers_lib
 from soft_jax.experiment.bank import TaskBank
@@ -152,11 +153,15 @@ def _learn_task(
     _begin(run, task, "compiling")
     adapter = begin(run.initial_adapter(task), bank.prompt(task - 1) if task else None)
     recalled, shared = run.method.before_task(memory, shared)
-    state, seconds = train_task(run, task, adapter, shared, recalled)
+    if run.start.trained:
+        trained, seconds = imported.finish(run, adapter, shared), {"train": 0.0}
+    else:
+        state, seconds = train_task(run, task, adapter, shared, recalled)
+        trained = state.trainable
     start = time.monotonic()
     _begin(run, task, "statistics of its training images")
-    memory, shared = task_memory(run, task, memory, state.trainable)
-    adapter, packed = _as_stored(run, task, state.trainable["adapter"])
+    memory, shared = task_memory(run, task, memory, trained)
+    adapter, packed = _as_stored(run, task, trained["adapter"])
     if run.method.host.reads_text:
         class_mask = run.scenario.class_mask(task)
         class_mask = distributed.to_global(class_mask, distributed.replicated(run.mesh))

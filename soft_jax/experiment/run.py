@@ -47,10 +47,11 @@ class Start:
     `number` takes the place of the task's in its random draws. `adapter` and `shared` are arrays
     that take the place of drawn ones; a G-prompt that is given is not trained on. Where it is
     `alone`, whoever learns it evaluates it: the run itself does so with the task given only, and
-    writes no report.
+    writes no report. Where it is `trained` already, no step is taken (`experiment.imported`).
     """
 
     alone: bool = False
+    trained: bool = False
     number: int = 0
     adapter: Adapter = dataclasses.field(default_factory=dict)
     shared: Shared = dataclasses.field(default_factory=dict)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from soft_jax.methods import registry
 from soft_jax.methods.method import Adapter, Method, Shared
 from soft_jax.models import backbones
 from soft_jax.store import checkpoint
-from soft_jax.store.library import LibraryReader, LibraryState, Version
+from soft_jax.store.library import ARCHIVED, LibraryReader, LibraryState, Version
 from soft_jax.store.records import TaskManifest
 
 LEAST_TASKS, LEAST_CLASSES = 8, 32  # that a model has room for
@@ -216,17 +217,68 @@ def load_shared(
 ) -> Shared:
     """Return what all tasks share beside the classifier, as NumPy arrays; empty before the first.
 
-    Raises UserError where it is damaged.
+    Where it is damaged, it is read from another version that has the same. Raises UserError where
+    none has.
     """
     shapes = jax.eval_shape(method.init_shared, jax.random.key(0), params)
     template = {name: like for name, like in shapes.items() if name != "head"}
     folder = reader.shared(state)
     if folder is None or not template:
         return {}
-    manifest = reader.load_manifest(folder)
+    hashes = None
+    try:
+        hashes = _hashes_of_shared(reader.load_manifest(folder).sha256, template)
+        return _shared_in(folder, hashes, template)
+    except UserError as error:
+        return _copy_of_shared(reader, state, template, hashes, f"{folder}: {error}")
+
+
+def _hashes_of_shared(hashes: Mapping[str, str], template: pytrees.Tree) -> dict[str, str]:
+    names = (f"shared/{name}" for name in checkpoint.named_leaves(template))
+    return {name: hashes[name] for name in names if name in hashes}
+
+
+def _shared_in(folder: Path, hashes: Mapping[str, str], template: pytrees.Tree) -> Shared:
     whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
-    items = checkpoint.load_items(folder, manifest.sha256, {"shared": template}, whole, part=True)
+    items = checkpoint.load_items(folder, hashes, {"shared": template}, whole, part=True)
     return jax.device_get(items["shared"])
+
+
+def _copy_of_shared(
+    reader: LibraryReader,
+    state: LibraryState,
+    template: pytrees.Tree,
+    hashes: Mapping[str, str] | None,
+    why: str,
+) -> Shared:
+    """Return the part that all tasks share from another version's checkpoint.
+
+    It is the same where the `hashes` of its arrays are; where those can't be read (None), in the
+    versions that were learned after the one that it is from. Raises UserError with `why` it is
+    damaged, and what can be done, where there is no copy.
+    """
+
+    def is_copy(version: Version, theirs: Mapping[str, str]) -> bool:
+        same = _hashes_of_shared(theirs, template)
+        return bool(same) and (same == hashes if hashes else version.id > state.shared_from)
+
+    archived = ""
+    for name, versions in state.tasks.items():
+        for version in versions:
+            if version.state == ARCHIVED:
+                if not archived and is_copy(version, reader.archived_hashes(version)):
+                    archived = f"{name}@{version.number}"
+                continue
+            with contextlib.suppress(UserError):  # damaged too
+                theirs = reader.load_manifest(reader.path(version)).sha256
+                if is_copy(version, theirs):
+                    return _shared_in(reader.path(version), theirs, template)
+    why = why.removesuffix(f"; {checkpoint.ADVICE}")
+    way = f", or unpack one with soft-jax restore {reader.root} {archived}" if archived else ""
+    raise UserError(
+        f"library: what all tasks share ({', '.join(template)}) is damaged ({why}), and no other "
+        f"version has it; restore that folder from a copy{way}"
+    )
 
 
 def check_version(
@@ -248,6 +300,33 @@ def check_version(
             shapes = rule.statistics_shapes(len(version.classes))
             templates.setdefault("statistics", {}).update(manifest.stored("statistics", shapes))
         checkpoint.load_items(reader.path(version), manifest.sha256, templates, whole, part=True)
+
+
+def load_weights(
+    reader: LibraryReader,
+    state: LibraryState,
+    name: str,
+    version: Version,
+    config: Config,
+    backbone: backbones.Backbone,
+) -> pytrees.Tree:
+    """Return the weights that a version puts in the place of the backbone's, θ ⊙ m for masks.
+
+    Empty where its task changes none. Raises UserError where it is damaged.
+    """
+    own = _method_of_version(config, backbone, version)
+    if not own.reparametrization:
+        return {}
+    key = own.reparametrization.adapter_key
+    whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
+    with _naming(reader, state, name, version):
+        manifest = reader.load_manifest(reader.path(version))
+        adapter, _ = _templates(own, backbone.params, manifest)
+        templates = {"adapter": {key: adapter[key]}}
+        items = checkpoint.load_items(
+            reader.path(version), manifest.sha256, templates, whole, part=True
+        )
+        return own.weights(backbone.params, own.unpack(items["adapter"], backbone.params))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ that task's network.
 
 import copy
 import functools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
@@ -66,6 +68,7 @@ class Predictor:
         # What people call each task: a name in a library, else its number, from 1.
         self.task_names = tuple(task_names or range(1, max(model.tasks) + 2))
         self._reload: Callable[[Predictor], Predictor] | None = None
+        self._note_use: Callable[[np.ndarray], None] | None = None  # takes the tasks that answered
 
     @classmethod
     def load(
@@ -338,12 +341,11 @@ class Predictor:
         probabilities = rules.probabilities(
             rule.log_probabilities(batch, scores, tasks), self.temperatures.get(rule.key, 1.0)
         )
-        classes = scores.argmax(axis=1)
+        classes, networks = scores.argmax(axis=1), rule.final_tasks(batch, scores, tasks)
+        if now["_note_use"]:
+            now["_note_use"](networks)
         return Prediction(
-            classes,
-            model.task_of_class[classes],
-            rule.final_tasks(batch, scores, tasks),
-            probabilities.astype(np.float32),
+            classes, model.task_of_class[classes], networks, probabilities.astype(np.float32)
         )
 
     def _given(self, task: int | Sequence[int] | None, count: int) -> np.ndarray | None:
@@ -439,7 +441,9 @@ def _predictor_of(
     predictor = of_versions(
         reader, state, versions, backbone, task_id, cache_bytes, batching, params
     )
-    reader.note_use(list(versions.values()))
+    if names is not None:
+        reader.note_use(list(versions.values()))
+    predictor._note_use = _noting(reader, list(versions.values()))
     predictor._reload = functools.partial(
         _library_predictor,
         reader.root,
@@ -451,6 +455,22 @@ def _predictor_of(
         devices,
     )
     return predictor
+
+
+def _noting(
+    reader: library.LibraryReader, versions: Sequence[library.Version]
+) -> Callable[[np.ndarray], None]:
+    """Return what notes the use of versions, given by their places: of each once an hour."""
+    noted: dict[int, float] = {}
+
+    def note(tasks: np.ndarray) -> None:
+        moment = time.monotonic()
+        due = [t for t in np.unique(tasks).tolist() if moment - noted.get(t, -math.inf) > 3600]
+        noted.update(dict.fromkeys(due, moment))
+        if due:
+            reader.note_use([versions[task] for task in due])
+
+    return note
 
 
 def of_versions(

@@ -141,6 +141,14 @@ def classifier_from_peft(folder: str | PathLike) -> dict[str, np.ndarray] | None
     return {"kernel": found["weight"].T, "bias": found["bias"]}
 
 
+def base_of(folder: str | PathLike) -> str:
+    """Return the name or path of the base model that an adapter's config gives, "" for none.
+
+    Raises UserError as `lora_from_peft`.
+    """
+    return str(_read_config(folder).get("base_model_name_or_path") or "")
+
+
 def _lora_of(method: Method) -> LoRA:
     lora = method.reparametrization
     if not isinstance(lora, LoRA) or not isinstance(method.architecture, ViTConfig):

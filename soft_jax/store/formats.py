@@ -165,9 +165,11 @@ MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
-    "library": (),
-    "lock": (),
+    "library": (library_0_to_1,),
+    "log": (log_0_to_1,),
+    "transfer": (),
     "seeds": (),
+    "lock": (),
 }
 
 

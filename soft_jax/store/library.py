@@ -8,7 +8,7 @@
     LIBRARY/shared/000/        the part that all tasks share (a G-prompt), where the version that it
                                is from is archived or removed
     LIBRARY/learning/NAME@1-*/ the run that learns a version, until it is taken in
-    LIBRARY/used/000           is touched when a version is loaded to predict
+    LIBRARY/used/000           is touched when a version is asked for, or answers
 
 A change is made by one write of `library.json`. Before it, new files are put where nothing names
 them; behind it, what nothing names any more is removed. So a command that is killed leaves the
@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -55,6 +56,7 @@ _FOLDERS = ("tasks", "tests", "archive", "shared", "log", "learning", "used")
 # Protocols of a run's figures.
 _GIVEN, _PROTOTYPE = "oracle/task_given", "per_sample/prototype"
 _REFERENCES = ("per_sample/frozen_features", "per_sample/zero_shot")
+_DAMAGE = (tarfile.TarError, lzma.LZMAError)  # of a packed file
 
 
 def check_name(name: str) -> None:
@@ -86,8 +88,9 @@ class Version:
     `data` says where its images are from (`experiment.data_spec.Data`, one or several), `test` how
     many test images it has and the hash of them all, and of the file where they are kept; of a run,
     the hash of the run's data set. `learned` and `gate` are figures in percent, of when it was
-    learned: its own with and without the task given, and what the gate found. `restored_as` is the
-    state that an archived version comes back with.
+    learned: its own with and without the task given, and what the gate found. `origin` says where
+    arrays are from that were not trained here. `restored_as` is the state that an archived version
+    comes back with.
     """
 
     id: int
@@ -103,6 +106,7 @@ class Version:
     bytes: int = 0
     archive_sha256: str = ""
     restored_as: str = ""
+    origin: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +116,10 @@ class LibraryState:
     `config` is the whole `Config` that tasks are learned with; `shared_from` the version whose
     shared part (a G-prompt) serves all. `classes` are the names of all classes ever learned; their
     places are their numbers, and stay. `tasks` has the versions by task, in the order that tasks
-    came in. `figures` are those of the active tasks when they were last accepted, in percent.
-    `changes` is the number of the last record of the log.
+    came in. `figures` are those of the active tasks when they were last accepted, in percent, and
+    `confusion` by version's id to which versions' tasks its test images were given then, each by
+    itself: `[one][other]` images. `numbers` has the highest number that a version of a name ever
+    had; none is given again. `changes` is the number of the last record of the log.
     """
 
     config: Mapping[str, JSON]
@@ -123,6 +129,8 @@ class LibraryState:
     classes: tuple[str, ...] = ()
     tasks: Mapping[str, tuple[Version, ...]] = dataclasses.field(default_factory=dict)
     figures: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    confusion: Mapping[int, Mapping[int, int]] = dataclasses.field(default_factory=dict)
+    numbers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     changes: int = 0
 
     @property
@@ -191,8 +199,13 @@ class LibraryState:
                 name: tuple(_version(version, f"{where}: {name}") for version in versions)
                 for name, versions in data["tasks"].items()
             }
-            return cls(**{**data, "classes": tuple(data["classes"]), "tasks": tasks})
-        except (TypeError, AttributeError) as error:  # a value of another type
+            confusion = {
+                int(one): {int(other): count for other, count in row.items()}
+                for one, row in data["confusion"].items()
+            }
+            read = {"classes": tuple(data["classes"]), "tasks": tasks, "confusion": confusion}
+            return cls(**{**data, **read})
+        except (TypeError, ValueError, AttributeError) as error:  # a value of another type
             raise UserError(f"{where}: it is not what was written ({error}); restore it") from error
 
 
@@ -271,6 +284,19 @@ class LibraryReader:
         kept = self.root / "shared" / f"{state.shared_from:03d}"
         return kept if kept.is_dir() else self.tasks / kept.name
 
+    def archived_hashes(self, version: Version) -> dict[str, str]:
+        """Return the hex SHA-256 of each array of an archived version, by "item/leaf".
+
+        Empty where the archive can't be read.
+        """
+        name = f"{version.id:03d}/manifest/metadata"
+        try:
+            with tarfile.open(self.archive(version), "r:xz") as archive:
+                return json.loads(archive.extractfile(name).read())["sha256"]
+        # of the disk, of tar, of xz, of JSON, and members or keys that are not there
+        except (OSError, EOFError, LookupError, ValueError, AttributeError, *_DAMAGE):
+            return {}
+
     def load_manifest(self, path: Path) -> TaskManifest:
         """Return the manifest in a version's folder. Raises UserError where it is missing or
         damaged.
@@ -285,13 +311,14 @@ class LibraryReader:
         for number in range(1, changes + 1):
             file = self.root / "log" / f"{number:06d}.json"
             try:
-                records.append(json.loads(file.read_bytes()))
+                record = json.loads(file.read_bytes())
             except (OSError, ValueError) as error:
                 raise UserError(f"library: {file} can't be read ({error}); restore it") from error
+            records.append(formats.upgrade("log", record, file))
         return records
 
     def last_used(self, version: Version) -> str:
-        """Return when a version was last loaded to predict, or else when it was made."""
+        """Return when a version was last asked for or last answered, or else when it was made."""
         try:
             seconds = (self.root / "used" / f"{version.id:03d}").stat().st_mtime
         except OSError:
@@ -299,7 +326,7 @@ class LibraryReader:
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
     def note_use(self, versions: Sequence[Version]) -> None:
-        """Note that versions are loaded to predict; where nothing can be written, nothing is."""
+        """Note that versions are used to predict; where nothing can be written, nothing is."""
         with contextlib.suppress(OSError):
             folder = self.root / "used"
             folder.mkdir(exist_ok=True)
@@ -367,18 +394,26 @@ def _state_of_run(root: Path) -> LibraryState:
         classes=tuple(names),
         tasks=tasks,
         figures={f"task{task + 1}": _figures(last, task) for task in there},
+        confusion={
+            task: {int(other): count for other, count in _alone(last, task)["identified"].items()}
+            for task in there
+        },
+        numbers=dict.fromkeys(tasks, 1),
     )
 
 
-def _figures(manifest: TaskManifest, task: int) -> dict[str, float]:
-    """Return a task's figures in percent, as a run had them when the task of `manifest` was done.
-
-    Without the task given they are of the rule that a library takes (`rules.choose`).
+def _alone(manifest: TaskManifest, task: int) -> Mapping[str, JSON]:
+    """Return what a run counted of a task's images, each by itself, under the rule that a library
+    takes (`rules.choose`), when the task of `manifest` was done.
     """
     able = (key for key in manifest.metrics if key.startswith("per_sample/"))
     able = [key for key in able if key not in _REFERENCES]
-    key = _PROTOTYPE if _PROTOTYPE in able else able[0]
-    rows = {"given": manifest.metrics[_GIVEN][task], "per_sample": manifest.metrics[key][task]}
+    return manifest.metrics[_PROTOTYPE if _PROTOTYPE in able else able[0]][task]
+
+
+def _figures(manifest: TaskManifest, task: int) -> dict[str, float]:
+    """Return a task's figures in percent, as of a run after the task of `manifest`."""
+    rows = {"given": manifest.metrics[_GIVEN][task], "per_sample": _alone(manifest, task)}
     return {name: 100 * row["correct"] / row["total"] for name, row in rows.items()}
 
 
@@ -464,11 +499,17 @@ class LibraryFolder(LibraryReader):
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def commit(
-        self, old: LibraryState | None, new: LibraryState, command: str, note: str = ""
+        self,
+        old: LibraryState | None,
+        new: LibraryState,
+        command: str,
+        note: str = "",
+        found: Mapping[str, JSON] | None = None,
     ) -> LibraryState:
         """Make `new` the library's state in the place of `old`, with a record in the log.
 
-        Returns it as it is written. What `new` doesn't name is removed.
+        `found` is what was measured on the way. Returns the state as it is written. What `new`
+        doesn't name is removed.
         """
         new = dataclasses.replace(new, changes=(old.changes if old else 0) + 1)
         record = {
@@ -476,13 +517,14 @@ class LibraryFolder(LibraryReader):
             "when": now(),
             "command": command,
             "note": note,
+            "found": dict(found or {}),
             "state_before": old.sha256 if old else None,
             "state_after": new.sha256,
         }
         folder = self.root / "log"
         with _disk(folder):
             folder.mkdir(exist_ok=True)
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(formats.stamped("log", record), indent=1, ensure_ascii=False) + "\n"
         checkpoint.write_text(folder / f"{new.changes:06d}.json", text)
         data = formats.stamped("library", new.to_json())
         checkpoint.write_text(

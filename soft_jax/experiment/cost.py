@@ -1,0 +1,139 @@
+"""What a library's tasks cost beside what they answer: bytes, parameters, seconds of learning, and
+milliseconds an image by task-identity rule.
+"""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from soft_jax.errors import UserError
+from soft_jax.experiment import gate
+from soft_jax.experiment.library_planning import config_of
+from soft_jax.inference import assembly, rules
+from soft_jax.inference import predictor as predictor_lib
+from soft_jax.inference.predictor import Predictor
+from soft_jax.models import backbones
+from soft_jax.store.library import LibraryReader, LibraryState, Version
+
+
+@dataclasses.dataclass(frozen=True)
+class OfTask:
+    """What an active version takes: `bytes` on disk, `parameters` that are its own, and `seconds`
+    of learning.
+    """
+
+    bytes: int
+    parameters: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OfRule:
+    """What a task-identity rule takes and gives, over the `images` that it was measured on.
+
+    `milliseconds` are an image's, prepared and in the host's memory, in batches as the library's
+    settings have them; `right_task` is the percentage that was given to its task, `accuracy` that
+    of right answers.
+    """
+
+    milliseconds: float
+    right_task: float
+    accuracy: float
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The costs of a library's active tasks by name, and of its rules by `--task-id`.
+
+    `machine` is what milliseconds were measured on; `unchecked` are tasks whose test images could
+    not be had, and why.
+    """
+
+    tasks: Mapping[str, OfTask]
+    rules: Mapping[str, OfRule]
+    unchecked: Mapping[str, str]
+    machine: str
+
+
+def measure(reader: LibraryReader, state: LibraryState, backbone: backbones.Backbone) -> Cost:
+    """Measure a library on the test images of its active tasks, at least one.
+
+    Raises UserError where a version is damaged.
+    """
+    config, versions = config_of(state), state.active
+    params, made = None, dict[str, Predictor]()
+    able = assembly.rules_of(assembly.method_of(config, backbone, state, versions), config)
+    for option in (*(rule.option for rule in able), rules.TaskGiven.option):
+        made[option] = predictor_lib.of_versions(
+            reader, state, versions, backbone, option, params=params
+        )
+        params = made[option].model.backbone
+    totals = {option: _Total(predictor) for option, predictor in made.items()}
+    unchecked: dict[str, str] = {}
+    whole: dict[Any, Any] = {}  # the data set that was read last
+    for place, (name, version) in enumerate(versions.items()):
+        try:
+            images, labels = gate.tested_images(reader, state, version, made[option], whole)
+        except UserError as error:
+            unchecked[name] = str(error)
+            continue
+        for total in totals.values():
+            total.add(images, labels, place)
+    return Cost(
+        tasks={name: _of_task(reader, version) for name, version in versions.items()},
+        rules={option: total.result() for option, total in totals.items() if total.images},
+        unchecked=unchecked,
+        machine=_machine(),
+    )
+
+
+def _of_task(reader: LibraryReader, version: Version) -> OfTask:
+    parameters = reader.load_manifest(reader.path(version)).parameters["adapter"]
+    return OfTask(version.bytes, parameters, version.seconds)
+
+
+def _machine() -> str:
+    devices = jax.devices()
+    host = f"{platform.machine()} with {os.cpu_count()} cores"
+    return f"{len(devices)} × {devices[0].device_kind}, {host}"
+
+
+class _Total:
+    """Adds up what a predictor takes and gives; what compiles is answered once before."""
+
+    def __init__(self, predictor: Predictor):
+        self.images, self._seconds, self._right_task, self._right = 0, 0.0, 0, 0
+        self._predictor, self._met = predictor, set[Any]()
+
+    def add(self, images: np.ndarray, labels: np.ndarray, place: int) -> None:
+        """Answer the test images of the task at a `place` of the predictor."""
+        given = isinstance(self._predictor.rule, rules.TaskGiven)
+        chunk = self._predictor.batching.chunk
+        for first in range(0, len(images), chunk):
+            part, truth = images[first : first + chunk], labels[first : first + chunk]
+            tasks = np.full(len(part), place) if given else None
+            if (met := (len(part), place)) not in self._met:
+                self._predictor.predict_prepared(part, tasks)
+                self._met.add(met)
+            start = time.perf_counter()
+            found = self._predictor.predict_prepared(part, tasks)
+            self._seconds += time.perf_counter() - start
+            self._right_task += int((found.networks == place).sum())
+            self._right += int((found.classes == truth).sum())
+            self.images += len(part)
+
+    def result(self) -> OfRule:
+        """Return the means over all images so far."""
+        return OfRule(
+            milliseconds=1000 * self._seconds / self.images,
+            right_task=100 * self._right_task / self.images,
+            accuracy=100 * self._right / self.images,
+            images=self.images,
+        )

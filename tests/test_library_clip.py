@@ -1,0 +1,87 @@
+"""A library on a tiny CLIP: tasks of unequal sizes, told apart by the names of their classes."""
+
+import jax
+import numpy as np
+import pytest
+
+from soft_jax.data import sources
+from soft_jax.experiment.data_spec import Data
+from soft_jax.experiment.gate import Gate
+from soft_jax.experiment.library import Library
+from soft_jax.inference import engine
+from soft_jax.inference.predictor import Predictor
+from soft_jax.models import backbones
+from tests.small_clip import NAMES, ONE, small_config, small_params
+
+SETTINGS = {
+    "dataset": "digits",
+    "mask_towers": "vision+text",
+    "mask_layers": (1,),
+    "learning_rate": 1.0,
+    "batch_size": 6,
+    "epochs": 1,
+    "eval_batch_size": 16,
+    "prototype_features": 30,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world():
+    """Libraries get the tiny CLIP, and a few digits under names of CLIP's words."""
+    digits = sources.load("digits")
+
+    def few(split, count):
+        rows = [np.flatnonzero(split.labels == class_)[:count] for class_ in range(len(NAMES))]
+        return split.take(np.sort(np.concatenate(rows)))
+
+    data = sources.Dataset(few(digits.train, 8), few(digits.test, 5), NAMES)
+    clip = backbones.Backbone("small", ONE, small_params(ONE), "0" * 64)
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(backbones, "load", lambda *_: clip)
+        patch.setattr(sources, "load", lambda *_: data)
+        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+        yield data
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def logits_of(root, images):
+    """The logits of each active task's classes, with the task given."""
+    predictor = Predictor.load(root, task_id="oracle", batch_size=16, devices=jax.devices()[:1])
+    model, batching = predictor.model, predictor.batching
+    tokens, _ = engine.encode(model, images, batching, queried=False)
+    found = {}
+    for place, name in enumerate(predictor.task_names):
+        rows = engine.logits(model, tokens, engine.alone(np.full(len(images), place)), batching)
+        found[name] = rows[:, model.task_of_class == place]
+    return found
+
+
+def test_tasks_come_and_go_and_answer_the_same_to_the_bit(_world, tmp_path):
+    root, images = tmp_path / "library", _world.test.images[:16]
+    opened, gate = Library(root), Gate(100.0)
+    config = small_config("clipprompt+softtf", **SETTINGS)
+    opened.learn("one", Data("digits", classes=NAMES[:3]), config=config, gate=gate)
+    known = logits_of(root, images)
+    opened.learn("two", Data("digits", classes=NAMES[3:5]), gate=gate)
+    opened.learn("three", Data("digits", classes=NAMES[5:]), gate=gate)
+    known = logits_of(root, images) | known
+    assert [known[name].shape[1] for name in ("one", "two", "three")] == [3, 2, 1]
+    verdict = opened.check()
+    assert verdict.passed, (verdict.fallen, verdict.unchecked)
+    opened.remove("two")
+    opened.learn("one", Data("digits", classes=NAMES[:3]), start_from="one@1", gate=gate)
+    opened.rollback("one")
+    for name, logits in logits_of(root, images).items():
+        np.testing.assert_array_equal(logits, known[name])
+    predictor = Predictor.load(root)
+    found = predictor.predict(_world.test.images)
+    assert {predictor.task_names[task] for task in found.tasks} <= {"one", "three"}
+    assert opened.check().passed
+    cost = opened.cost()
+    assert {"prompt", "gradient", "prototype", "oracle"} <= cost.rules.keys()
+    assert cost.rules["oracle"].right_task == 100 and not cost.unchecked
+    figures = opened.state().figures
+    mean = [figures["one"]["given"], figures["three"]["given"]]
+    assert cost.rules["oracle"].accuracy == pytest.approx(np.average(mean, weights=[3, 1]))
+    assert all(of.milliseconds > 0 for of in cost.rules.values())
+    assert cost.tasks["one"].bytes == opened.state().active["one"].bytes
