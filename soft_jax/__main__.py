@@ -23,7 +23,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # They change nothing, and have nothing to continue.
-_READERS = [[n] for n in ("predict", "compare", "export", "check", "tasks", "show", "log")]
+_READERS = [
+    [n]
+    for n in (
+        *("predict", "compare", "export", "check", "tasks", "show", "log", "transfer", "cost"),
+        *("report", "explain"),
+    )
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
