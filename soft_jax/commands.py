@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from soft_jax.config import Config
     from soft_jax.inference.predictor import Predictor
 
+# The flags of `train` and of `sweep`, and what they mean.
 JOBS = (
-    "so many runs side by side, each in a process on a device of its own; 1: one after the other, "
+    "So many runs side by side, each in a process on a device of its own; 1: one after the other, "
     "on all devices. Default: one for each TPU chip or GPU of this host; 1 on a CPU."
 )
-# The flags of `train` and of `sweep`, and what they mean.
 CONFIG_FLAG = (
     "The run's settings: a file, or the name of one that comes along (digits, vit_cil, clip_cil, "
     "table), with variants by argument (vit_cil:tasks=20); any field by --config.field=value, "
@@ -51,7 +51,7 @@ TRAIN_FLAGS = {
     "runs/NAME-METHOD-TASKSx.",
     "seeds": "So many runs, with the config's seed and those after it, and then their mean and "
     "standard deviation.",
-    "jobs": f"With --seeds: {JOBS}",
+    "jobs": f"{JOBS} It goes with --seeds.",
     "distributed": 'Several processes, one a host, in one run: "auto" on TPU pod slices and '
     'clusters that jax knows, else "HOST:PORT,INDEX,COUNT".',
 }
@@ -64,7 +64,7 @@ SWEEP_FLAGS = {
     "the best of its rules that take each image by itself, as predict does.",
     "workdir": "The folder that holds the runs of all sweeps. Default: runs/sweeps.",
     "output": "Also write the table as Markdown to this file, in the place of an older table.",
-    "jobs": JOBS.capitalize(),
+    "jobs": JOBS,
 }
 CONTINUES = "finished tasks are as they were, and the same command continues"
 _SHOWN = 80  # signs of an argument that a message shows
@@ -143,7 +143,7 @@ def _train(config: "Config", workdir: Path | None, processes: str | None) -> Non
     loop.run(config, workdir)
 
 
-def _train_seeds(argv: Sequence[str], given: "_Flags", workdir: Path | None) -> int:
+def _train_seeds(argv: Sequence[str], given: "_Flags", workdir: Place | None) -> int:
     """Train a run for each seed and print what they reach. Raises UserError where one failed."""
     count, jobs = whole_number(given.values["seeds"], "--seeds"), _jobs(given.values["jobs"])
     if given.values["distributed"]:

@@ -1,5 +1,7 @@
 """Run `launch.py` and strike at one moment: python -m tests.drive MOMENT ARGS...
 
+Without ARGS, be the program of one run among several side by side.
+
 MOMENT is one of: none; kill-step:TASK:STEP, kill-save:FOLDER (just before Orbax commits it),
 kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); int-step:TASK:STEP (SIGINT, as Ctrl-C);
 nan-step:TASK:STEP (the loss that is read is not a number). Tasks, steps and calls from 0.
@@ -51,5 +53,7 @@ def strike(moment: str) -> None:
 
 if __name__ == "__main__":
     strike(sys.argv[1])
+    if not sys.argv[2:]:
+        runpy.run_module("soft_jax.experiment.planned", run_name="__main__")
     sys.argv = ["launch.py", *sys.argv[2:]]
     runpy.run_path("launch.py", run_name="__main__")

@@ -612,6 +612,8 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
             "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam",
         ),
         (("7", "--seeds=0"), "--seeds: '0' is not a whole number from 1 on"),
+        (("7", "--jobs=0"), "--jobs: '0' is not a whole number from 1 on"),
+        (("7", "--jobs=x"), "--jobs: 'x' is not a whole number from 1 on"),
         (("7", "--seeds=²"), "--seeds: '²' is not a whole number from 1 on"),
         (("7", "--rows=²"), "--rows: '²' is not a list such as 1,3-5"),
         (("7", f"--rows={'9' * 5000}"), f"--rows: '{'9' * 80}' is not a list such as 1,3-5"),
