@@ -296,7 +296,7 @@ def curves(
     every = max(1, -(-len(places) * min(longest, 9) * 7 // (width - left - right)))
     for i in range(0, len(places), every):
         name, _ = _short(places[i], 9)
-        anchor = "m" if 0 < i < len(places) - 1 or len(places) == 1 else ("s" if i == 0 else "e")
+        anchor = "e" if 0 < i == len(places) - 1 else "m"
         parts.append(f'<text x="{x(i):.1f}" y="{height - 23}" class="{anchor}">{name}</text>')
     legend = []
     for number, (name, values) in enumerate(series.items()):
@@ -315,7 +315,7 @@ def curves(
         last = f"{points[-1][3]:.1f}" if points else "–"
         key = f'<span class="{color}" aria-hidden="true">{sign}</span>'
         legend.append(f"<li>{key} {text(name)} <b>{last}</b></li>")
-    parts.append(f'<text x="{left - 30}" y="{height - 2}">{text(y_label)}</text>')
+    parts.append(f'<text x="{left - 30}" y="{height - 5}">{text(y_label)}</text>')
     return Markup(
         f'<figure><figcaption>{text(title)}</figcaption>\n<svg viewBox="0 0 {width} {height}" '
         f'role="img" aria-label="{text(title)}, {text(y_label)}; the last values are below">\n'
@@ -376,7 +376,7 @@ def tree(title: str, names: Sequence[str], distances: np.ndarray) -> Markup:
         parts.append(
             f'<text x="{width - right + 7}" y="{at:.1f}">{name}<title>{text(leaf)}</title></text>'
         )
-    parts.append(f'<text x="{left}" y="{height - 3}">distance</text>')
+    parts.append(f'<text x="{left}" y="{height - 5}">distance</text>')
     return Markup(
         f'<figure><figcaption>{text(title)}</figcaption>\n<svg viewBox="0 0 {width} {height}" '
         f'role="img" aria-label="{text(title)}: a tree of {len(names)}">\n'
