@@ -105,7 +105,7 @@ def _check_base(folder: Path, backbone: backbones.Backbone) -> None:
         return
     try:
         theirs = safetensors.numpy.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError, TypeError, KeyError) as error:  # other dtypes
         raise UserError(f"base model: {paths.shown(file)} can't be read ({error})") from error
     dim = backbone.architecture.feature_dim
     blank = {"kernel": np.zeros((dim, 1)), "bias": np.zeros(1)}
@@ -123,8 +123,10 @@ def _check_base(folder: Path, backbone: backbones.Backbone) -> None:
             )
 
 
-def _are_close(one: np.ndarray, other: np.ndarray) -> bool:
-    return bool(np.abs(one.astype(np.float32) - other).max() <= _SAME)
+def _are_close(theirs: np.ndarray, ours: np.ndarray) -> bool:
+    """Whether two arrays are the same, but for the rounding of theirs to its type."""
+    rounded = ours.astype(theirs.dtype).astype(np.float32)
+    return bool(np.abs(theirs.astype(np.float32) - rounded).max() <= _SAME)
 
 
 def finish(run: Run, adapter: Adapter, shared: Shared) -> dict[str, pytrees.Tree]:
