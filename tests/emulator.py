@@ -89,6 +89,8 @@ def kill_at(emulator: Emulator, run: str, name: str, committed: bool) -> None:
     def strike(method: str, there: str) -> HTTPStatus | None:
         if method == "GET" or there != f"{run}/{name}":
             return None
+        if committed and there not in emulator.objects:  # its upload has only been announced
+            return None
         holder = json.loads(emulator.objects[f"{run}/.lock"])
         os.kill(holder["process"], signal.SIGKILL)
         return HTTPStatus.SERVICE_UNAVAILABLE

@@ -4,6 +4,7 @@ One undisturbed run on a disk is what every other run here has to equal, array f
 """
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -19,21 +20,30 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from jax.experimental.compilation_cache import compilation_cache
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from soft_jax import buckets, paths
 from soft_jax import __main__ as command_line
-from soft_jax.data import images, sources
+from soft_jax import buckets, cache, paths
+from soft_jax.data import cifar100, images, sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import loop
+from soft_jax.evaluation import pictures
+from soft_jax.experiment import loop, planned, trackers
 from soft_jax.hooks import Hooks
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
+from soft_jax.paper import tables
 from soft_jax.store import bucket_lock, folder, formats
+from tests import archives
 from tests.conftest import COMPILED, tiny_world
 from tests.emulator import BUCKET, Emulator, kill_at
 from tests.train_tiny import CONFIG
+
+# ml_collections reads config files by a function that Python deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = Path(__file__).parent.parent
 load_images, load_backbone = sources.load, backbones.load
@@ -277,3 +287,196 @@ def test_a_bucket_that_can_not_be_written_is_one_line(emulator, where, capsys):
     assert set(emulator.objects) == before
     output = "".join(capsys.readouterr())
     assert "Traceback" not in output
+
+
+# What is read from a bucket
+
+
+def png(levels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_predictions_from_a_bucket(whole, in_bucket, emulator, world, capsys):
+    for index in range(3):
+        emulator.put(f"new_photos/{index}.png", png(world.test.images[index]))
+    emulator.put("new_photos/notes.txt", b"")
+    status = command_line.main(
+        ["predict", in_bucket, url("new_photos"), "--json", "--task-id=none"]
+    )
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    rows = [json.loads(line) for line in output.out.splitlines()]
+    assert [row["file"] for row in rows] == [url("new_photos", f"{i}.png") for i in range(3)]
+    assert "left out: files of other types: 1 (notes.txt)" in output.err
+    answers = Predictor.load(whole, task_id="none").predict(world.test.images[:3])
+    assert [row["class_index"] for row in rows] == answers.classes.tolist()
+    with pytest.raises(UserError, match="none.png can't be read as an image .*No such file"):
+        images.read(url("new_photos/none.png"))
+    emulator.put("library/library.json", b"{}")
+    with pytest.raises(UserError, match="is a library, which can't be read from a bucket"):
+        Predictor.load(url("library"))
+    with pytest.raises(
+        UserError, match=r"nothing holds no run \(config.json can't be read: No such"
+    ):
+        Predictor.load(url("nothing"))
+
+
+def test_a_damaged_array_in_a_bucket_is_named(in_bucket, emulator):
+    name = "whole/tasks/001/shared/head.bias/0"
+    content = emulator.objects[name]
+    emulator.put(name, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"tasks/001: array shared/head.bias (is not|can't be)"):
+        Predictor.load(in_bucket, task_id="none")
+    emulator.put(name, content)
+
+
+def test_a_folder_of_images_is_the_same_in_a_bucket(emulator, tmp_path, rng):
+    """Hidden and other files, subfolders, and the images held out by the paths of files."""
+    photos = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (photos / "train" / name / "more").mkdir(parents=True)
+        for image in range(4):
+            place = photos / "train" / name / ("more" if image % 2 else "") / f"{image}.png"
+            place.write_bytes(png(rng.integers(0, 255, (8, 8, 3), np.uint8)))
+    (photos / "train/cat/.hidden.png").write_bytes(b"")
+    (photos / "train/cat/notes.txt").write_bytes(b"")
+    (photos / "classes.txt").write_text("dog\ncat\n")
+    for file in (path for path in photos.rglob("*") if path.is_file()):
+        emulator.put(f"photos/{file.relative_to(photos)}", file.read_bytes())
+    there = load_images("folder", url("photos"))
+    here = load_images("folder", str(photos))
+    assert there.fingerprint == here.fingerprint
+    assert there.class_names == here.class_names == ("dog", "cat")
+    assert [note.replace(url("photos"), str(photos)) for note in there.notes] == list(here.notes)
+    with pytest.raises(UserError, match=f"no classes in {url('none')}/train"):
+        load_images("folder", url("none"))
+
+
+def test_cifar100_is_copied_from_a_bucket_once(emulator, tmp_path, monkeypatch):
+    archive, records = archives.cifar100(tmp_path)
+    monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: archive)
+    cifar100.builder(str(tmp_path / "sets")).download_and_prepare()
+    for file in (path for path in (tmp_path / "sets/cifar100").rglob("*") if path.is_file()):
+        emulator.put(str(file.relative_to(tmp_path)), file.read_bytes())
+    monkeypatch.setattr(cache, "CACHE", str(tmp_path / "cache"))
+    dataset = load_images("cifar100", url("sets"))
+    assert sorted(dataset.train.labels) == sorted(records["train"][:, 1])
+    asked = []
+    emulator.before = lambda method, name: asked.append(name)
+    assert load_images("cifar100", url("sets")).fingerprint == dataset.fingerprint
+    assert not any("array_record" in name for name in asked)
+    with pytest.raises(
+        UserError, match=f"data_dir: no mnist in {url('sets')}; prepare it on a disk"
+    ):
+        load_images("mnist", url("sets"))
+
+
+def test_a_backbone_from_a_bucket(emulator):
+    file = backbones.locate("vit_ti8_32")
+    emulator.put("weights/vit_ti8_32.npz", file.read_bytes())
+    here, there = (load_backbone("vit_ti8_32", path) for path in ("", url("weights")))
+    assert there.fingerprint == here.fingerprint
+    with pytest.raises(UserError, match=f"backbone_path: no file at {url('none')}"):
+        load_backbone("vit_ti8_32", url("none"))
+
+
+def test_a_cache_in_a_bucket(emulator, tmp_path, monkeypatch):
+    """Downloaded weights, and JAX's compiled programs."""
+    (tmp_path / "far.npz").write_bytes(b"weights")
+    far = dataclasses.replace(
+        backbones.BACKBONES["vit_ti8_32"], url=(tmp_path / "far.npz").as_uri(), sha256=""
+    )
+    monkeypatch.setitem(backbones.BACKBONES, "vit_far", far)
+    monkeypatch.setattr(backbones, "CACHE", url("cache"))
+    monkeypatch.setattr(cache, "CACHE", str(tmp_path / "on_disk"))
+    for _ in range(2):
+        assert backbones.locate("vit_far").read_bytes() == b"weights"
+        (tmp_path / "far.npz").unlink(missing_ok=True)
+    assert emulator.objects["cache/vit_ti8_32.npz.sha256"].endswith(b"  vit_ti8_32.npz\n")
+    assert list((tmp_path / "on_disk").iterdir()) == []
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", url("cache/xla"))
+    try:
+        jax.jit(lambda x: x * 3 + 1)(1.0)
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", COMPILED)
+    assert [name for name in emulator.objects if name.startswith("cache/xla/jit__lambda")]
+
+
+def test_tables_and_pictures_in_a_bucket(in_bucket, emulator, monkeypatch):
+    run = planned.PlannedRun(CONFIG, paths.place(in_bucket, "workdir"), "")
+    assert [manifest.task for manifest in planned.finished(run)] == [0, 1]
+    text = "# Table 7\n\nMade by `a command`.\n"
+    monkeypatch.setattr(tables, "make", lambda *_: (text, True))
+    argv = ["table", "7", "--rows=1", f"--workdir={url('tables')}", f"--output={url('t.md')}"]
+    for _ in range(2):
+        assert command_line.main(argv) == 0
+        assert emulator.objects["t.md"] == text.encode()
+    emulator.put("t.md", b"mine")
+    assert command_line.main(argv) == 1
+    assert emulator.objects["t.md"] == b"mine"
+    pictures.save(Figure(), paths.place(url("p.png"), "picture"))
+    assert emulator.objects["p.png"].startswith(b"\x89PNG")
+
+
+def test_curves_in_a_bucket(emulator, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, tensorboard=True)
+    record = folder.RunRecord(settings={}, backbone_sha256="", dataset_sha256="", tasks=None)
+    with trackers.opened(config, paths.place(url("curves"), "workdir"), record) as opened:
+        opened.curves(1, 0, {"loss": 1.0})
+    (events,) = (name for name in emulator.objects if name.startswith("curves/tensorboard/task_1/"))
+    assert b"train/loss" in emulator.objects[events]
+
+
+# What is no bucket, or can't be one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["train", "--workdir=gs://bucket-a/run"], "--workdir"),
+        (["table", "7", "--output=gs://bucket-a/t.md"], "--output"),
+        (["predict", "gs://bucket-a/run", "a.png"], "workdir"),
+        (["predict", "run", "gs://bucket-a/a.png"], "images"),
+        (["train", "--config.backbone_path=gs://bucket-a/x"], "backbone_path"),
+    ],
+)
+def test_the_missing_extra_is_one_line(arguments, field, monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        buckets.importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {field}: 'gs://bucket-a/")
+    assert line.endswith('is in a bucket, which needs gcsfs: pip install "soft_jax[gcs]"')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["gs://", "gs:///run", "gs://Runs/run", "gs:/bucket-a/run"])
+def test_what_names_no_bucket_is_one_line(text):
+    with pytest.raises(UserError, match=f"^workdir: '{text}' (names no bucket|is a URL)"):
+        folder.Store(text)
+
+
+def test_another_scheme_is_refused_for_the_cache_and_libraries(monkeypatch, capsys):
+    assert command_line.main(["learn", "gs://bucket-a/library", "a", "digits"]) == 1
+    assert "'gs://bucket-a/library' is a URL; only local paths" in capsys.readouterr().err
+    monkeypatch.setattr(command_line, "CACHE", "s3://bucket-a/cache")
+    assert command_line.main(["table", "7", "--list"]) == 1
+    assert "error: SOFT_JAX_CACHE: 's3://bucket-a/cache' is a URL" in capsys.readouterr().err
+
+
+def test_a_path_in_a_bucket_is_like_one_on_a_disk():
+    path = buckets.BucketPath(url("a/b.tar.gz"))
+    assert (path.name, path.suffix, path.key) == ("b.tar.gz", ".gz", "a/b.tar.gz")
+    assert str(path.parent / "c") == str(path.with_name("c")) == url("a/c")
+    assert path.parent.parent == path.parent.parent.parent == buckets.BucketPath(url())
+    assert path.relative_to(path.parent.parent).as_posix() == "a/b.tar.gz"
+    assert str(path.with_suffix(".png")) == url("a/b.tar.png")
+    assert sorted([path, path.parent]) == [path.parent, path]
+    assert len({path, buckets.BucketPath(str(path))}) == 1

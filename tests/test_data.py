@@ -1,6 +1,5 @@
 import io
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from PIL import Image
 
 from soft_jax.data import images, preparation, scenarios, sources
 from soft_jax.errors import UserError
+from tests import archives
 
 
 class TinyColors(tfds.core.GeneratorBasedBuilder):
@@ -119,20 +119,7 @@ def test_cifar100_from_its_archive(tmp_path, monkeypatch):
     """The public archive's binary format, downloaded and prepared without TensorFlow, as TFDS's
     own cifar100.
     """
-    rng = np.random.default_rng(0)
-    records = {
-        name: rng.integers(0, 20, (count, 3074), np.uint8)
-        for name, count in (("train", 30), ("test", 10))
-    }
-    files = {f"{name}.bin": array.tobytes() for name, array in records.items()}
-    files["fine_label_names.txt"] = "".join(f"fine{i}\n" for i in range(100)).encode()
-    files["coarse_label_names.txt"] = "".join(f"coarse{i}\n" for i in range(20)).encode()
-    archive = tmp_path / "cifar-100-binary.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(f"cifar-100-binary/{name}")
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    archive, records = archives.cifar100(tmp_path)
     monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda self, url: archive)
     monkeypatch.setattr(  # which would not know of that patch
         preparation,

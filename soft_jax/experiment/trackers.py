@@ -4,20 +4,26 @@ To add a tracker, write its class, its line in `TRACKERS` and a setting of that 
 that turns it on.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from soft_jax import distributed
+from soft_jax import cache, distributed
+from soft_jax.buckets import BucketPath
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.inference.rules import title
+from soft_jax.paths import Place
 from soft_jax.store.records import RunRecord
 
+SENT_EVERY = 60.0  # seconds between two copies of TensorBoard's files to a bucket
 # Figures of a protocol after a task, by what they are called where people read; those of `results`.
 FIGURES = {
     "accuracy": "final_average",
@@ -35,7 +41,7 @@ class Tracker:
     package: ClassVar[str]
 
     @classmethod
-    def open(cls, config: Config, root: Path, record: RunRecord) -> Self:
+    def open(cls, config: Config, root: Place, record: RunRecord) -> Self:
         """Begin, or go on, for the run `record` in the folder `root`. Raises UserError."""
         raise NotImplementedError
 
@@ -69,7 +75,7 @@ def check(config: Config) -> None:
 
 
 @contextmanager
-def opened(config: Config, root: Path, record: RunRecord) -> Iterator["Trackers"]:
+def opened(config: Config, root: Place, record: RunRecord) -> Iterator["Trackers"]:
     """Yield the trackers that `config` turns on, in the first process; they are closed at the end.
 
     Raises UserError where one can't be opened.
@@ -112,17 +118,23 @@ class TensorBoard(Tracker):
 
     `task_1`, `task_2`, ... hold the training curves over the steps of the task; a folder named for
     each protocol holds its figures over the number of tasks trained.
+
+    Of a run in a bucket they are written to a temporary folder, and copied to the bucket after each
+    task and every `SENT_EVERY` seconds.
     """
 
     package = "tensorboardX"
 
-    def __init__(self, root: Path, writer: Callable[..., Any]):
-        self._root, self._new = root, writer
+    def __init__(self, root: Place, writer: Callable[..., Any]):
+        self._bucket = root if isinstance(root, BucketPath) else None
+        self._staging = tempfile.TemporaryDirectory() if self._bucket else None
+        self._root = Path(self._staging.name) if self._staging else root
+        self._new, self._sent = writer, time.monotonic()
         self._task: tuple[int, Any] | None = None  # number and writer of the task in training
         self._protocols: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, config: Config, root: Path, record: RunRecord) -> Self:
+    def open(cls, config: Config, root: Place, record: RunRecord) -> Self:
         """Begin in `root/tensorboard`; a run that goes on adds files to those there."""
         from tensorboardX import SummaryWriter
 
@@ -135,6 +147,9 @@ class TensorBoard(Tracker):
             self._task = task, self._writer(f"task_{task}", step)
         for name, value in values.items():
             self._task[1].add_scalar(f"train/{name}", value, step)
+        if time.monotonic() - self._sent > SENT_EVERY:
+            self._task[1].flush()
+            self._send()
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a point of each protocol's figures."""
@@ -149,6 +164,7 @@ class TensorBoard(Tracker):
                 self._protocols[protocol].add_scalar(tag, value, stage)
         for writer in self._protocols.values():
             writer.flush()  # tasks may be hours apart
+        self._send()
 
     def _writer(self, name: str, step: int) -> Any:
         # What an earlier process wrote from this step on is replaced: it was cut off there.
@@ -163,6 +179,19 @@ class TensorBoard(Tracker):
         self._close_task()
         for writer in self._protocols.values():
             writer.close()
+        self._send()
+        if self._staging:
+            self._staging.cleanup()
+
+    def _send(self) -> None:
+        """Copy the files to the bucket, if the run is in one.
+
+        Where that fails they come with the next; the run itself tells of a bucket that is gone.
+        """
+        self._sent = time.monotonic()
+        for file in self._root.rglob("events*") if self._bucket else ():
+            with contextlib.suppress(OSError):
+                (self._bucket / file.relative_to(self._root)).write_bytes(file.read_bytes())
 
 
 class WandB(Tracker):
@@ -180,17 +209,20 @@ class WandB(Tracker):
         self._run, self._defined = run, set()
 
     @classmethod
-    def open(cls, config: Config, root: Path, record: RunRecord) -> Self:
+    def open(cls, config: Config, root: Place, record: RunRecord) -> Self:
         """Begin or go on with the run. Raises UserError where W&B can't: no login, no network."""
         import wandb
 
+        # What it has not sent yet has to be on a disk.
+        folder = cache.on_disk() if isinstance(root, BucketPath) else root
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "soft_jax"),
                 name=root.name,
                 id=record.fingerprint[:16],
                 resume="allow",
-                dir=str(root),
+                dir=str(folder),
                 config=dataclasses.asdict(config),
                 # The screen is ours, and stays on it.
                 settings=wandb.Settings(console="off", silent=True),

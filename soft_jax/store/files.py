@@ -266,15 +266,17 @@ class _InBucket(Files):
         return False
 
     def checkpoints(self, folder: BucketPath) -> list[str]:
-        return sorted(name for name, whole in self._found(folder).items() if whole)
+        names, halves, _ = self._found(folder)
+        return sorted(names - halves)
 
-    def _found(self, folder: BucketPath) -> dict[str, bool]:
-        """Return what lies directly in `folder`, and whether each is whole."""
+    def _found(self, folder: BucketPath) -> tuple[set[str], set[str], set[str]]:
+        """Return the folders in `folder`, those of them that are not whole, and those marked."""
         below = [path.relative_to(folder).parts for path in folder.objects()]
-        marked = {name.removesuffix(_PARTIAL) for name, *rest in below if not rest}
+        names = {name for name, *rest in below if rest}
         committed = {name for name, *rest in below if rest == [_COMMITTED]}
-        names = {name for name, *rest in below if rest} | marked
-        return {name: name not in marked or name in committed for name in names}
+        files = [name for name, *rest in below if not rest]
+        marked = {name.removesuffix(_PARTIAL) for name in files if name.endswith(_PARTIAL)}
+        return names, marked - committed, marked
 
     @contextlib.contextmanager
     def saving(self, path: BucketPath) -> Any:
@@ -291,8 +293,9 @@ class _InBucket(Files):
         marker.unlink(missing_ok=True)
 
     def clean(self, folder: BucketPath) -> None:
-        for name, whole in self._found(folder).items():
-            if not whole:
+        _, halves, marked = self._found(folder)
+        for name in marked:
+            if name in halves:
                 (folder / name).rmtree()
             _marker(folder / name).unlink(missing_ok=True)
 
