@@ -148,6 +148,8 @@ def workplace(backbone, tmp_path_factory):
 
     def finished(runs, console, figures=True, jobs=1):
         trained.extend(each.config for each in runs)
+        for each in runs:
+            each.folder.mkdir(parents=True, exist_ok=True)
         return [first["README.md"] for _ in runs]
 
     read_config = commands.read_config
