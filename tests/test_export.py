@@ -368,12 +368,17 @@ def logits_of_task(root, name, images):
     return rows[:, [plain.columns[plain.class_names.index(name)] for name in NAMES]]
 
 
-def test_what_peft_answered_an_imported_adapter_answers(imported_folder, recorded, tmp_path):
+def test_what_peft_answered_an_imported_adapter_answers(imported_folder, recorded, pets, tmp_path):
     opened, _ = imported_folder
     ours = logits_of_task(opened.root, "pets", recorded["images"])
     np.testing.assert_allclose(ours, recorded["lora_peft"], rtol=0, atol=1e-5)
     version = opened.state().active["pets"]
     assert "the PEFT adapter" in version.origin and version.seconds == 0
+    predictor = export_lib.load(opened.root, "pets").predictor
+    model = predictor.model
+    query = engine.queries(model.method, model.backbone, pets.train.images, predictor.batching)
+    key = (query / np.linalg.norm(query, axis=1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(model.rows["key"][0], key, atol=1e-5)
     # Out again, and into another library.
     out = tmp_path / "out"
     assert main(["export", str(opened.root), "pets@1", str(out), "--format=peft"]) == 0

@@ -56,32 +56,20 @@ def logits_of(root, images):
     return found
 
 
-def test_tasks_come_and_go_and_answer_the_same_to_the_bit(_world, tmp_path):
+def test_a_task_more_changes_no_bit_of_the_others(_world, tmp_path):
     root, images = tmp_path / "library", _world.test.images[:16]
     opened, gate = Library(root), Gate(100.0)
     config = small_config("clipprompt+softtf", **SETTINGS)
     opened.learn("one", Data("digits", classes=NAMES[:3]), config=config, gate=gate)
     known = logits_of(root, images)
-    opened.learn("two", Data("digits", classes=NAMES[3:5]), gate=gate)
-    opened.learn("three", Data("digits", classes=NAMES[5:]), gate=gate)
-    known = logits_of(root, images) | known
-    assert [known[name].shape[1] for name in ("one", "two", "three")] == [3, 2, 1]
+    opened.learn("two", Data("digits", classes=NAMES[3:5]), start_from="one", gate=gate)
+    now = logits_of(root, images)
+    np.testing.assert_array_equal(now["one"], known["one"])
+    assert [now[name].shape[1] for name in ("one", "two")] == [3, 2]
     verdict = opened.check()
     assert verdict.passed, (verdict.fallen, verdict.unchecked)
-    opened.remove("two")
-    opened.learn("one", Data("digits", classes=NAMES[:3]), start_from="one@1", gate=gate)
-    opened.rollback("one")
-    for name, logits in logits_of(root, images).items():
-        np.testing.assert_array_equal(logits, known[name])
     predictor = Predictor.load(root)
     found = predictor.predict(_world.test.images)
-    assert {predictor.task_names[task] for task in found.tasks} <= {"one", "three"}
-    assert opened.check().passed
-    cost = opened.cost()
-    assert {"prompt", "gradient", "prototype", "oracle"} <= cost.rules.keys()
-    assert cost.rules["oracle"].right_task == 100 and not cost.unchecked
-    figures = opened.state().figures
-    mean = [figures["one"]["given"], figures["three"]["given"]]
-    assert cost.rules["oracle"].accuracy == pytest.approx(np.average(mean, weights=[3, 1]))
-    assert all(of.milliseconds > 0 for of in cost.rules.values())
-    assert cost.tasks["one"].bytes == opened.state().active["one"].bytes
+    assert set(found.classes) <= set(range(5)) and predictor.task_names == ("one", "two")
+    opened.remove("one")
+    np.testing.assert_array_equal(logits_of(root, images)["two"], now["two"])
