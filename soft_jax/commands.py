@@ -46,7 +46,8 @@ CONFIG_FLAG = (
 )
 TRAIN_FLAGS = {
     "config": CONFIG_FLAG,
-    "workdir": "The run's folder; the same command continues it. Default: "
+    "workdir": "The run's folder, on a disk or in a bucket (gs://BUCKET/FOLDER); the same command "
+    "continues it. Default: "
     "runs/NAME-METHOD-TASKSx-seedSEED. With --seeds, the folder of the runs' folders; default: "
     "runs/NAME-METHOD-TASKSx.",
     "seeds": "So many runs, with the config's seed and those after it, and then their mean and "

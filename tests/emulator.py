@@ -95,6 +95,7 @@ def kill_at(emulator: Emulator, run: str, name: str, committed: bool) -> None:
         os.kill(holder["process"], signal.SIGKILL)
         return HTTPStatus.SERVICE_UNAVAILABLE
 
+    emulator.calm()
     if committed:
         emulator.after = strike
     else:

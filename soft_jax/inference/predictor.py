@@ -86,7 +86,8 @@ class Predictor:
         active tasks of a library.
 
         Args:
-            workdir: the folder that the run was trained in, or that of a library.
+            workdir: the folder that the run was trained in, which may be in a bucket (gs://...), or
+                that of a library.
             tasks: those to choose from, counted from 0 as their folders are, or by their names in a
                 library; all that are finished, or active, when None.
             task_id: how an image finds its task: "prompt" (nearest key), "gradient" (∂H/∂α, needs

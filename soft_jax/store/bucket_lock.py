@@ -82,7 +82,7 @@ class BucketLock:
 
     def _acquire(self) -> bytes:
         there = self._object.read("").result()
-        if there.state == "value":
+        if there.value:  # a run that was copied from a disk has an empty one
             self._refuse_held(there.value)
         generation = self._write(there.stamp.generation)
         if generation is None:  # another was faster
