@@ -183,21 +183,21 @@ def test_changes_by_layer_and_head_are_the_formula(backbone):
     changed = np.array(theta[qkv])
     changed[:, 24 + 8 : 24 + 16] *= 0.5  # the second head of k
     weights = pytrees.unflatten({qkv: changed, proj: 1.1 * np.asarray(theta[proj])})
-    found = changes.relative(TINY, backbone, weights)
+    found = changes.measure(TINY, backbone, weights)
     k = np.asarray(theta[qkv])[:, 24:48]
     share = 0.5 * np.linalg.norm(k[:, 8:16]) / np.linalg.norm(k)
     expected = {"q": 0, "k": share, "v": 0, "proj": 0.1}
-    assert {place.part: value for place, value in found.items()} == pytest.approx(
+    assert {place.part: value for place, value in found.by_place.items()} == pytest.approx(
         expected, abs=1e-6
     )
-    assert {(place.tower, place.layer) for place in found} == {("vision", 2)}
-    heads = {place.part: row for place, row in changes.by_head(TINY, backbone, weights).items()}
+    assert {(place.tower, place.layer) for place in found.by_place} == {("vision", 2)}
+    heads = {place.part: row for place, row in found.by_head.items()}
     np.testing.assert_allclose(heads["k"], [0, 0.5, 0], atol=1e-6)
     np.testing.assert_allclose(heads["proj"], [0.1] * 3, atol=1e-6)
     both = np.linalg.norm([share * np.linalg.norm(k), 0.1 * np.linalg.norm(theta[proj])])
     whole = np.linalg.norm([np.linalg.norm(theta[qkv]), np.linalg.norm(theta[proj])])
-    assert changes.overall(TINY, backbone, weights) == pytest.approx(both / whole, abs=1e-6)
-    assert changes.overall(TINY, backbone, {}) is None
+    assert found.overall == pytest.approx(both / whole, abs=1e-6)
+    assert changes.measure(TINY, backbone, {}) is None
 
 
 def test_distances_of_changes(backbone, monkeypatch):

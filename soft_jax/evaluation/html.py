@@ -27,6 +27,7 @@ from soft_jax.store.checkpoint import write_text
 FORMAT = 1  # of the pages, in their "generator"
 MOST = 24  # rows and columns of a matrix; larger ones are shown as means over blocks
 MOST_CURVES = 8
+MOST_MARKED = 60  # points of a curve that have a mark
 MOST_LEAVES = 40  # of a tree; the most alike are joined in one leaf above that
 _SHADES = 21  # of a heat map
 _LONGEST = 14  # letters of a name in a heat map or a picture; the whole name is its title
@@ -306,7 +307,11 @@ def curves(
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b, *_, i in points if i not in hollow)
         parts.append(f'<polyline class="{color}{dash}" points="{line}"/>')
         sign = _MARKERS[number % len(_MARKERS)]
-        for a, b, place, value, i in points:
+        # Of very many places, the line alone tells them.
+        marked = [
+            p for p in points if len(points) <= MOST_MARKED or p[-1] in hollow or p is points[-1]
+        ]
+        for a, b, place, value, i in marked:
             kind = f"{color} p{' open' if i in hollow else ''}"
             parts.append(
                 f'<g class="{kind}"><title>{text(name)}, {text(place)}: {value:.1f}</title>'

@@ -187,11 +187,16 @@ def _over_time(state: LibraryState) -> Markup:
         for key in _SHOWN
     ]
     tasks = list(dict.fromkeys(name for stage in stages for name in stage))
-    shown = tasks[: 4 * html.MOST]
-    rows = [
-        (place, *(_two(stage.get(name)) if name in stage else "" for name in shown))
-        for place, stage in zip(places, stages, strict=True)
-    ]
+    if len(tasks) <= html.MOST:
+        columns = tasks
+        rows = [
+            [_two(stage.get(name)) if name in stage else "" for name in tasks] for stage in stages
+        ]
+    else:
+        columns = [f"{name}, {_SHOWN[key]}" for key in _SHOWN for name in _series(stages, key)]
+        values = [row for key in _SHOWN for row in _series(stages, key).values()]
+        rows = [[f"{value:.1f}" for value in row] for row in zip(*values, strict=True)]
+    rows = [(place, *row) for place, row in zip(places, rows, strict=True)][-MOST_RECORDS:]
     held = "Hollow points are versions that the gate held back." if hollow else ""
     return html.joined(
         html.side_by_side(*drawn),
@@ -205,7 +210,7 @@ def _over_time(state: LibraryState) -> Markup:
         html.folded(
             "The figures",
             html.table(
-                "With the task given / each image by itself, percent", ("version", *shown), rows
+                "With the task given / each image by itself, percent", ("version", *columns), rows
             ),
         ),
     )
@@ -591,12 +596,10 @@ def _class_confusion(root: Path, manifests: Manifests, own: str) -> Markup:
 class _Changes:
     """How far each active task's weights are from the frozen ones; `rows` are `changes.vector`."""
 
-    overall: dict[str, float]
-    by_place: dict[str, dict[changes.Place, float]]
-    by_head: dict[str, dict[changes.Place, np.ndarray]]
+    of: dict[str, changes.Change]
     rows: dict[str, np.ndarray]
     size: int  # numbers of a change
-    drawn: float | None  # `overall` of what is drawn and not trained
+    drawn: float | None  # overall, of what is drawn and not trained
     failed: dict[str, str]
 
 
@@ -619,7 +622,7 @@ def _measured(
 ) -> _Changes:
     config, architecture = from_settings(state.config), backbone.architecture
     params = jax.device_get(backbone.params)
-    found = _Changes({}, {}, {}, {}, 0, None, {})
+    found = _Changes({}, {}, 0, None, {})
     size, drawn = 0, None
     for number, (name, version) in enumerate(state.active.items()):
         if number and number % 20 == 0:
@@ -630,15 +633,13 @@ def _measured(
             found.failed[name] = str(error)
             continue
         weights = jax.device_get(weights)
-        overall = changes.overall(architecture, params, weights)
-        if overall is None:
+        change = changes.measure(architecture, params, weights)
+        if change is None:
             continue
         if drawn is None:
             size = sum(leaf.size for leaf in jax.tree.leaves(weights))
             drawn = _as_drawn(config, backbone, params)
-        found.overall[name] = overall
-        found.by_place[name] = changes.relative(architecture, params, weights)
-        found.by_head[name] = changes.by_head(architecture, params, weights)
+        found.of[name] = change
         found.rows[name] = changes.vector(params, weights, len(state.active))
     return dataclasses.replace(found, size=size, drawn=drawn)
 
@@ -648,21 +649,23 @@ def _as_drawn(config: Any, backbone: backbones.Backbone, params: Any) -> float |
     method = assembly.registry.make_method(config, backbone.architecture, ("",))
     own = method.reparametrization
     weights = own.weights(backbone.params, own.init(jax.random.key(0), backbone.params))
-    return changes.overall(backbone.architecture, params, jax.device_get(weights))
+    change = changes.measure(backbone.architecture, params, jax.device_get(weights))
+    return change and change.overall
 
 
 def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
     failed = [html.paragraph(f"{name}: {why}") for name, why in found.failed.items()]
-    if not found.overall:
+    if not found.of:
         return html.joined(
             html.paragraph("No task replaces weights of the frozen network here."), *failed
         )
     rows = []
-    for name, of in found.by_place.items():
+    for name, change in found.of.items():
+        of = change.by_place
         place = max(of, key=lambda place: of[place])
         least = min(of, key=lambda place: of[place])
         cells = (f"{_place(p)} {100 * of[p]:.2f}" for p in (place, least))
-        rows.append((name, f"{100 * found.overall[name]:.2f}", *cells))
+        rows.append((name, f"{100 * change.overall:.2f}", *cells))
     before = (
         "" if found.drawn is None else f"As drawn, before training, it is {100 * found.drawn:.2f}."
     )
@@ -676,21 +679,20 @@ def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
         ),
         *failed,
     ]
-    if len(found.overall) > 1:
-        parts.append(
-            _by_kernel(changes.mean(list(found.by_place.values())), "Mean over the tasks, percent")
-        )
+    by_place = [change.by_place for change in found.of.values()]
+    if len(by_place) > 1:
+        parts.append(_by_kernel(changes.mean(by_place), "Mean over the tasks, percent"))
     # One scale of colours for all tasks.
-    limits = _limits([value for of in found.by_place.values() for value in of.values()])
-    of_heads = _limits([heads for of in found.by_head.values() for heads in of.values()])
-    names = sorted(found.overall, key=lambda name: -found.overall[name])[:MOST_IN_DETAIL]
-    for name in [name for name in found.overall if name in names]:
+    limits = _limits([value for of in by_place for value in of.values()])
+    of_heads = _limits([row for change in found.of.values() for row in change.by_head.values()])
+    names = sorted(found.of, key=lambda name: -found.of[name].overall)[:MOST_IN_DETAIL]
+    for name in [name for name in found.of if name in names]:
         body = html.joined(
-            _by_kernel(found.by_place[name], f"{name}, by layer and kernel, percent", limits),
-            _by_head(found.by_head[name], backbone.architecture, of_heads),
+            _by_kernel(found.of[name].by_place, f"{name}, by layer and kernel, percent", limits),
+            _by_head(found.of[name].by_head, backbone.architecture, of_heads),
         )
-        parts.append(html.folded(f"Task {name}", body, is_open=len(found.overall) == 1))
-    if len(names) < len(found.overall):
+        parts.append(html.folded(f"Task {name}", body, is_open=len(found.of) == 1))
+    if len(names) < len(found.of):
         parts.append(
             html.paragraph(
                 f"One by one are the {len(names)} tasks that changed most; of all, the table above",

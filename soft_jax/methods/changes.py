@@ -5,6 +5,7 @@ W are the weights that take the place of the frozen θ: θ ⊙ m with masks, W +
 NumPy.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,54 +27,46 @@ class Place(NamedTuple):
     part: str
 
 
-def relative(
-    architecture: Architecture, backbone: pytrees.Tree, weights: pytrees.Tree
-) -> dict[Place, float]:
-    """Return ‖W − θ‖ / ‖θ‖ of each kernel that `weights` replace, q, k and v each by itself.
+class Change(NamedTuple):
+    """How far a task's weights are from the frozen ones: ‖W − θ‖ / ‖θ‖, norms are 2-norms.
 
-    With masks that is ‖(m − 1) ⊙ θ‖ / ‖θ‖. Norms are 2-norms over all numbers of a kernel.
+    `overall` is over all kernels together; `by_place` of each, q, k and v each by itself; `by_head`
+    `[heads]` of each attention head of the vision tower, for q, k, v and proj: a head has columns
+    of q, k and v, and rows of proj.
     """
-    return {
-        place: _norm(change) / max(_norm(theta), 1e-12)
-        for place, theta, change in _pieces(architecture, backbone, weights)
-    }
+
+    overall: float
+    by_place: dict[Place, float]
+    by_head: dict[Place, np.ndarray]
 
 
-def overall(
+def measure(
     architecture: Architecture, backbone: pytrees.Tree, weights: pytrees.Tree
-) -> float | None:
-    """Return ‖W − θ‖ / ‖θ‖ over all kernels that `weights` replace; None where there are none."""
-    pairs = [
-        (_norm(change), _norm(theta))
-        for _, theta, change in _pieces(architecture, backbone, weights)
-    ]
-    if not pairs:
-        return None
-    change, theta = np.linalg.norm(pairs, axis=0)
-    return float(change / max(theta, 1e-12))
+) -> Change | None:
+    """Return how far `weights` are from those that they replace; None where they replace none.
 
-
-def by_head(
-    architecture: Architecture, backbone: pytrees.Tree, weights: pytrees.Tree
-) -> dict[Place, np.ndarray]:
-    """Return the same of each attention head of the vision tower, `[heads]`, for q, k, v, proj.
-
-    A head has columns of q, k and v, and rows of proj.
+    With masks, ‖W − θ‖ is ‖(m − 1) ⊙ θ‖.
     """
-    found, heads = {}, architecture.heads
+    norms, by_place, by_head = [], {}, {}
     for place, theta, change in _pieces(architecture, backbone, weights):
+        norms.append((_norm(change), _norm(theta)))
+        by_place[place] = _ratio(*norms[-1])
         if place.tower != "vision" or place.part not in PARTS[:4]:
             continue
         axis = 0 if place.part == "proj" else 1
-        own, whole = (np.split(array, heads, axis=axis) for array in (change, theta))
-        found[place] = np.array(
-            [_norm(a) / max(_norm(b), 1e-12) for a, b in zip(own, whole, strict=True)]
-        )
-    return found
+        parts = (np.split(array, architecture.heads, axis) for array in (change, theta))
+        by_head[place] = np.array([_ratio(_norm(a), _norm(b)) for a, b in zip(*parts, strict=True)])
+    if not norms:
+        return None
+    return Change(_ratio(*np.linalg.norm(norms, axis=0)), by_place, by_head)
+
+
+def _ratio(change: float, theta: float) -> float:
+    return float(change / max(theta, 1e-12))
 
 
 def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(array.astype(np.float64)))
+    return float(np.linalg.norm(array))
 
 
 def _pieces(
@@ -110,10 +103,15 @@ def vector(backbone: pytrees.Tree, weights: pytrees.Tree, tasks: int) -> np.ndar
     row = np.concatenate(rows) if rows else np.zeros(0, np.float32)
     if is_exact(row.size, tasks):
         return row
-    rng = np.random.default_rng(0)  # the same places and signs for all tasks
-    places = rng.integers(0, SKETCH, row.size)
-    signs = rng.integers(0, 2, row.size, dtype=np.int8) * 2 - 1
+    places, signs = _sketch(row.size, SKETCH)
     return np.bincount(places, signs * row, SKETCH).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _sketch(size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return places and signs of the entries of all tasks' changes, each `[size]`."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, length, size), 2 * rng.integers(0, 2, size, dtype=np.int8) - 1
 
 
 def is_exact(size: int, tasks: int) -> bool:
