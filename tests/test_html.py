@@ -41,6 +41,7 @@ ODD = (
     "plain",
     "</td></table>",
 )
+NAMES = ("birds-of-the-north-of-2025", "birds-of-the-north-of-2026", "t2")
 SECTIONS = {
     "library": ["tasks", "time", "transfer", "confusion", "weights", "tree", "log"],
     "run": ["figures", "tasks", "time", "matrices", "confusion", "transfer", "weights", "log"],
@@ -81,8 +82,8 @@ def library_(_world, tmp_path_factory):
         for task in range(3):
             data = Data("letters", classes=ODD[2 * task : 2 * task + 2])
             given = config if task == 0 else None
-            opened.learn(f"t{task}", data, config=given, gate=Gate(100.0))
-        opened.learn("t0", Data("letters", classes=ODD[:2]), gate=Gate(100.0, 100.0))
+            opened.learn(NAMES[task], data, config=given, gate=Gate(100.0))
+        opened.learn(NAMES[0], Data("letters", classes=ODD[:2]), gate=Gate(100.0, 100.0))
     ids = [version.id for version in opened.state().active.values()]
     kept = {str(i): {"frozen": 50.0} | {str(j): float(i - j) for j in ids} for i in ids}
     (root / library.TRANSFER_FILE).write_text(json.dumps(kept))
@@ -242,7 +243,15 @@ def test_pages_hold_what_they_should(pages):
         assert "http" not in page.replace("http-equiv", "")
         assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
         assert len(page) < 200_000
-    for word in ("t0@1", "t0@2", "candidate", "‖W − θ‖", "learn", "−1.0", "Heads of proj"):
+    for word in (
+        f"{NAMES[0]}@1",
+        f"{NAMES[0]}@2",
+        "candidate",
+        "‖W − θ‖",
+        "learn",
+        "−1.0",
+        "Heads of proj",
+    ):
         assert word in pages["library"]
     assert pages["library"].count("<svg") == 3  # two curves and the tree
     for word in ("CIL per_sample, prototype", "oracle, frozen features", "A run has no log"):
@@ -272,7 +281,7 @@ def test_a_damaged_version_and_a_lost_backbone_are_said(library_, tmp_path, monk
     shutil.copytree(library_, root)
     shutil.rmtree(root / "tasks/001/adapter")
     page = html_report.page(Library(root))
-    assert "t1: t1@1 is damaged" in page and "Task t2" in page
+    assert f"{NAMES[1]}: {NAMES[1]}@1 is damaged" in page and "Task t2" in page
     lost = backbones.Backbone("tiny", TINY, {}, "1" * 64)
     monkeypatch.setattr(backbones, "load", lambda *_: lost)
     page = html_report.page(Library(root))

@@ -27,6 +27,7 @@ from soft_jax.store.checkpoint import write_text
 FORMAT = 1  # of the pages, in their "generator"
 MOST = 24  # rows and columns of a matrix; larger ones are shown as means over blocks
 MOST_CURVES = 8
+LONGEST_PLACE = 9  # letters of a place below a curve
 MOST_MARKED = 60  # points of a curve that have a mark
 MOST_LEAVES = 40  # of a tree; the most alike are joined in one leaf above that
 _SHADES = 21  # of a heat map
@@ -118,11 +119,15 @@ def _class(*names: str) -> str:
 
 
 def _short(name: Any, longest: int = _LONGEST) -> tuple[Markup, str]:
-    """Return a name cut short, and the attribute that has the whole of it where it was cut."""
+    """Return a name cut short, and the attribute that has the whole of it where it was cut.
+
+    It is cut in the middle: names of many tasks often begin alike.
+    """
     whole = str(name)
     if isinstance(name, Markup) or len(whole) <= longest:
         return text(name), ""
-    return text(f"{whole[: longest - 1]}…"), f' title="{text(whole)}"'
+    end = (longest - 1) // 2
+    return text(f"{whole[: longest - 1 - end]}…{whole[-end:]}"), f' title="{text(whole)}"'
 
 
 # Tables.
@@ -293,11 +298,11 @@ def curves(
     for tick in np.arange(floor, 101, step):
         parts.append(f'<line class="g" x1="{left}" x2="{width - right}" {_y12(y(tick))}/>')
         parts.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" class="e">{tick:.0f}</text>')
-    longest = max((len(str(place)) for place in places), default=1)
-    every = max(1, -(-len(places) * min(longest, 9) * 7 // (width - left - right)))
+    longest = min(max((len(str(place)) for place in places), default=1), LONGEST_PLACE)
+    every = max(1, -(-len(places) * (8 * longest + 4) // (width - left - right)))
     for i in range(0, len(places), every):
-        name, _ = _short(places[i], 9)
-        anchor = "e" if 0 < i == len(places) - 1 else "m"
+        name, _ = _short(places[i], LONGEST_PLACE)
+        anchor = "e" if 0 < i == len(places) - 1 and len(name) > 3 else "m"
         parts.append(f'<text x="{x(i):.1f}" y="{height - 23}" class="{anchor}">{name}</text>')
     legend = []
     for number, (name, values) in enumerate(series.items()):
@@ -354,7 +359,7 @@ def tree(title: str, names: Sequence[str], distances: np.ndarray) -> Markup:
     cut = {"truncate_mode": "lastp", "p": MOST_LEAVES} if len(names) > MOST_LEAVES else {}
     drawn = scipy.cluster.hierarchy.dendrogram(linkage, no_plot=True, labels=list(names), **cut)
     leaves = [_leaf(leaf, names, linkage) for leaf in drawn["leaves"]]
-    width, left, right, top, row = 380, 12, 118, 14, 20
+    width, left, right, top, row = 380, 18, 118, 14, 20
     height = top + row * len(leaves) + 34
     most = max(float(upper.max()), 1e-9)
 
@@ -376,7 +381,7 @@ def tree(title: str, names: Sequence[str], distances: np.ndarray) -> Markup:
         line = " ".join(f"{x(depth):.1f},{y(place):.1f}" for depth, place in pairs)
         parts.append(f'<polyline class="t" points="{line}"/>')
     for number, leaf in enumerate(leaves):
-        name, _ = _short(leaf, 17)
+        name, _ = _short(leaf, 15)
         at = y(10 * number + 5) + 4
         parts.append(
             f'<text x="{width - right + 7}" y="{at:.1f}">{name}<title>{text(leaf)}</title></text>'
@@ -571,7 +576,7 @@ padding:.45rem .8rem;min-width:6.5rem}
 .facts dt{color:var(--soft);font-size:.82rem}
 .facts dd{margin:0;font-size:1.15rem;font-weight:600;font-variant-numeric:tabular-nums}
 .box{overflow:auto;max-height:36rem;max-width:100%;margin:.2rem 0 1rem}
-.box.heats{margin-bottom:.2rem}
+.box.heats{margin-bottom:.2rem;max-height:none}
 table{border-collapse:collapse;font-size:.9rem;line-height:1.35;font-variant-numeric:tabular-nums;
 overflow-wrap:normal;white-space:nowrap}
 .caption{font-weight:600;font-size:.9rem;margin:.9rem 0 0}

@@ -176,6 +176,10 @@ def _over_time(state: LibraryState) -> Markup:
         places, stages = [*places, "now"], [*stages, state.figures]
     if not stages:
         return html.paragraph("Nothing was evaluated yet.")
+    names = places
+    if max(map(len, places)) > html.LONGEST_PLACE:  # then numbers stand for them
+        places = [str(number + 1) for number in range(len(places))]
+        names = [f"{place}: {name}" for place, name in zip(places, names, strict=True)]
     drawn = [
         html.curves(
             f"Accuracy, {_SHOWN[key]}",
@@ -196,13 +200,14 @@ def _over_time(state: LibraryState) -> Markup:
         columns = [f"{name}, {_SHOWN[key]}" for key in _SHOWN for name in _series(stages, key)]
         values = [row for key in _SHOWN for row in _series(stages, key).values()]
         rows = [[f"{value:.1f}" for value in row] for row in zip(*values, strict=True)]
-    rows = [(place, *row) for place, row in zip(places, rows, strict=True)][-MOST_RECORDS:]
+    rows = [(place, *row) for place, row in zip(names, rows, strict=True)][-MOST_RECORDS:]
     held = "Hollow points are versions that the gate held back." if hollow else ""
     return html.joined(
         html.side_by_side(*drawn),
         html.paragraph(
             "Each version is a point: what the gate found for all tasks with it as the active one.",
             held,
+            "" if places is names else "They are numbered as in the figures below.",
             "Versions that were removed since are missing; the last point is when the library was",
             "last accepted.",
             kind="note",
@@ -268,7 +273,7 @@ def _transfer(root: Path, state: LibraryState) -> Markup:
             limits=_around_zero(blocks),
             unit="points",
         ),
-        _blocks_note(names),
+        _blocks_note(names, pairs=True),
         html.folded(
             "The strongest pairs",
             _pairs(names, values, "{:+.1f}", ("network of", "images of", "points"), own=False),
@@ -336,17 +341,17 @@ def _confusion(names: Sequence[str], values: np.ndarray, caption: str) -> Markup
             corner="images of ↓ / given to →",
             unit="percent",
         ),
-        _blocks_note(names),
+        _blocks_note(names, pairs=True),
         html.folded("The most confused pairs", _pairs(names, values, "{:.1f}", heads, own=False)),
     )
 
 
-def _blocks_note(names: Sequence[str]) -> Markup | str:
+def _blocks_note(names: Sequence[str], pairs: bool = False) -> Markup | str:
     if len(names) <= html.MOST:
         return ""
     return html.paragraph(
-        f"There are {len(names)}; neighbours are joined, and a cell is the mean over them. Pairs",
-        "are listed below.",
+        f"There are {len(names)}; neighbours are joined, and a cell is the mean over them.",
+        "The strongest pairs are listed below." if pairs else "",
         kind="note",
     )
 
