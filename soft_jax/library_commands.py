@@ -126,6 +126,28 @@ def _add_growing(subparsers: argparse._SubParsersAction) -> None:
     _add_data(lora)
     _add_gate(lora)
 
+    merge = _add(subparsers, "merge", "make one task, with one mask, of several", merge_)
+    merge.description = (
+        "Make one task of several, with one mask for all their classes, and put it in their place, "
+        "through the same gate as learn; what it was before is the mean of their figures. "
+        "Classifier and key are made of their training images, which are read again. The tasks "
+        "stay, retired; soft-jax rollback LIBRARY NAME brings them back."
+    )
+    merge.add_argument("tasks", nargs="+", help="tasks, or versions such as birds@2")
+    merge.add_argument("--into", required=True, help="the new task's name")
+    merge.add_argument(
+        "--method",
+        default="mean",
+        help="mean; ties: the largest changes alone, where signs agree; dare: random changes, "
+        "raised; default: mean",
+    )
+    merge.add_argument("--weights", help="how much each task counts, such as 2,1; default: alike")
+    merge.add_argument(
+        "--density",
+        help="the share of changes that ties or dare keeps; default: 0.2 for ties, 0.1 for dare",
+    )
+    _add_gate(merge)
+
 
 def _add(
     subparsers: argparse._SubParsersAction, name: str, what: str, function: Any
@@ -208,7 +230,7 @@ def learn_(arguments: argparse.Namespace) -> int:
         keep_test_images=arguments.keep_test_images,
         command=_command(arguments),
     )
-    return _print_taken_in(arguments, version, verdict)
+    return _print_taken_in(arguments, arguments.name, version, verdict)
 
 
 def import_lora_(arguments: argparse.Namespace) -> int:
@@ -225,7 +247,29 @@ def import_lora_(arguments: argparse.Namespace) -> int:
         keep_test_images=arguments.keep_test_images,
         command=_command(arguments),
     )
-    return _print_taken_in(arguments, version, verdict)
+    return _print_taken_in(arguments, arguments.name, version, verdict)
+
+
+def merge_(arguments: argparse.Namespace) -> int:
+    """Merge tasks; the exit status is 1 where the new one stays a candidate."""
+    weights, density = arguments.weights, arguments.density
+    weights = weights and [_number(text, "--weights") for text in weights.split(",")]
+    version, verdict = _open(arguments).merge(
+        arguments.tasks,
+        arguments.into,
+        arguments.method,
+        weights=weights,
+        density=density and _number(density, "--density"),
+        gate=_gate(arguments),
+        command=_command(arguments),
+    )
+    return _print_taken_in(arguments, arguments.into, version, verdict)
+
+
+def _number(text: str, flag: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise UserError(f"{flag}: {text[:80]!r} is not a number")
+    return float(text)
 
 
 def _to_learn(arguments: argparse.Namespace) -> "tuple[Library, Data, Config | None]":
@@ -252,12 +296,14 @@ def _to_learn(arguments: argparse.Namespace) -> "tuple[Library, Data, Config | N
     return opened, Data.parse(arguments.data, classes, limits), config
 
 
-def _print_taken_in(arguments: argparse.Namespace, version: "Version", verdict: "Verdict") -> int:
-    """Say what became of a new version; return the exit status."""
+def _print_taken_in(
+    arguments: argparse.Namespace, name: str, version: "Version", verdict: "Verdict"
+) -> int:
+    """Say what became of a new version of task `name`; return the exit status."""
     from soft_jax.store import library
 
     _print_verdict(verdict)
-    called = f"{arguments.name}@{version.number}"
+    called = f"{name}@{version.number}"
     if version.state == library.ACTIVE:
         print(f"{called} is active: {_learned(version)}")
         return 0
@@ -445,10 +491,11 @@ def explain_(arguments: argparse.Namespace) -> int:
     if output:
         html.check_output(output)  # before what takes long
     found = explain.explain(*explain.load(root), image)
+    if output:  # first: whoever reads what is printed may have enough of it
+        html.write(output, explained.page(found, image, root.absolute().name))
     print("\n".join(explained.lines(found, paths.shown(image))))
     if output:
-        html.write(output, explained.page(found, image, root.absolute().name))
-        print(f"Page: {paths.shown(output)}")
+        print(f"\nPage: {paths.shown(output)}")
     return 0
 
 
@@ -475,9 +522,13 @@ def activate_(arguments: argparse.Namespace) -> int:
 
 def rollback_(arguments: argparse.Namespace) -> int:
     """Go back to the version before the active one."""
-    version, verdict = _open(arguments).rollback(arguments.task, _command(arguments))
+    opened = _open(arguments)
+    before = {version.id for version in opened.state().active.values()}
+    _, verdict = opened.rollback(arguments.task, _command(arguments))
     _print_verdict(verdict)
-    print(f"{arguments.task}@{version.number} is active")
+    for name, version in opened.state().active.items():
+        if version.id not in before:
+            print(f"{name}@{version.number} is active")
     return 0
 
 
