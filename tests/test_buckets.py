@@ -166,7 +166,7 @@ def test_killed_anywhere_and_continued_is_the_same_run(whole, emulator):
     """In a step, in a save, and between a task's commit and the report."""
     start(url("killed"), "0:3")
     kill_at(emulator, "killed", "tasks/000/commit_success.txt", committed=False)
-    assert "Task 1 continues after step 2" in start(url("killed"))
+    assert "Task 1 continues after step 3" in start(url("killed"))
     assert "killed/tasks/000/manifest/metadata" in emulator.objects
     assert folder.Reader(url("killed")).present() == []  # nothing half done is taken for a task
     kill_at(emulator, "killed", "tasks/000/commit_success.txt", committed=True)

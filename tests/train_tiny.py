@@ -17,14 +17,14 @@ from soft_jax.experiment import loop
 from soft_jax.hooks import Hooks
 from tests.conftest import tiny_backbone, tiny_config, tiny_world
 
-# Two tasks of five digits, 5 steps each: the smallest run that has a past and a future.
+# Two tasks of five digits, 6 steps each: the smallest run that has a past and a future.
 CONFIG = tiny_config(
     method="head",
     tasks=2,
     epochs=1,
     batch_size=8,
     eval_batch_size=8,
-    checkpoint_every=2,
+    checkpoint_every=3,
     prototype_features=40,
 )
 

@@ -67,10 +67,10 @@ class BucketLock:
 
     def __init__(self, root: BucketPath):
         """Lock `root`. Raises OSError where it can't be written, UserError where it is held."""
-        self._root, self._token = root, uuid.uuid4().hex
-        self._one_at_a_time, self._closed = threading.Lock(), threading.Event()
         import tensorstore as ts  # here: who reads images needs only the path of a bucket
 
+        self._root, self._token = root, uuid.uuid4().hex
+        self._one_at_a_time, self._closed = threading.Lock(), threading.Event()
         self._taken = False  # by another process, since we were silent
         with _as_os_errors(root):
             context = ts.Context(PATIENCE)
@@ -82,8 +82,7 @@ class BucketLock:
 
     def _acquire(self) -> bytes:
         there = self._object.read("").result()
-        if there.value:  # a run that was copied from a disk has an empty one
-            self._refuse_held(there.value)
+        self._refuse_held(there.value)
         generation = self._write(there.stamp.generation)
         if generation is None:  # another was faster
             self._refuse_held(self._object.read("").result().value)
@@ -92,6 +91,8 @@ class BucketLock:
 
     def _refuse_held(self, content: bytes) -> None:
         """Raise UserError where the lock that is there is not void."""
+        if not content:  # there is none, or that of a run that was copied from a disk
+            return
         where = f"workdir: {self._root / FILE}"
         try:
             data = formats.upgrade("lock", json.loads(content), where)

@@ -194,7 +194,8 @@ def _read(path: Place, item: str, names: Iterable[str]) -> dict[str, np.ndarray]
     them from its threads when it has raised already.
     """
     folder, there = path.absolute() / item, files.of(path)
-    context = ts.Context(there.context())
+    patience = there.patience()
+    context = ts.Context(patience) if patience else None
     opened = {
         name: ts.open(
             {"driver": "zarr", "kvstore": there.kvstore(folder / name)},

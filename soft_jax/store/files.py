@@ -120,8 +120,8 @@ class Files(abc.ABC):
         """Return how TensorStore calls `path`: the `kvstore` of a spec."""
 
     @abc.abstractmethod
-    def context(self) -> dict[str, Any]:
-        """Return the JSON of the TensorStore context to read with."""
+    def patience(self) -> dict[str, Any]:
+        """Return how TensorStore tries again, as the JSON of a context; empty for its default."""
 
 
 class _OnDisk(Files):
@@ -218,7 +218,7 @@ class _OnDisk(Files):
     def kvstore(self, path: Path) -> dict[str, Any]:
         return {"driver": "file", "path": str(path)}
 
-    def context(self) -> dict[str, Any]:
+    def patience(self) -> dict[str, Any]:
         return {}
 
 
@@ -313,7 +313,7 @@ class _InBucket(Files):
     def kvstore(self, path: BucketPath) -> dict[str, Any]:
         return bucket_lock.kvstore(path)
 
-    def context(self) -> dict[str, Any]:
+    def patience(self) -> dict[str, Any]:
         return bucket_lock.PATIENCE
 
 
