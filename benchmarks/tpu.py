@@ -460,7 +460,8 @@ def forecast(lowered: jax.stages.Lowered) -> dict:
     arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
     return {
         "memory": arguments + results - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
-        "operations": (compiled.cost_analysis() or {}).get("flops", 0.0),
+        # -1 where the compiler does not know.
+        "operations": max((compiled.cost_analysis() or {}).get("flops", 0.0), 0.0),
         "cycles": cycles(text),
         "collectives": collectives(text),
         "seconds": time.monotonic() - start,
