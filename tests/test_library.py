@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import gate, library_planning, loop, transfer
+from soft_jax.experiment import gate, library_planning, loop, merged, transfer
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import Gate, Verdict
 from soft_jax.experiment.library import Library
@@ -987,6 +987,7 @@ COMMANDS = {
     "archive": lambda opened: opened.archive("t0"),
     "restore": lambda opened: opened.restore("t2"),
     "rename": lambda opened: opened.rename("t1", "one"),
+    "merge": lambda opened: opened.merge(["t0", "t1"], "both"),
     "remove": lambda opened: opened.remove("t1"),
     "remove_version": lambda opened: opened.remove("t0", 1),
 }
@@ -1037,7 +1038,8 @@ def _small(tmp_path_factory, _hooked):
 def _without_arrays(train):
     with pytest.MonkeyPatch.context() as patch, gate_of_paper():
         patch.setattr(loop, "run", train)
-        patch.setattr(library_planning, "start", lambda *_: Start())
+        for module in (library_planning, merged):
+            patch.setattr(module, "start", lambda *_: Start())
         patch.setattr(Library, "_keep_tests", _keep_few)
         yield
 
@@ -1122,7 +1124,8 @@ def test_a_full_disk_leaves_the_library_as_it_was(small, tmp_path, command):
         with at_change(filled), pytest.raises((UserError, OSError), match="No space left") as error:
             act(Library(root))
         # But for what training says of itself, which stands in for a run here.
-        assert error.type is UserError or "learn" in command or command == "first"
+        trains = "learn" in command or command in ("first", "merge")
+        assert error.type is UserError or trains
         if before:
             assert shape_of(LibraryReader(root).read()) == before
             assert not list(root.glob("[!l]*/.*.partial*"))  # what was written makes room again

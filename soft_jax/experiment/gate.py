@@ -136,6 +136,25 @@ def backward(
     }
 
 
+def of_replaced(state: LibraryState, name: str, version: Version) -> dict[str, dict[str, float]]:
+    """Return the mean figures of the active versions that `version` takes the place of, by `name`.
+
+    Each counts by the number of its test images. Empty where there is none, or one has no figures.
+    """
+    replaced = {task: v for task, v in state.active.items() if v.id in version.replaces}
+    if not replaced or not replaced.keys() <= state.figures.keys():
+        return {}
+    counts = [v.test["images"] for v in replaced.values()]
+    return {
+        name: {
+            measured: float(
+                np.average([state.figures[task][measured] for task in replaced], weights=counts)
+            )
+            for measured in MEASURED
+        }
+    }
+
+
 def note_of(verdict: Verdict) -> str:
     """Return what the log says of a verdict: what fell and what was not checked; "" for nothing."""
     parts = [*verdict.fallen, *(f"{k}: not checked, {v}" for k, v in verdict.unchecked.items())]

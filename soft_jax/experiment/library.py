@@ -24,7 +24,7 @@ from rich.console import Console
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import cost, data_spec, imported, loop, transfer
+from soft_jax.experiment import cost, data_spec, imported, loop, merged, transfer
 from soft_jax.experiment import gate as gate_lib
 from soft_jax.experiment import library_planning as planning
 from soft_jax.experiment import settings as settings_lib
@@ -194,6 +194,54 @@ class Library:
             options = (gate or Gate(), keep_test_images, command)
             return self._take_in(folder, old, backbone, plan, dataset, *trained, *options)
 
+    def merge(
+        self,
+        tasks: Sequence[str],
+        into: str,
+        method: str = "mean",
+        *,
+        weights: Sequence[float] | None = None,
+        density: float | None = None,
+        gate: Gate | None = None,
+        command: str = "merge",
+    ) -> tuple[Version, Verdict]:
+        """Make one task of several: one mask for all their classes, which takes their place.
+
+        Masks are merged as they are (`methods.merging`). Classifier, key and statistics are made of
+        the tasks' training images, which are read again (`experiment.imported`): columns that were
+        trained apart can't be compared. When the new version becomes the active one, theirs are
+        retired in the same write; `rollback` of the new task brings them back. The gate takes the
+        mean of their figures, by their test images, for what the new task was before.
+
+        Args:
+            tasks: two or more, or versions such as "birds@2"; they stay as they are.
+            into: the new task's name, or that of one that these were merged into before.
+            method: "mean", "ties" or "dare".
+            weights: how much each task counts, above 0; None: all the same.
+            density: the share of entries that TIES or DARE keeps, in (0, 1]; None: 0.2 for TIES,
+                0.1 for DARE.
+            gate: what the version has to hold to become the active one.
+            command: how the log calls it.
+
+        Returns:
+            The version, active or a candidate, and what the gate found.
+
+        Raises:
+            UserError: for anything that the user has to mend, such as an archived or damaged
+                version, or a library whose tasks are not masks alone; nothing is changed then.
+            Preempted: after SIGTERM or SIGINT; the same call continues.
+        """
+        library.check_name(into)
+        with self._held() as folder:
+            old = folder.read()
+            merge = merged.planned(old, tasks, into, method, weights, density)
+            plan, dataset = merged.images(old, merge)
+            backbone = _backbone(old)
+            begin = merged.start(folder, old, backbone, merge, plan)
+            trained = self._train(old, plan, begin, dataset, None)
+            options = (gate or Gate(), merge.keeps_tests, command)
+            return self._take_in(folder, old, backbone, plan, dataset, *trained, *options)
+
     def _take_in(
         self,
         folder: LibraryFolder,
@@ -325,9 +373,13 @@ class Library:
         version: Version,
         gate: Gate,
     ) -> Verdict:
-        """Evaluate the library as it would be with `version` as the active one of task `name`."""
-        tried = _activated(new, name, version)
-        verdict = gate_lib.evaluate(folder, tried, backbone, old.figures, gate, name)
+        """Evaluate the library as it would be with `version` as the active one of task `name`.
+
+        A task that takes the place of others has to hold what they have on average.
+        """
+        tried = new.activated(name, version)
+        before = {**gate_lib.of_replaced(old, name, tried.active[name]), **old.figures}
+        verdict = gate_lib.evaluate(folder, tried, backbone, before, gate, name)
         if name in verdict.figures:
             own = verdict.figures[name][GIVEN]
             low = f"{own:.2f}% with the task given" if own < gate.min_accuracy else ""
@@ -438,7 +490,7 @@ class Library:
                 raise UserError(f"version: {name}@{number} is the active one already")
             verdict = self._judge(folder, old, old, _backbone(old), name, version, gate or Gate())
             if not verdict.fallen:
-                new = _with_figures(_activated(old, name, version), name, verdict)
+                new = _with_figures(old.activated(name, version), name, verdict)
                 found = {"backward": gate_lib.backward(old.figures, verdict, name)}
                 folder.commit(old, new, command, gate_lib.note_of(verdict), found)
         return verdict
@@ -446,22 +498,25 @@ class Library:
     def rollback(self, name: str, command: str = "rollback") -> tuple[Version, Verdict]:
         """Make the version before the active one the active one again.
 
-        It was accepted once, so the gate is asked, and not obeyed. Raises UserError where there is
-        none before, or it is damaged.
+        Where a merge made the active one, and there is none before, those come back in whose place
+        it is; the first of them is returned. They were accepted once, so the gate is asked, and not
+        obeyed. Raises UserError where there is none before, or it is damaged.
         """
         with self._held() as folder:
             old = folder.read()
             versions = old.versions(name)
             active = old.active.get(name)
             upto = active.number if active else versions[-1].number + 1
-            earlier = [v for v in versions if v.number < upto and v.state == RETIRED]
+            earlier = [(name, v) for v in versions if v.number < upto and v.state == RETIRED]
+            if active and not earlier:
+                earlier = old.replaced_by(active)[::-1]
             if not earlier:
                 raise UserError(
                     f"rollback: {name} has no version before "
                     f"{f'{name}@{upto}' if active else 'that'} that was active and is not archived"
                 )
-            version = earlier[-1]
-            new = _activated(old, name, version)
+            name, version = earlier[-1]
+            new = old.activated(name, version)
             verdict = gate_lib.evaluate(folder, new, _backbone(old), old.figures, Gate(100.0), name)
             new = _with_figures(new, name, verdict)
             found = {"backward": gate_lib.backward(old.figures, verdict, name)}
@@ -568,14 +623,6 @@ class Library:
         return Predictor.load(self.root, names, task_id, **options)
 
 
-def _activated(state: LibraryState, name: str, version: Version) -> LibraryState:
-    """Return the state with `version` as the active one of its task."""
-    changed = [dataclasses.replace(version, state=ACTIVE)]
-    if (before := state.active.get(name)) and before.id != version.id:
-        changed.append(dataclasses.replace(before, state=RETIRED))
-    return state.replaced(name, *changed)
-
-
 def _decided(
     state: LibraryState, name: str, version: Version, verdict: Verdict
 ) -> tuple[LibraryState, Version]:
@@ -590,7 +637,7 @@ def _decided(
     version = dataclasses.replace(version, gate=found, learned=learned)
     if verdict.fallen:
         return state.replaced(name, version), version
-    state = _activated(state.replaced(name, version), name, version)
+    state = state.replaced(name, version).activated(name, version)
     return _with_figures(state, name, verdict), state.version(name, version.number)
 
 

@@ -159,7 +159,7 @@ def start(
             folder.path(version), manifest.sha256, {"adapter": template}, whole, part=True
         )
         adapter = jax.device_get(method.unpack(items["adapter"], backbone.params))
-    return Start(alone=True, number=_number(plan), adapter=adapter, shared=shared)
+    return Start(alone=True, number=number_of(plan), adapter=adapter, shared=shared)
 
 
 def start_imported(
@@ -170,10 +170,10 @@ def start_imported(
     """
     config = config_of(state)
     adapter, shared = imported.read(folder, config, backbone, plan.given, plan.classes)
-    return Start(alone=True, trained=True, number=_number(plan), adapter=adapter, shared=shared)
+    return Start(alone=True, trained=True, number=number_of(plan), adapter=adapter, shared=shared)
 
 
-def _number(plan: Plan) -> int:
+def number_of(plan: Plan) -> int:
     """Return the number of a plan's random draws.
 
     Not the version's id: another may be taken in before a killed command is given again.

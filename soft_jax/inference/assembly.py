@@ -317,6 +317,23 @@ def load_weights(
     own = _method_of_version(config, backbone, version)
     if not own.reparametrization:
         return {}
+    adapter = load_own(reader, state, name, version, config, backbone)
+    return own.weights(backbone.params, adapter)
+
+
+def load_own(
+    reader: LibraryReader,
+    state: LibraryState,
+    name: str,
+    version: Version,
+    config: Config,
+    backbone: backbones.Backbone,
+) -> Adapter:
+    """Return what a version's weights are made of, `{"mask": ...}` for masks, unpacked.
+
+    The library's method must have a reparametrization. Raises UserError where it is damaged.
+    """
+    own = _method_of_version(config, backbone, version)
     key = own.reparametrization.adapter_key
     whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
     with _naming(reader, state, name, version):
@@ -326,7 +343,7 @@ def load_weights(
         items = checkpoint.load_items(
             reader.path(version), manifest.sha256, templates, whole, part=True
         )
-        return own.weights(backbone.params, own.unpack(items["adapter"], backbone.params))
+        return own.unpack(items["adapter"], backbone.params)
 
 
 @contextlib.contextmanager

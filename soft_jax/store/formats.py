@@ -155,6 +155,12 @@ def library_0_to_1(old: Data) -> Data:
     return old | {"tasks": tasks, "numbers": numbers, "confusion": {}}
 
 
+def library_1_to_2(old: Data) -> Data:
+    """Say that no version took the place of other tasks'."""
+    tasks = {name: [v | {"replaces": []} for v in found] for name, found in old["tasks"].items()}
+    return old | {"tasks": tasks}
+
+
 def log_0_to_1(old: Data) -> Data:
     """Say that nothing was kept of what was measured."""
     return old | {"found": {}}
@@ -165,7 +171,7 @@ MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
-    "library": (library_0_to_1,),
+    "library": (library_0_to_1, library_1_to_2),
     "log": (log_0_to_1,),
     "transfer": (),
     "seeds": (),

@@ -89,7 +89,8 @@ class Version:
     many test images it has and the hash of them all, and of the file where they are kept; of a run,
     the hash of the run's data set. `learned` and `gate` are figures in percent, of when it was
     learned: its own with and without the task given, and what the gate found. `origin` says where
-    arrays are from that were not trained here. `restored_as` is the state that an archived version
+    arrays are from that were not trained here. `replaces` are the ids of other tasks' versions in
+    whose place it answers for their classes. `restored_as` is the state that an archived version
     comes back with.
     """
 
@@ -107,6 +108,7 @@ class Version:
     archive_sha256: str = ""
     restored_as: str = ""
     origin: str = ""
+    replaces: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,13 @@ class LibraryState:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def task_of_class(self, class_: int) -> str | None:
-        """Return the task that has a class, by any of its versions; None: none has it any more."""
+        """Return the task that has a class: by its active version, else by any of its versions.
+
+        None: none has it any more.
+        """
+        for name, version in self.active.items():
+            if class_ in version.classes:
+                return name
         for name, versions in self.tasks.items():
             if any(class_ in version.classes for version in versions):
                 return name
@@ -186,6 +194,67 @@ class LibraryState:
         tasks = {**self.tasks, name: (*versions, *by_id.values())}
         return dataclasses.replace(self, tasks=tasks)
 
+    def activated(self, name: str, version: Version) -> "LibraryState":
+        """Return the state with `version` as the active one of its task, and of its classes.
+
+        A class is in one active version. Those of other tasks that have one of its classes are
+        retired; of those that it has all classes of, it keeps the ids (`Version.replaces`). Where
+        a retired one had itself taken the place of others, by a merge, the others come back.
+
+        Raises UserError where a class would be left that no active version has, as its own is
+        archived or removed.
+        """
+        before, state = self.active.get(name), self
+        rivals = {
+            task: other
+            for task, other in self.active.items()
+            if task != name and set(other.classes) & set(version.classes)
+        }
+        mine = set(version.classes)
+        replaces = {other.id for other in rivals.values() if set(other.classes) <= mine}
+        replaces |= set(before.replaces if before else ())
+        changed = [dataclasses.replace(version, state=ACTIVE, replaces=tuple(sorted(replaces)))]
+        if before and before.id != version.id:
+            changed.append(dataclasses.replace(before, state=RETIRED))
+        state = state.replaced(name, *changed)
+        for task, other in rivals.items():
+            state = state.replaced(task, dataclasses.replace(other, state=RETIRED))
+        for other in rivals.values():
+            state = state._brought_back(other, {version.id})
+        there = {class_ for active in state.active.values() for class_ in active.classes}
+        for task, other in rivals.items():
+            if lost := sorted(set(other.classes) - there):
+                raise UserError(
+                    f"version: {name}@{version.number} would take the place of "
+                    f"{task}@{other.number}, and nothing would answer for "
+                    f"{self.classes[lost[0]]!r} any more, which no other version has that is there;"
+                    f" restore one that has it, or archive {task} before"
+                )
+        return state
+
+    def replaced_by(self, version: Version) -> list[tuple[str, Version]]:
+        """Return the retired versions that a version took the place of, with their tasks."""
+        return [
+            (name, other)
+            for name, versions in self.tasks.items()
+            for other in versions
+            if other.id in version.replaces and other.state == RETIRED
+        ]
+
+    def _brought_back(self, gone: Version, seen: set[int]) -> "LibraryState":
+        """Return the state with the versions active that `gone` had taken the place of."""
+        state = self
+        for name, version in self.replaced_by(gone):
+            if version.id in seen:
+                continue
+            seen.add(version.id)
+            taken = {class_ for active in state.active.values() for class_ in active.classes}
+            if taken & set(version.classes) or name in state.active:
+                state = state._brought_back(version, seen)
+            else:
+                state = state.replaced(name, dataclasses.replace(version, state=ACTIVE))
+        return state
+
     def to_json(self) -> dict[str, JSON]:
         """Return the state as it is written."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -211,7 +280,7 @@ class LibraryState:
 
 def _version(data: Mapping[str, JSON], where: Any) -> Version:
     _check_keys(Version, data, where)
-    lists = {name: tuple(data[name]) for name in ("classes", "data")}
+    lists = {name: tuple(data[name]) for name in ("classes", "data", "replaces")}
     return Version(**{**data, **lists})
 
 
