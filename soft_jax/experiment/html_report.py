@@ -316,8 +316,8 @@ def _library_confusion(opened: Library, state: LibraryState) -> Markup:
             values[ids[one], ids[other]] = 100 * images / total
     if not np.isfinite(values).any():
         return html.paragraph(
-            "Not known yet: soft-jax check evaluates all tasks, and the next report shows which",
-            "are confused.",
+            "Not known yet: soft-jax learn, activate and rollback evaluate all tasks, and keep",
+            "which are confused.",
         )
     return html.joined(
         html.paragraph(
