@@ -7,6 +7,7 @@ versions, it says in `versions`.
 
 import dataclasses
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -638,3 +639,22 @@ def test_what_is_no_plain_vit_is_refused(run_of, tmp_path, capsys):
         (other / "config.json").write_text(text)
         assert message in refused(other, 1, out, "--format=timm")
     assert not out.exists()
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(run_of, tmp_path, capsys, monkeypatch):
+    save = safetensors.numpy.save_file
+
+    def save_on_a_full_disk(*arguments, **options):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            save(*arguments, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_on_a_full_disk)
+    run = run_of("softtf", mask_storage="int8")
+    assert main(["export", str(run), "1", str(tmp_path / "out"), "--format=timm"]) == 1
+    error = capsys.readouterr().err
+    assert "OUT: " in error and "can't be written" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -314,7 +314,7 @@ def _write(folder: Path, files: Mapping[str, Content]) -> None:
             else:
                 file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         os.replace(partial, folder)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:  # the latter for a full disk, too
         raise UserError(f"OUT: {paths.shown(folder)} can't be written ({error})") from error
     finally:
         with contextlib.suppress(OSError):
