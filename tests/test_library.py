@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -1129,6 +1130,40 @@ def test_a_full_disk_leaves_the_library_as_it_was(small, tmp_path, command):
         if before:
             assert shape_of(LibraryReader(root).read()) == before
             assert not list(root.glob("[!l]*/.*.partial*"))  # what was written makes room again
+        act(Library(root))
+        assert shape_of(check_whole(root)) == after
+
+
+@pytest.mark.parametrize("command", ["learn", "archive", "restore"])
+def test_what_a_disk_does_not_keep_is_not_taken_for_kept(small, tmp_path, monkeypatch, command):
+    """Files of which fsync says that they may be lost; that of folders may fail everywhere."""
+    act, sync, calls = COMMANDS[command], os.fsync, []
+
+    def failing_at(at):
+        def fail(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            calls.append(descriptor)
+            if len(calls) - 1 == at:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            sync(descriptor)
+
+        calls.clear()
+        monkeypatch.setattr(os, "fsync", fail)
+
+    root = copy_of(small, tmp_path, command)
+    failing_at(None)
+    act(Library(root))
+    after, files = shape_of(check_whole(root)), len(calls)
+    assert files >= 4  # log, library.json, and two of the command's own at least
+    for at in range(files):
+        root = copy_of(small, tmp_path, command)
+        before = digest(root / "tasks"), digest(root / "archive"), LibraryReader(root).read()
+        failing_at(at)
+        with pytest.raises(UserError, match=r"could not be written .*Input/output error"):
+            act(Library(root))
+        assert before[2] == check_whole(root)
+        assert (digest(root / "tasks"), digest(root / "archive")) == before[:2]
         act(Library(root))
         assert shape_of(check_whole(root)) == after
 

@@ -5,8 +5,9 @@ held by flock, which the kernel lets go of when the process ends. A bucket knows
 
 - A text or picture is one object, which is written whole or not at all.
 - Beside a checkpoint that is being saved or removed lies an object `NAME.partial`. Where a program
-  was killed meanwhile, the checkpoint counts as whole if Orbax has written `commit_success.txt` in
-  it, which is the last object that it writes, and is cleared away if not.
+  was killed meanwhile, or the save failed, the checkpoint counts as whole if Orbax has written
+  `commit_success.txt` in it, which is the last object that it writes, and is cleared away when the
+  folder is next opened if not.
 - A folder is held by an object `.lock`, as `bucket_lock` says.
 """
 
@@ -90,7 +91,7 @@ class Files(abc.ABC):
     @abc.abstractmethod
     @contextlib.contextmanager
     def saving(self, path: Place) -> Any:
-        """Mark the checkpoint at `path` as not whole within, and if it fails."""
+        """Mark the checkpoint at `path` as not whole within; if it fails, remove what there is."""
 
     @abc.abstractmethod
     def remove(self, path: Place) -> None:
@@ -153,7 +154,7 @@ class _OnDisk(Files):
                     os.fsync(file.fileno())
             os.replace(partial, path)
             if durable:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -181,7 +182,11 @@ class _OnDisk(Files):
 
     @contextlib.contextmanager
     def saving(self, path: Path) -> Any:
-        yield  # Orbax saves under another name
+        try:
+            yield  # Orbax saves under another name
+        except Exception:
+            self.clean(path.parent)
+            raise
 
     def remove(self, path: Path) -> None:
         if path.is_symlink():
@@ -227,7 +232,21 @@ def _partial(path: Place) -> Place:
     return path.with_name(f".{path.name}.partial")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder and all that is in it, outlives a power cut.
+
+    Raises OSError where a file can't be brought to the disk: it may be lost then.
+    """
+    for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if each.is_dir():
+            sync_folder(each)
+        else:
+            with open(each, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of what is in a folder are on the disk, where that can be done."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # Some network file systems can't; the file itself is safe there.
@@ -282,7 +301,13 @@ class _InBucket(Files):
     def saving(self, path: BucketPath) -> Any:
         marker = _marker(path)
         marker.write_bytes(b"")
-        yield
+        try:
+            yield
+        except Exception:
+            # The marker stays: objects may still come whose requests are being tried again.
+            with contextlib.suppress(OSError):  # a bucket that can't be reached
+                path.rmtree()
+            raise
         marker.unlink(missing_ok=True)
 
     def remove(self, path: BucketPath) -> None:

@@ -39,7 +39,7 @@ import numpy as np
 
 from soft_jax import paths
 from soft_jax.errors import UserError
-from soft_jax.store import checkpoint, formats
+from soft_jax.store import checkpoint, files, formats
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
@@ -673,10 +673,10 @@ class LibraryFolder(LibraryReader):
                 target.parent.mkdir(exist_ok=True)
                 _remove(partial)
                 yield partial
-                _sync(partial)
+                files.sync(partial)
                 _remove(target)
                 os.replace(partial, target)
-                _sync(target.parent, below=False)
+                files.sync_folder(target.parent)
             except (OSError, shutil.Error):
                 with contextlib.suppress(OSError):
                     _remove(partial)
@@ -704,17 +704,6 @@ def _disk(path: Path) -> Iterator[None]:
             f"{path} could not be written ({error}); make room or mend the disk, and give the "
             "same command again"
         ) from error
-
-
-def _sync(path: Path, below: bool = True) -> None:
-    """Wait until a file, or a folder and all that is `below` it, is on the disk."""
-    for file in [path, *path.rglob("*")] if below and path.is_dir() else [path]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
