@@ -336,26 +336,28 @@ def pets():
     return sources.Dataset(split(6), split(2), NAMES)
 
 
+LORA = Config(
+    method="lora",
+    backbone="vit_ti8_32",
+    mask_layers=tuple(layer + 1 for layer in LAYERS),
+    target_modules="+".join(MODULES),
+    rank=3,
+    prototype_features=20,
+    eval_batch_size=16,
+)
+
+
 @pytest.fixture(scope="module")
 def imported_folder(pets, tmp_path_factory):
     """A library that took in the adapter that PEFT was given, and that adapter's folder."""
     folder = tmp_path_factory.mktemp("imported")
     write(folder / "peft", {k.removeprefix("peft/"): v for k, v in example_files("lora").items()
                             if k.startswith("peft/")})  # fmt: skip
-    config = Config(
-        method="lora",
-        backbone="vit_ti8_32",
-        mask_layers=tuple(layer + 1 for layer in LAYERS),
-        target_modules="+".join(MODULES),
-        rank=3,
-        prototype_features=20,
-        eval_batch_size=16,
-    )
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(sources, "load", lambda *_: pets)
         jax.config.update("jax_disable_most_optimizations", True)
         opened = Library(folder / "library")
-        opened.import_lora("pets", folder / "peft", Data("pets", classes=NAMES), config=config)
+        opened.import_lora("pets", folder / "peft", Data("pets", classes=NAMES), config=LORA)
         yield opened, folder / "peft"
         jax.config.update("jax_disable_most_optimizations", False)
 
@@ -412,7 +414,44 @@ def test_a_fitted_classifier_tells_apart_what_features_do(classes):
     assert (logits.argmax(axis=1) == labels).all()
 
 
-def test_adapters_that_do_not_fit_a_library_are_refused(imported_folder, tmp_path):
+def new_names(name):
+    """An array of a file of transformers as transformers 5 names its module."""
+    name = name.replace("encoder.layer.", "layers.")
+    for new, old in sorted(
+        (pair for part in vit_export.MODULES.values() for pair in part),
+        key=lambda pair: -len(pair[1]),
+    ):
+        if f".{old}." in name:
+            return name.replace(old, new)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("kind", "rename"),
+    [
+        ("float32", lambda name: name),
+        ("float16", lambda name: name.removeprefix("vit.")),
+        (jnp.bfloat16, new_names),
+        (jnp.bfloat16, lambda name: new_names(name).removeprefix("vit.")),
+    ],
+)
+def test_an_adapters_own_base_model_is_known(kind, rename, lora_folder):
+    """Whichever of transformers' names it has, and rounded to half precision."""
+    backbone = backbones.load("vit_ti8_32")
+    arrays = vit_export.to_hugging_face(backbone.params, example("lora")[2])
+    base = {rename(name): array.astype(kind) for name, array in arrays.items()}
+    assert len(base) == len(arrays)
+    write(lora_folder / "base", {"model.safetensors": base})
+    adapter, _ = imported.read(lora_folder, LORA, backbone, NAMES, NAMES)
+    assert adapter["lora"]
+    name = rename("vit.encoder.layer.11.attention.attention.key.bias")
+    base[name] = base[name] + np.asarray(0.1, kind)
+    write(lora_folder / "base", {"model.safetensors": base})
+    with pytest.raises(UserError, match="another than this library's .*11.*key.bias differs"):
+        imported.read(lora_folder, LORA, backbone, NAMES, NAMES)
+
+
+def test_adapters_that_do_not_fit_a_library_are_refused(imported_folder, tmp_path, monkeypatch):
     opened, folder = imported_folder
     before = opened.state()
 
@@ -448,6 +487,11 @@ def test_adapters_that_do_not_fit_a_library_are_refused(imported_folder, tmp_pat
     write(tmp_path / "base", base)
     named = {"base_model_name_or_path": str(tmp_path / "base")}
     refused("base model: .* is another .*cls_token differs", **named)
+    changed(tmp_path / "peft", base_model_name_or_path=None)
+    shutil.move(tmp_path / "base", tmp_path / "peft/base")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="base model: .* is another"):
+        opened.import_lora("pets", "~/peft", Data("pets", classes=NAMES))
     with pytest.raises(UserError, match="ADAPTER: .* can't be read"):
         opened.import_lora("pets", tmp_path / "nothing", Data("pets", classes=NAMES))
     config = Config(method="softtf", backbone="vit_ti8_32")

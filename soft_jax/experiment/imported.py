@@ -7,13 +7,12 @@ of the adapted network is fitted (scikit-learn's, with its defaults). Nothing el
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
+import safetensors
 from sklearn.linear_model import LogisticRegression
 
 from soft_jax import distributed, paths, pytrees
@@ -23,6 +22,7 @@ from soft_jax.experiment.run import Run
 from soft_jax.methods import peft, registry
 from soft_jax.methods.method import Adapter, Shared
 from soft_jax.models import backbones, vit_export
+from soft_jax.models.arrays import BadArray, from_safetensors
 
 BASE = "model.safetensors"
 _SAME = 1e-6  # by how much a base model's numbers may differ from the backbone's
@@ -38,25 +38,25 @@ def check_method(config: Config) -> None:
         )
 
 
-def origin_of(folder: str | PathLike) -> str:
+def origin_of(folder: Path) -> str:
     """Say which adapter a folder holds: where, and the SHA-256 of both files together.
 
     Raises UserError where they can't be read.
     """
-    place, digest = paths.local(folder, "ADAPTER"), hashlib.sha256()
+    digest = hashlib.sha256()
     for name in (peft.CONFIG, peft.ARRAYS):
         try:
-            digest.update((place / name).read_bytes())
+            digest.update((folder / name).read_bytes())
         except OSError as error:
             raise UserError(
-                f"ADAPTER: {paths.shown(place / name)} can't be read ({error.strerror}); give the "
+                f"ADAPTER: {paths.shown(folder / name)} can't be read ({error.strerror}); give the "
                 "folder of a LoRA that PEFT saved"
             ) from error
-    return f"the PEFT adapter {place.absolute()}, SHA-256 {digest.hexdigest()}"
+    return f"the PEFT adapter {folder.absolute()}, SHA-256 {digest.hexdigest()}"
 
 
 def read(
-    folder: str | PathLike,
+    folder: Path,
     config: Config,
     backbone: backbones.Backbone,
     given: Sequence[str],
@@ -70,11 +70,11 @@ def read(
     """
     method = registry.make_method(config, backbone.architecture, tuple(classes), len(classes))
     adapter = peft.lora_from_peft(folder, method, backbone.params)
-    _check_base(Path(folder), backbone)
+    _check_base(folder, backbone)
     classifier = peft.classifier_from_peft(folder)
     if classifier is None:
         return adapter, {}
-    dim, where = backbone.architecture.feature_dim, paths.shown(Path(folder) / peft.ARRAYS)
+    dim, where = backbone.architecture.feature_dim, paths.shown(folder / peft.ARRAYS)
     kernel, bias = classifier["kernel"], classifier["bias"]
     if kernel.ndim != 2 or bias.shape != kernel.shape[1:] or len(kernel) != dim:
         raise UserError(
@@ -104,13 +104,16 @@ def _check_base(folder: Path, backbone: backbones.Backbone) -> None:
     else:
         return
     try:
-        theirs = safetensors.numpy.load_file(file)
-    except (OSError, safetensors.SafetensorError, TypeError, KeyError) as error:  # other dtypes
+        theirs = from_safetensors(paths.read_bytes(file))
+    except (OSError, safetensors.SafetensorError, BadArray) as error:
         raise UserError(f"base model: {paths.shown(file)} can't be read ({error})") from error
     dim = backbone.architecture.feature_dim
     blank = {"kernel": np.zeros((dim, 1)), "bias": np.zeros(1)}
-    in_timm = "cls_token" in theirs
-    naming = vit_export.to_timm if in_timm else vit_export.to_hugging_face
+    if "cls_token" in theirs:
+        naming = vit_export.to_timm
+    else:
+        naming = vit_export.to_hugging_face
+        theirs = {vit_export.hugging_face_name(name): array for name, array in theirs.items()}
     for name, ours in naming(backbone.params, blank).items():
         if name.startswith(("head.", "classifier.")):
             continue

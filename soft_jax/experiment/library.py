@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 from rich.console import Console
 
+from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
@@ -184,6 +185,7 @@ class Library:
         """
         library.check_name(name)
         with self._held(make=config is not None) as folder:
+        adapter = paths.local(adapter, "ADAPTER")
             old, backbone = self._state_or_new(folder, config)
             imported.check_method(planning.config_of(old))
             origin = imported.origin_of(adapter)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from os import PathLike
+from pathlib import Path
 
 import jax
 
@@ -163,7 +163,7 @@ def start(
 
 
 def start_imported(
-    state: LibraryState, backbone: backbones.Backbone, plan: Plan, folder: str | PathLike
+    state: LibraryState, backbone: backbones.Backbone, plan: Plan, folder: Path
 ) -> Start:
     """Return what a plan begins with that is the PEFT adapter in `folder`. Raises UserError where
     it does not fit.

@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -22,11 +21,10 @@ from soft_jax.errors import UserError
 from soft_jax.methods.low_rank import LoRA
 from soft_jax.methods.method import Method
 from soft_jax.models import vit_export
-from soft_jax.models.arrays import check_values
+from soft_jax.models.arrays import BadArray, check_values, from_safetensors
 from soft_jax.models.vit import ViTConfig
 
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": jnp.bfloat16, "F64": "float64"}
 # Older versions put the adapter's name, or that of a wrapper, in between.
 _PRODUCT = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.\w+)?\.weight")
 _CLASSIFIER = re.compile(
@@ -194,25 +192,16 @@ def _read_arrays(
     """Return A and B by module, and the classifier's arrays, float32."""
     file = paths.local(folder, "folder") / ARRAYS
     try:
-        entries = safetensors.deserialize(paths.read_bytes(file))
-    except (OSError, safetensors.SafetensorError) as error:
+        stored = from_safetensors(paths.read_bytes(file))
+    except (OSError, safetensors.SafetensorError, BadArray) as error:
         raise UserError(
             f"{file} can't be read: {error}; give the folder of a PEFT LoRA, saved as .safetensors"
         ) from error
-    arrays = {}
-    for name, entry in sorted(entries, key=lambda entry: entry[0]):
-        if entry["dtype"] not in _FLOATS:
-            raise UserError(
-                f"{file}: array {name!r} is of the type {entry['dtype']}, expected floats"
-            )
-        kind = np.dtype(_FLOATS[entry["dtype"]])
-        array = np.frombuffer(entry["data"], kind).reshape(entry["shape"])
-        with np.errstate(over="ignore"):  # becomes infinite, and is found
-            arrays[name] = array.astype(np.float32)
     try:
-        check_values(arrays)
+        check_values(stored)
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
+    arrays = {name: stored[name].astype(np.float32) for name in sorted(stored)}
     products, classifier = {}, {}
     for name, array in arrays.items():
         if found := _PRODUCT.fullmatch(name):

@@ -5,8 +5,36 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 FLOATS = tuple(np.dtype(kind) for kind in ("float32", "float16", jnp.bfloat16, "float64"))
+# The types of safetensors that numpy and ml_dtypes (of JAX) have.
+_SAFETENSORS_TYPES = {
+    "BF16": jnp.bfloat16,
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(bool),
+    "C64": np.dtype("complex64"),
+}
+
+
+class BadArray(ValueError):
+    """An array of a file that is none of numbers."""
+
+
+def from_safetensors(raw: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays that the bytes of a `.safetensors` file hold, bfloat16 ones too.
+
+    Raises BadArray naming one of a type that NumPy has not, SafetensorError for damaged bytes.
+    """
+    arrays = {}
+    for name, entry in safetensors.deserialize(raw):
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            raise BadArray(f"array {name!r} is of the type {entry['dtype']}, expected floats")
+        kind = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
+        arrays[name] = np.frombuffer(entry["data"], kind).reshape(entry["shape"])
+    return arrays
 
 
 def refuse_foreign(

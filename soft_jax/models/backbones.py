@@ -24,15 +24,14 @@ import urllib.request
 from importlib import resources
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from soft_jax import cache, paths, pytrees
 from soft_jax.buckets import BucketPath
 from soft_jax.cache import CACHE
 from soft_jax.errors import Stopped, UserError
 from soft_jax.models import clip_checkpoints, clip_config, timm_config, vit_checkpoints
+from soft_jax.models.arrays import BadArray, from_safetensors
 from soft_jax.models.clip import CLIPConfig
 from soft_jax.models.protocol import Architecture
 from soft_jax.models.vit import ViTConfig
@@ -339,15 +338,6 @@ def _notes(source: Source, file: Place, arrays: dict[str, np.ndarray]) -> tuple[
 # Files and their arrays.
 
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".tar", ".pkl")
-# The types of safetensors that numpy and ml_dtypes (of JAX) have.
-_SAFETENSORS_TYPES = {
-    "BF16": jnp.bfloat16,
-    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
-    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    "BOOL": np.dtype(bool),
-    "C64": np.dtype("complex64"),
-}
 
 
 def _is_pickle(file: Place, source: Source | None) -> str:
@@ -369,8 +359,8 @@ def _arrays(file: Place, raw: bytes, source: Source | None) -> dict[str, np.ndar
         raise UserError(_is_pickle(file, source))
     safe = file.suffix == ".safetensors"
     try:
-        return _from_safetensors(raw) if safe else _from_npz(raw)
-    except _BadArray as error:
+        return from_safetensors(raw) if safe else _from_npz(raw)
+    except BadArray as error:
         raise UserError(f"backbone: {file} can't be used: {error}") from error
     except (
         Exception
@@ -382,20 +372,6 @@ def _arrays(file: Place, raw: bytes, source: Source | None) -> dict[str, np.ndar
         ) from error
 
 
-class _BadArray(Exception):
-    """An array of a file that is none of numbers."""
-
-
-def _from_safetensors(raw: bytes) -> dict[str, np.ndarray]:
-    arrays = {}
-    for name, entry in safetensors.deserialize(raw):
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise _BadArray(f"array {name!r} is of the type {entry['dtype']}, expected floats")
-        kind = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
-        arrays[name] = np.frombuffer(entry["data"], kind).reshape(entry["shape"])
-    return arrays
-
-
 def _from_npz(raw: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     with np.load(io.BytesIO(raw)) as archive:
@@ -405,9 +381,9 @@ def _from_npz(raw: bytes) -> dict[str, np.ndarray]:
             except ValueError as error:
                 if "allow_pickle" not in str(error):
                     raise
-                raise _BadArray(f"array {name!r} holds Python objects, expected floats") from error
+                raise BadArray(f"array {name!r} holds Python objects, expected floats") from error
             if not isinstance(arrays[name], np.ndarray):
-                raise _BadArray(f"{name!r} is no array")
+                raise BadArray(f"{name!r} is no array")
     return arrays
 
 

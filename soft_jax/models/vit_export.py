@@ -6,6 +6,7 @@ themselves, which a PEFT adapter names, were renamed in transformers 5; `MODULES
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ _TIMM_NAMES = {
     "large": ((1024, 24, 16), ("16_224", "16_384", "32_224", "32_384", "14_224")),
     "huge": ((1280, 32, 16), ("14_224",)),
 }
+_LAYER = re.compile(r"(?:layers|encoder\.layer)\.(\d+)\.(.+)\.(weight|bias)")
 _BICUBIC = 3  # Pillow's number
 
 
@@ -99,6 +101,22 @@ def to_hugging_face(params: pytrees.Tree, classifier: Mapping[str, Any]) -> dict
         f"classifier.{_LEAVES[kind]}": _as_torch(classifier[kind], kind)
         for kind in ("kernel", "bias")
     }
+
+
+def hugging_face_name(name: str) -> str:
+    """Return how `to_hugging_face` names an array of a ViT that another file names otherwise.
+
+    A file of the ViT without a classifier has no "vit." in front, and the modules of transformers 5
+    are named otherwise than its files.
+    """
+    if name.startswith("classifier."):
+        return name
+    bare = name.removeprefix("vit.")
+    if found := _LAYER.fullmatch(bare):
+        layer, module, leaf = found.groups()
+        in_files = {new: old for modules in MODULES.values() for new, old in modules}
+        return f"vit.encoder.layer.{layer}.{in_files.get(module, module)}.{leaf}"
+    return f"vit.{bare}"
 
 
 def _layer_and_part(path: str) -> tuple[str, str]:
