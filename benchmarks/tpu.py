@@ -1,10 +1,11 @@
 """What the TPU's own compiler makes of our programs, without a TPU: python -m benchmarks.tpu
 
 Compiles the programs of a run and of a `Predictor` for named TPU slices, on this machine's CPU, by
-`libtpu` (pip install "jax[tpu]"). For each it prints the memory that a chip needs, operations, the
-compiler's forecast of cycles and the share of the chip's peak that they come to, and what the chips
-send each other. A forecast is a figure to compare programs by; it is not a time. Nothing runs, and
-no array is made. One program takes from half a minute to ten. The whole grid takes hours:
+`libtpu` (pip install ".[tpu-compiler]"). For each it prints the memory that a chip needs,
+operations, the compiler's forecast of cycles and the share of the chip's peak that they come to,
+and what the chips send each other. A forecast is a figure to compare programs by; it is not a time.
+Nothing runs, and no array is made. One program takes from half a minute to ten. The whole grid
+takes hours:
 
     python -m benchmarks.tpu --output=forecast.json
     python -m benchmarks.tpu --slices=v5e-1,v6e-8 --backbones=vit_b16 --dtypes=bfloat16
@@ -79,7 +80,7 @@ def use_compiler() -> None:
     """Let jax find libtpu, and ask for no TPU. Raises SystemExit where libtpu is not installed."""
     found = importlib.util.find_spec("libtpu")
     if not found:
-        sys.exit('libtpu is not installed; pip install "jax[tpu]" brings it')
+        sys.exit('libtpu is not installed; pip install ".[tpu-compiler]" brings it')
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {
         "TPU_LIBRARY_PATH": str(Path(found.submodule_search_locations[0]) / "libtpu.so"),
@@ -422,7 +423,7 @@ def cycles(text: str) -> int:
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Return how often chips exchange something, and the bytes that one chip has of it then.
+    """Return how often chips exchange something, how many numbers, and one chip's bytes of them.
 
     Each instruction counts once, also in a loop.
     """
@@ -430,15 +431,16 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     for line in text.splitlines():
         if not (match := _COLLECTIVE.search(line)):
             continue
-        shapes = [
-            _BYTES.get(kind, 4) * int(np.prod([int(n) for n in sizes.split(",") if n]))
+        arrays = [
+            (int(np.prod([int(n) for n in sizes.split(",") if n])), _BYTES.get(kind, 4))
             for kind, sizes in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", match[1]))
         ]
         if match[3] and match[2] != "all-reduce":  # its operand stands beside its result
-            shapes = shapes[len(shapes) // 2 :]
-        kind = found.setdefault(match[2], {"count": 0, "bytes": 0})
+            arrays = arrays[len(arrays) // 2 :]
+        kind = found.setdefault(match[2], {"count": 0, "numbers": 0, "bytes": 0})
         kind["count"] += 1
-        kind["bytes"] += sum(shapes)
+        kind["numbers"] += sum(numbers for numbers, _ in arrays)
+        kind["bytes"] += sum(numbers * each for numbers, each in arrays)
     return found
 
 

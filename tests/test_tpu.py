@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +22,14 @@ def test_a_step_on_four_chips_exchanges_its_gradients_alone_and_once(tmp_path):
     output = tmp_path / "forecast.json"
     command = [sys.executable, "-m", "benchmarks.tpu", "--slices=v5e-4", "--dtypes=bfloat16"]
     command += ["--backbones=vit_ti8_32", "--programs=step_files", f"--output={output}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
     (found,) = json.loads(output.read_text()).values()
     assert found["cycles"] > 0
-    # No weights or images are gathered; gradients are summed in bfloat16 or float32, once.
+    # No weights or images are gathered, and each gradient, a float32, is summed once: some of them
+    # in bfloat16, so that their bytes could not tell once from twice.
     assert set(found["collectives"]) == {"all-reduce"}
-    assert 0.4 < found["collectives"]["all-reduce"]["bytes"] / found["gradients"] < 1.1
+    assert 1 <= found["collectives"]["all-reduce"]["numbers"] / (found["gradients"] / 4) < 1.1
