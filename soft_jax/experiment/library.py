@@ -184,8 +184,8 @@ class Library:
                 shape, module or base model; nothing is changed then.
         """
         library.check_name(name)
-        with self._held(make=config is not None) as folder:
         adapter = paths.local(adapter, "ADAPTER")
+        with self._held(make=config is not None) as folder:
             old, backbone = self._state_or_new(folder, config)
             imported.check_method(planning.config_of(old))
             origin = imported.origin_of(adapter)
