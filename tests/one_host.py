@@ -30,16 +30,8 @@ CONFIG = tiny_config(
     checkpoint_every=2,
     prototype_features=40,
 )
-INTERLEAVED = (
-    0,
-    2,
-    4,
-    6,
-    1,
-    3,
-    5,
-    7,
-)  # with two devices a process: of processes 0, 1, 2, 3, 0, ...
+# With two devices a process: of processes 0, 1, 2, 3, 0, ...
+INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def main(workdir: str, devices: str, strike: str, hosts: str = "") -> int:

@@ -32,7 +32,11 @@ def four(workdir, *strikes, expect=0):
     hosts = [
         started(workdir, 2, strike, f"{address},{index},4") for index, strike in enumerate(strikes)
     ]
-    outputs = [host.communicate(timeout=300)[0] for host in hosts]
+    try:
+        outputs = [host.communicate(timeout=300)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
     assert [host.returncode for host in hosts] == [expect] * 4, "\n".join(outputs)[-4000:]
     return outputs
 
