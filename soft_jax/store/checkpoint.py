@@ -103,9 +103,6 @@ def save(path: Place, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
             )
     # Orbax and TensorStore raise OSError, ValueError and their own for the same full disk
     except Exception as error:
-        if distributed.is_primary():
-            with contextlib.suppress(OSError):  # a bucket that can't be reached
-                files.of(path).clean(path.parent)
         raise UserError(
             f"{path} could not be saved ({str(error).splitlines()[0][:300]}). Finished tasks are "
             "as they were; make room or mend the disk, and give the same command again"

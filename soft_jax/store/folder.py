@@ -292,11 +292,12 @@ class Store(Reader):
 
         Items are "adapter", "shared", "statistics" and "memory"; the manifest's `run` and `sha256`
         are filled in. Raises UserError when it can't be written, or the folder is no longer this
-        run's.
+        run's, before the save or after it: an outage may have made it a long one.
         """
         self._check_still_ours()
         data = manifest.to_json() | {"task": task, "run": self.record.to_json()}
         checkpoint.save(self.task_path(task), items, formats.stamped("task", data))
+        self._check_still_ours()
         self._keep_only(None)
 
     def save_training(self, task: int, step: int, state: Any, seconds: float) -> None:
@@ -306,12 +307,13 @@ class Store(Reader):
         """
         self._check_still_ours()
         path = self.training / f"{task:03d}-{step:06d}"
-        if not distributed.all_max(path.exists())[0]:
+        if not distributed.all_max(path in self._states())[0]:
             manifest = TrainingManifest(
                 run_fingerprint=self.record.fingerprint, task=task, step=step, seconds=seconds
             )
             data = formats.stamped("training", manifest.to_json())
             checkpoint.save(path, {"state": state}, data)
+            self._check_still_ours()
         self._keep_only(path)
 
     def load_training(
@@ -403,13 +405,13 @@ class Store(Reader):
                 if self._read_config()[0] == self.record:
                     return
             except OSError as error:
-                because = f" [{error}]"
+                because = f" ({error})"  # square brackets would be rich's markup
             except UserError:
                 pass
             raise UserError(
                 f"workdir: {self.root} is no longer the folder that this run was started in (it "
-                f"was moved, removed or changed while the run trained){because}; nothing more was "
-                "written. Put it back as it was and give the same command again"
+                f"was moved, removed or changed while the run trained){because}; the run ends "
+                "here. Put it back as it was and give the same command again"
             )
 
         distributed.run_on_all(look)
