@@ -463,12 +463,18 @@ def test_what_an_open_predictor_can_not_read_any_more_is_said(root):
     images = letters().test.images[:4]
     predictor = Predictor.load(root, task_id="oracle", batch_size=4)
     known = predictor.predict(images, task=0)
+    of_one = Predictor.load(root, task_id="oracle", batch_size=4, cache_bytes=0)
+    for task in (0, 1):
+        of_one.predict(images, task=task)
     for name in ("t0", "t2"):
         Library(root).remove(name)
+    (root / "tasks/002").mkdir()  # as while it is removed
     again = predictor.predict(images, task=0)  # it has the weights
     jax.tree.map(np.testing.assert_array_equal, again, known)
-    with pytest.raises(UserError, match="t2@1 was archived or removed .* refresh it"):
+    with pytest.raises(UserError, match=r"t2@1 was archived or removed .* call refresh\(\)"):
         predictor.predict(images, task=2)
+    with pytest.raises(UserError, match=r"t0@1 was archived or removed .* call refresh\(\)"):
+        of_one.predict(images, task=0)
     predictor.refresh()
     assert predictor.task_names == ("t1",)
     Library(root).remove("t1")

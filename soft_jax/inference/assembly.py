@@ -184,15 +184,21 @@ def assemble(
 
     def load(task: int) -> Adapter:
         name, version, manifest, own, template = adapters[task]
-        if not reader.path(version).is_dir():
+        try:
+            with _naming(reader, state, name, version):
+                items = checkpoint.load_items(
+                    reader.path(version), manifest.sha256, {"adapter": template}, whole, part=True
+                )
+        except UserError as error:
+            # By the state, which changes before files go.
+            now = (v for versions in reader.read().tasks.values() for v in versions)
+            if any(v.id == version.id and v.state != ARCHIVED for v in now):
+                raise
             raise UserError(
                 f"task: {name}@{version.number} was archived or removed after this predictor was "
-                "opened; refresh it"
-            )
-        with _naming(reader, state, name, version):
-            items = checkpoint.load_items(
-                reader.path(version), manifest.sha256, {"adapter": template}, whole, part=True
-            )
+                "opened, and its weights are not in memory (any more); call refresh() to go on "
+                "with what the library holds now"
+            ) from error
         return own.unpack(items["adapter"], params)
 
     return engine.Model(

@@ -195,11 +195,12 @@ class Predictor:
 
         More tasks or classes than the model had room for (8, 16, ... tasks; 32, 64, ... classes)
         are compiled once, and on a backbone that reads text (CLIP) any new class. Until this is
-        called, and in a call that has begun, a predictor goes on with what it opened; but of a task
-        that is archived or removed before any image was given to it, it can't read the weights any
-        more. A task's number is its place in `task_names`, and may be another afterwards; those of
-        classes stay. Raises UserError as `load`, and where this predictor is not a library's; it is
-        then as it was.
+        called, and in a call that has begun, a predictor answers by the versions that it opened.
+        Of those it has weights in memory as `cache_bytes` allows, and reads others when an image is
+        theirs, also again: where such a version was archived or removed meanwhile, `predict` raises
+        UserError, which names it. A task's number is its place in `task_names`, and may be another
+        afterwards; those of classes stay. Raises UserError as `load`, and where this predictor is
+        not a library's; it is then as it was.
         """
         if self._reload is None:
             raise UserError("refresh: only the predictor of a library has something to take in")
