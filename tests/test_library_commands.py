@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import closing
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,13 +18,14 @@ from rich.console import Console
 from soft_jax.__main__ import main
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import export, loop, transfer
+from soft_jax.experiment import cost, export, loop, transfer
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.library import Library
 from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
 from soft_jax.inference import engine
 from soft_jax.inference.predictor import Predictor
+from soft_jax.inference.rules import TaskGiven
 from soft_jax.store.folder import Store
 from soft_jax.store.library import ACTIVE, CANDIDATE, RETIRED, LibraryReader
 from tests.conftest import tiny_config, tiny_world
@@ -200,6 +202,29 @@ def test_what_tasks_give_to_each_other_and_cost(say, root, monkeypatch):
     alone = next(line for line in lines if line[0] == "--task-id=prototype")
     assert min(figures) - 0.1 <= float(alone[-1][:-1]) <= max(figures) + 0.1
     assert "measured now, on 4 × cpu" in out
+
+
+def test_only_what_was_answered_before_is_timed(monkeypatch):
+    """Which tasks' networks answer, and so what is compiled and loaded, differs by the images."""
+    happened = []
+
+    class Watched:
+        rule, batching = TaskGiven(), SimpleNamespace(chunk=2)
+
+        def predict_prepared(self, images, tasks):
+            happened.append(images.tolist())
+            return SimpleNamespace(networks=tasks, classes=tasks)
+
+    def clock():
+        happened.append("clock")
+        return float(len(happened))
+
+    monkeypatch.setattr(cost.time, "perf_counter", clock)
+    total = cost._Total(Watched())
+    total.add(np.arange(4), np.zeros(4, int), 0)
+    first, second = [0, 1], [2, 3]
+    assert happened == [first, "clock", first, "clock", second, "clock", second, "clock"]
+    assert total.result().images == 4
 
 
 def test_check_says_what_fell(say, root, monkeypatch):

