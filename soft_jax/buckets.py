@@ -37,6 +37,8 @@ def _as_os_error(function: Callable[Arguments, Result]) -> Callable[Arguments, R
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         # gcsfs, its HTTP client and Google's sign-in each have errors of their own.
         except Exception as error:
+            if isinstance(error, OSError) and error.filename == path:  # of another method here
+                raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise OSError(errno.EIO, reason, path) from error
 

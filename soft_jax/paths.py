@@ -1,8 +1,10 @@
 """Paths as users write them: "~" is the home directory, gs:// a bucket, and another URL no path."""
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from soft_jax import buckets
@@ -37,12 +39,7 @@ def place(path: str | os.PathLike, field: str) -> Place:
         return path
     if buckets.is_bucket(path):
         return buckets.path(os.fspath(path), field)
-    if is_url(path):
-        raise UserError(
-            f"{field}: {shown(path)!r} is a URL; only local paths and buckets, as "
-            "gs://BUCKET/FOLDER, are read and written here. Copy or mount it, and give that path"
-        )
-    return local(path, field)
+    return _on_disk(path, field, "local paths and buckets, as gs://BUCKET/FOLDER,")
 
 
 def local(path: str | os.PathLike, field: str) -> Path:
@@ -51,10 +48,14 @@ def local(path: str | os.PathLike, field: str) -> Path:
     Raises UserError naming `field`, the setting or argument that it is the value of, for a URL, an
     unknown user, or a zero character.
     """
+    return _on_disk(path, field, "local paths")
+
+
+def _on_disk(path: str | os.PathLike, field: str, known: str) -> Path:
     if is_url(path):
         raise UserError(
-            f"{field}: {shown(path)!r} is a URL; only local paths are read and written here. Copy "
-            "or mount it, and give that path"
+            f"{field}: {shown(path)!r} is a URL; only {known} are read and written here. Copy or "
+            "mount it, and give that path"
         )
     if "\0" in os.fspath(path):
         raise UserError(f"{field}: {os.fspath(path)!r} has a zero character, which no path has")
@@ -70,6 +71,16 @@ def shown(path: str | os.PathLike) -> str:
     Bytes of a file name that are no UTF-8 become `\xNN`.
     """
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def reading(field: str) -> Iterator[None]:
+    """Raise UserError naming `field` where an OSError comes up within: a bucket refuses, say."""
+    try:
+        yield
+    except OSError as error:
+        what = shown(error.filename) if isinstance(error.filename, str) else "it"
+        raise UserError(f"{field}: {what} can't be read ({error.strerror or error})") from error
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

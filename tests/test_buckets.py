@@ -31,7 +31,7 @@ from soft_jax import buckets, cache, paths
 from soft_jax.data import cifar100, images, sources
 from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures
-from soft_jax.experiment import loop, planned, trackers
+from soft_jax.experiment import loop, planned, seeds, trackers
 from soft_jax.hooks import Hooks
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
@@ -351,6 +351,29 @@ def test_a_bucket_that_can_not_be_written_is_one_line(emulator, where, capsys):
     assert set(emulator.objects) == before
     output = "".join(capsys.readouterr())
     assert "Traceback" not in output
+
+
+def test_a_bucket_that_can_not_be_read_is_named(whole, emulator):
+    """And of several runs it ends its own alone."""
+    emulator.before = lambda *_: HTTPStatus.FORBIDDEN
+    shut = paths.place(url("shut[no]"), "")
+    for field, look in (
+        ("data_dir", lambda: load_images("folder", str(shut))),
+        ("data_dir", lambda: sources.prepare("cifar100", str(shut))),
+        ("backbone_path", lambda: backbones.locate("vit_ti8_32", str(shut))),
+        ("images", lambda: images.find([shut])),
+        ("workdir", lambda: seeds.plan(CONFIG, 2, shut)),
+    ):
+        with pytest.raises(
+            UserError, match=rf"^{field}: gs://.*shut\[no\].* can't be (read|copied)"
+        ):
+            look()
+    rows = [planned.PlannedRun(CONFIG, place, "") for place in (shut, whole)]
+    printed = io.StringIO()
+    problem, manifests = planned.run(rows, Console(file=printed, width=300))
+    assert isinstance(problem, UserError)
+    assert len(manifests) == 2
+    assert "shut[no]" in printed.getvalue()
 
 
 # What is read from a bucket

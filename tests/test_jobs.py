@@ -2,6 +2,8 @@
 by one signal and continued to the same arrays.
 """
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +21,7 @@ from soft_jax import __main__ as command_line
 from soft_jax import commands
 from soft_jax.config import Config
 from soft_jax.errors import UserError
-from soft_jax.experiment import jobs, planned, seeds
+from soft_jax.experiment import jobs, loop, planned, seeds
 from soft_jax.experiment.jobs import Devices, Job
 from soft_jax.experiment.stopping import Preempted
 from tests.conftest import COMPILED
@@ -53,7 +55,7 @@ def test_jobs_run_side_by_side_and_one_fails_alone(tmp_path):
         f"until(lambda: len(os.listdir({str(tmp_path / 'meet')!r})) == 2)"
     )
     codes = (
-        f"{meet}; print('a stray line', flush=True)",
+        f"{meet}; print('a stray line\\nand one without end', end='', flush=True)",
         f"{meet}; open({str(tmp_path)!r} + '/variables', 'w').write(json.dumps(dict(os.environ)))",
         "raise ValueError('[no] good')",
         "print(json.dumps({'error': 'seed: 1 there,\\n  2 now'}), flush=True); sys.exit(1)",
@@ -72,7 +74,7 @@ def test_jobs_run_side_by_side_and_one_fails_alone(tmp_path):
         log = tmp_path / f"{number}/log.txt"
         assert str(outcomes[number]) == f"{reason} (log: {log})"
         assert f"error: job {number}: {reason} (log: {log})\n" in output.getvalue()
-    assert "a stray line" in (tmp_path / "0/log.txt").read_text()
+    assert "a stray line\nand one without end\n" in (tmp_path / "0/log.txt").read_text()
     assert "Traceback" in (tmp_path / "2/log.txt").read_text()
     variables = json.loads((tmp_path / "variables").read_text())
     assert variables["JAX_NUM_CPU_DEVICES"] == "1"
@@ -80,6 +82,45 @@ def test_jobs_run_side_by_side_and_one_fails_alone(tmp_path):
     (again,) = jobs.run(fakes(tmp_path, "sys.exit(3)"), 1, CPU, QUIET, threading.Event())
     assert str(again).startswith("its process ended with status 3 (log: ")
     assert "a stray line" in (tmp_path / "0/log.txt").read_text()
+
+
+def test_what_a_run_can_not_begin_with_is_said(tmp_path):
+    """Its log is a link, or its program is not there; the others go on."""
+    (tmp_path / "mine").write_text("mine")
+    link, none, good = fakes(tmp_path, "pass", "pass", "pass")
+    link.log.parent.mkdir()
+    link.log.symlink_to(tmp_path / "mine")
+    none = dataclasses.replace(none, command=["/nonesuch"])
+    outcomes = jobs.run([link, none, good], 1, CPU, QUIET, threading.Event())
+    assert str(outcomes[0]).startswith(f"{link.log} can't be written (")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert str(outcomes[1]).startswith("its process can't be made (")
+    assert outcomes[2] is None
+
+
+def test_a_log_that_gets_full_ends_nothing():
+    process = jobs._Process.__new__(jobs._Process)
+    with open("/dev/full", "wb", buffering=0) as process._log:
+        process._take(b"a stray line")
+
+
+def test_a_process_that_tells_much_as_it_ends_is_waited_for(tmp_path):
+    """Unread, its pipe would be full, and it would wait without end."""
+    code = (
+        "signal.alarm(20)\n"
+        "def stop(*_):\n"
+        "    os.write(1, b'x' * 2**20)\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"open({str(tmp_path / 'began')!r}, 'w')\n"
+        "time.sleep(20)"
+    )
+    process = jobs._Process(fakes(tmp_path, code)[0], 0, 1, CPU)
+    with contextlib.suppress(KeyError), jobs._all_ended({0: process}):
+        while not (tmp_path / "began").exists():
+            assert not process.ended()
+        raise KeyError
+    assert process._popen.returncode == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no process is bound to cores")
@@ -128,10 +169,25 @@ def test_more_jobs_than_chips_are_refused():
         jobs.at_once(9, 30, Devices("tpu", 8))
 
 
-def test_devices_that_can_not_be_counted_are_said(monkeypatch):
+def test_devices_that_can_not_be_counted_are_said(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "nonesuch")
+    (tmp_path / "json.py").write_text("")  # what is here is not what the process means
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^--jobs: the devices .* can't be counted .*nonesuch"):
         jobs.devices_of_host()
+
+
+def test_without_a_count_runs_go_one_by_one_unless_jobs_are_asked_for(tmp_path, monkeypatch):
+    def count():
+        raise UserError("--jobs: no [count]")
+
+    monkeypatch.setattr(jobs, "devices_of_host", count)
+    monkeypatch.setattr(loop, "run", lambda *_, **__: ["a manifest"])
+    runs, output = some_runs(2, tmp_path), io.StringIO()
+    assert list(planned.run(runs, Console(file=output), jobs=None)) == [["a manifest"]] * 2
+    assert "One run at a time: --jobs: no [count]" in output.getvalue()
+    with pytest.raises(UserError, match="--jobs: no"):
+        list(planned.run(runs, QUIET, jobs=2))
 
 
 def some_runs(count, folder):

@@ -151,12 +151,13 @@ def find(
     A folder's files are those of `walk`. `tell` is called with a line for each folder in which
     anything was left out. Raises UserError for a URL other than gs://, or a folder without images.
     """
-    files = []
+    files: list[Place] = []
     for path in (paths_lib.place(path, "images") for path in paths):
-        if not files_lib.of(path).is_dir(path):
-            files.append(path)
-            continue
-        within, left_out = walk(path)
+        with paths_lib.reading("images"):
+            if not files_lib.of(path).is_dir(path):
+                files.append(path)
+                continue
+            within, left_out = walk(path)
         note = describe(left_out, path)
         if not within:
             raise UserError(

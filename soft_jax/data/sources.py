@@ -185,7 +185,8 @@ def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> 
         UserError: there is no such set, it is neither prepared nor can be, or it does not fit.
         Stopped: `stop` was set during a download.
     """
-    return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir, stop)
+    with paths.reading("data_dir"):
+        return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir, stop)
 
 
 def prepare(name: str, data_dir: str = "", stop: threading.Event | None = None) -> None:
@@ -195,7 +196,8 @@ def prepare(name: str, data_dir: str = "", stop: threading.Event | None = None) 
     `load`; images are not looked at.
     """
     if name not in DATASETS:
-        _prepared(name, data_dir, stop)
+        with paths.reading("data_dir"):
+            _prepared(name, data_dir, stop)
 
 
 def _every_fifth(labels: np.ndarray) -> np.ndarray:

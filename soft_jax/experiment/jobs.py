@@ -113,7 +113,7 @@ def devices_of_host() -> Devices:
     why = f"no answer in {COUNTED_IN:g} s"
     try:
         counted = subprocess.run(
-            [sys.executable, "-c", _COUNT],
+            [sys.executable, "-P", "-c", _COUNT],  # a json.py in the current folder is not meant
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -151,19 +151,19 @@ class _Process:
     """A job that runs, in the place `slot`."""
 
     def __init__(self, job: Job, slot: int, slots: int, devices: Devices):
-        """Start it. Raises OSError where its log can't be written or no process can be made."""
+        """Start it. Raises UserError where its log can't be written or no process can be made."""
         self.job, self.slot = job, slot
         self.what, self.done, self.total = "starting", 0, None
         self.error: str | None = None  # as the process told it
         self.silent = False
         self.began = time.monotonic()
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        self._log: IO[bytes] = open(job.log, "ab")  # noqa: SIM115
+        self._log = _open_log(job)
+        self._log_from = os.fstat(self._log.fileno()).st_size
         try:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {job.title}\n".encode())
-            self._log.flush()
-            self._log_from = job.log.stat().st_size
             self._popen = self._start(slots, devices)
+        except OSError as error:
+            self._log.close()
+            raise UserError(f"its process can't be made ({error})") from error
         except BaseException:
             self._log.close()
             raise
@@ -212,8 +212,8 @@ class _Process:
             if not isinstance(told, dict):
                 raise ValueError(line)
         except ValueError:  # printed by something else in the process
-            self._log.write(line + b"\n")
-            self._log.flush()
+            with contextlib.suppress(OSError):  # a full disk is the run's own to tell of
+                self._log.write(line + b"\n")
             return
         self.error = told.get("error", self.error)
         self.what = told.get("what", self.what)
@@ -234,6 +234,8 @@ class _Process:
     def close(self) -> UserError | None:
         """Return what was wrong with the process, which has ended; None if nothing was."""
         self.read()
+        if self._partial:  # its last line had no end
+            self._take(self._partial)
         for file in (self._popen.stdin, self.stdout, self._log):
             with contextlib.suppress(BrokenPipeError):
                 file.close()
@@ -251,6 +253,23 @@ class _Process:
             file.seek(self._log_from)
             last = _last_line(file.read().decode(errors="replace"))
         return last or f"its process ended with status {status}"
+
+
+def _open_log(job: Job) -> IO[bytes]:
+    """Open a job's log at its end, and write its title. Raises UserError where that fails."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    try:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: what a full disk refuses would come again at each later write.
+        log = open(os.open(job.log, flags, 0o666), "ab", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{job.log} can't be written ({error})") from error
+    try:
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {job.title}\n".encode())
+    except OSError as error:
+        log.close()
+        raise UserError(f"{job.log} can't be written ({error})") from error
+    return log
 
 
 def _last_line(text: str) -> str:
@@ -277,11 +296,12 @@ def run(
                 free.sort()
                 try:
                     running[number] = _Process(job, free[0], slots, devices)
-                    free.pop(0)
-                    screen.begin(number, job)
-                except OSError as error:
-                    outcomes[number] = UserError(f"{job.log} can't be written ({error})")
-                    screen.end(number, job, outcomes[number], 0.0)
+                except UserError as error:
+                    outcomes[number] = error
+                    screen.end(number, job, error, 0.0)
+                    continue
+                free.pop(0)
+                screen.begin(number, job)
             if stop.is_set():
                 _stop_all(running, screen)
                 continue
@@ -352,9 +372,9 @@ def _all_ended(running: Mapping[int, _Process]) -> Iterator[None]:
     finally:
         for process in running.values():
             process.stop()
+        while any(not process.ended() for process in running.values()):
+            _wait(running)  # one whose pipe is full could not end
         for process in running.values():
-            while not process.ended():
-                time.sleep(_POLL)
             process.close()
 
 

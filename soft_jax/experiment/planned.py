@@ -30,7 +30,7 @@ from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
 # The program that runs one run, which it is given as `_given` writes it.
-PROGRAM = (sys.executable, "-m", "soft_jax.experiment.planned")
+PROGRAM = (sys.executable, "-P", "-m", "soft_jax.experiment.planned")
 LOG = "log.txt"  # in a run's folder: what such a process prints
 
 
@@ -111,42 +111,71 @@ def run(
         planned: the runs.
         console: where all that is shown.
         figures: whether figures of test images are shown.
-        jobs: so many runs go side by side, each in a process on a device of its own, with its log
-            in its folder; None: one for each chip of this host. One run alone, or one at a time,
-            is run in this process on all devices; then one data set is held at a time, and seeds of
-            one method share its compiled programs.
+        jobs: how many runs go side by side, each in a process on a device of its own, with its log
+            in its folder; None: one for each chip of this host, or one where they can't be counted.
+            One run alone, or one at a time, is run in this process on all devices; then one data
+            set is held at a time, and seeds of one method share its compiled programs.
         program: the words of the command that runs one run, for tests and programs around this.
 
     Raises:
-        UserError: for more jobs than the host has chips.
+        UserError: for more jobs than the host has chips, or where they can't be counted.
         Preempted: after a signal to stop; the states of all runs are saved.
     """
     folders = {each.folder: each for each in planned}  # rows may share a run
-    slots, devices = 1, None
-    if jobs != 1 and len(folders) > 1 and None in map(_before, folders.values()):
-        devices = jobs_lib.devices_of_host()
-        # Not the number of those that are missing: continued, a run has as many devices as before.
-        slots = jobs_lib.at_once(jobs, len(folders), devices)
+    slots, devices, before = 1, None, {}
+    if jobs != 1 and len(folders) > 1:
+        before = {folder: _before(each) for folder, each in folders.items()}
+        if None in before.values():
+            devices = _devices(jobs, console)
+            # Not the number of the missing: continued, a run has as many devices as before.
+            slots = jobs_lib.at_once(jobs, len(folders), devices)
     if slots > 1:
         runs = list(folders.values())
-        outcomes = _side_by_side(runs, console, figures, slots, devices, program)
+        outcomes = _side_by_side(runs, before, console, figures, slots, devices, program)
         yield from (outcomes[each.folder] for each in planned)
     else:
-        yield from _one_by_one(planned, console, figures)
+        yield from _one_by_one(planned, before, console, figures)
+
+
+def _devices(jobs: int | None, console: Console) -> jobs_lib.Devices:
+    """Return the host's devices; where they can't be counted and `jobs` is None, as if one."""
+    try:
+        return jobs_lib.devices_of_host()
+    except UserError as error:
+        if jobs is not None:
+            raise
+        _say(console, f"One run at a time: {error}")
+        return jobs_lib.Devices("cpu", 1)
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line in which square brackets are no markup."""
+    console.print(text, markup=False, highlight=False)
 
 
 def _before(planned: PlannedRun) -> Outcome | None:
     """Return the outcome of a run that needs none of it: finished, or nothing to be run."""
     try:
         return finished(planned)
-    except UserError as error:
-        return error
+    except (UserError, OSError) as error:
+        return _problem(error)
+
+
+def _problem(error: UserError | OSError) -> UserError:
+    """Return what went wrong with a run as its outcome; an OSError is a disk's or bucket's."""
+    return error if isinstance(error, UserError) else UserError(str(error))
 
 
 def _one_by_one(
-    planned: Sequence[PlannedRun], console: Console, figures: bool
+    planned: Sequence[PlannedRun],
+    before: Mapping[Place, Outcome | None],
+    console: Console,
+    figures: bool,
 ) -> Iterator[Outcome]:
-    """Yield the outcome of each run in turn; all are run in this process."""
+    """Yield the outcome of each run in turn; all are run in this process.
+
+    `before` is what is known already of the outcomes, by folder.
+    """
     # They are not needed for a finished table, and importing them takes a second.
     from soft_jax.data import sources
     from soft_jax.experiment import loop
@@ -157,8 +186,8 @@ def _one_by_one(
             display.begin("loading the images")
             try:
                 dataset = sources.load(name, folder, stop)
-            except UserError as error:  # what can't be had is not tried for again
-                dataset = error
+            except (UserError, OSError) as error:  # what can't be had is not tried for again
+                dataset = _problem(error)
             except Stopped:
                 dataset = None
             if stop.is_set():
@@ -168,7 +197,9 @@ def _one_by_one(
     for number, each in enumerate(planned, 1):
         config = each.config
         try:
-            manifests = finished(each)
+            manifests = before.get(each.folder) or finished(each)
+            if isinstance(manifests, UserError):
+                raise manifests
             if manifests is None:
                 console.rule(f"{number} of {len(planned)}: {each.title}")
                 dataset = load(config.dataset, config.data_dir)
@@ -176,34 +207,40 @@ def _one_by_one(
                     raise dataset
                 manifests = loop.run(config, each.folder, console, dataset, figures=figures)
             outcome = manifests
-        except UserError as error:  # hours of other runs may be before and behind it
-            console.print(f"error: {error}")
-            outcome = error
+        except (UserError, OSError) as error:  # hours of other runs may be before and behind it
+            _say(console, f"error: {error}")
+            outcome = _problem(error)
         yield outcome
 
 
 def _side_by_side(
     planned: Sequence[PlannedRun],
+    before: Mapping[Place, Outcome | None],
     console: Console,
     figures: bool,
     slots: int,
     devices: jobs_lib.Devices,
     program: Sequence[str],
 ) -> dict[Place, Outcome]:
-    """Return the outcome of each run by its folder; `slots` of them run at a time."""
+    """Return the outcome of each run by its folder; `slots` of them run at a time.
+
+    `before` is what is known already of the outcomes, by folder.
+    """
     outcomes: dict[Place, Outcome] = {}
     missing: list[PlannedRun] = []
     with stop_at_signals() as stop:
         fetch = functools.cache(functools.partial(_fetch, console, stop))
         for each in planned:
             c = each.config
-            outcome = _before(each) or fetch(c.dataset, c.data_dir, c.backbone, c.backbone_path)
+            outcome = before[each.folder]
+            if outcome is None:
+                outcome = fetch(c.dataset, c.data_dir, c.backbone, c.backbone_path)
             if outcome is None:
                 missing.append(each)
                 continue
             outcomes[each.folder] = outcome
             if isinstance(outcome, UserError):
-                console.print(f"error: {each.title}: {outcome}", markup=False, highlight=False)
+                _say(console, f"error: {each.title}: {outcome}")
         jobs = [
             jobs_lib.Job(each.title, program, _given(each, figures), _log(each)) for each in missing
         ]
@@ -217,8 +254,8 @@ def _side_by_side(
                 or _stored(each)
                 or UserError(f"its process ended without a word (log: {_log(each)})")
             )
-        except UserError as error:
-            outcomes[each.folder] = error
+        except (UserError, OSError) as error:
+            outcomes[each.folder] = _problem(error)
     return outcomes
 
 
@@ -238,8 +275,8 @@ def _fetch(
         try:
             sources.prepare(dataset, data_dir, stop)
             backbones.locate(backbone, path, stop)
-        except UserError as error:
-            return error
+        except (UserError, OSError) as error:
+            return _problem(error)
         except Stopped:
             pass
     if stop.is_set():

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import markdown as markdown_lib
@@ -20,7 +21,7 @@ from soft_jax.experiment.planned import PlannedRun
 from soft_jax.inference import rules
 from soft_jax.paths import Place
 from soft_jax.store import formats
-from soft_jax.store.checkpoint import write_text
+from soft_jax.store.files import write_text
 from soft_jax.store.records import TaskManifest
 
 # The table's columns; seeds.json has all figures.
@@ -37,7 +38,9 @@ def plan(config: Config, count: int, workdir: Place) -> list[PlannedRun]:
     Raises UserError for a setting that is no good, and where `workdir` is itself a run's folder.
     """
     for name in ("config.json", "library.json"):
-        if (workdir / name).exists():
+        with paths.reading("workdir"):
+            there = (workdir / name).exists()
+        if there:
             raise UserError(
                 f"workdir: {workdir} is the folder of a run or library (it holds {name}); with "
                 "--seeds, name one for the folders of several runs"

@@ -222,7 +222,8 @@ def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Pl
     """
     source = BACKBONES.get(name)
     if path:
-        return _at_path(paths.place(path, "backbone_path"), name, source)
+        with paths.reading("backbone_path"):
+            return _at_path(paths.place(path, "backbone_path"), name, source)
     if not source:
         if not timm_config.is_known(name):
             raise UserError(_unknown(name))
@@ -233,7 +234,9 @@ def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Pl
     if not source.url:
         return Path(str(resources.files("soft_jax") / "assets" / source.file))
     cached = paths.place(CACHE, "SOFT_JAX_CACHE") / source.file
-    return cached if cached.is_file() else _download(source, cached, stop)
+    with paths.reading("SOFT_JAX_CACHE"):
+        there = cached.is_file()
+    return cached if there else _download(source, cached, stop)
 
 
 def _unknown(name: str) -> str:

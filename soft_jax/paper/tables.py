@@ -25,8 +25,8 @@ Planned = Mapping[int, Sequence[PlannedRun]]  # a row's runs, one a seed, by the
 class Request:
     """A table that is asked for: a number or a name of `OWN`, and how its rows are run.
 
-    `overrides` are settings for all rows; `workdir` holds the runs of all tables; so many `jobs`
-    go side by side, as in `planned.run`.
+    `overrides` are settings for all rows; `workdir` holds the runs of all tables; `jobs` is
+    how many runs go side by side, as in `planned.run`.
     """
 
     table: str
@@ -47,7 +47,7 @@ def make(request: Request, rows: Sequence[Row], command: str, picture: Place) ->
     console = Console()
     planned, failed = plan(request, rows)
     for number, error in failed.items():  # now, not after hours
-        console.print(f"error: row {number}: {error}")
+        console.print(f"error: row {number}: {error}", markup=False, highlight=False)
     rows = with_published(request, rows)
     gathered = gather(rows, planned, console, request.jobs)
     failed |= gathered.failed
