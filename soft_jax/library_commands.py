@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from soft_jax.experiment.data_spec import Data
     from soft_jax.experiment.gate import Gate, Verdict
     from soft_jax.experiment.library import Library
-    from soft_jax.store.library import Version
+    from soft_jax.store.library import LibraryState, Version
 
 LEARN_FLAGS = {
     "config": "the settings of a new library, as of soft-jax train; default: library",
@@ -388,6 +388,9 @@ def show_(arguments: argparse.Namespace) -> int:
     state = reader.read()
     name, number = library.split_name(arguments.task)
     versions = state.versions(name) if number is None else (state.version(name, number),)
+    names = {str(v.id): task for task, found in state.tasks.items() for v in found}
+    # What the gate found when each version came in.
+    at_gate = {r["found"].get("version"): r["found"] for r in reversed(reader.log(state))}
     for version in versions:
         print(f"{name}@{version.number}, {version.state}, made {version.created}")
         print(f"  classes: {', '.join(state.classes[c] for c in version.classes)}")
@@ -407,9 +410,10 @@ def show_(arguments: argparse.Namespace) -> int:
                 f"  forward transfer: {forward.gain:+.1f} from {forward.best}, "
                 f"{forward.mean:+.1f} on average; frozen features {forward.frozen:.1f}%"
             )
-        for task, change in version.gate.get("backward", {}).items():  # since format 1
-            given, alone = change["given"], change["per_sample"]
-            print(f"  backward transfer: {task}: {given:+.1f} given, {alone:+.1f} by itself")
+        for other, change in at_gate.get(version.id, {}).get("backward", {}).items():
+            if other in names:  # it may have been removed since
+                given, alone = (f"{change[key]:+.1f}" for key in ("given", "per_sample"))
+                print(f"  backward transfer: {names[other]}: {given} given, {alone} by itself")
         for task, why in version.gate.get("unchecked", {}).items():
             print(f"  not checked: {task}: {why}")
         print(f"  {version.bytes:,} bytes, {version.seconds:.0f} s of training")
@@ -426,20 +430,20 @@ def transfer_(arguments: argparse.Namespace) -> int:
         figure = "{:.1f}%" if of == "frozen" else "{:+.1f}"
         rows.append([of, *(figure.format(gains[name]) for name in names)])
     _print_table(rows)
-    _print_confusion(opened)
+    _print_confusion(opened.state())
     return 0
 
 
-def _print_confusion(opened: "Library") -> None:
+def _print_confusion(state: "LibraryState") -> None:
     """Print to which tasks each task's test images were given, where that is known of any."""
-    given = opened.confusion()
-    names = {version.id: name for name, version in opened.state().active.items()}
-    if not given:
+    names = {version.id: name for name, version in state.active.items()}
+    if not state.confusion:
         return
-    rows = [["images given to", *(names[one] for one in given)]]
-    for other, name in names.items():
-        shares = (100 * row.get(other, 0) / sum(row.values()) for row in given.values())
-        rows.append([name, *(f"{share:.1f}%" for share in shares)])
+    rows = [["images of / given to", *names.values()]]
+    for one, name in names.items():
+        if given := state.confusion.get(one):
+            shares = (100 * given.get(other, 0) / sum(given.values()) for other in names)
+            rows.append([name, *(f"{share:.1f}%" for share in shares)])
     print()
     _print_table(rows)
 

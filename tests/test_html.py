@@ -28,6 +28,7 @@ from soft_jax.experiment.library import Library
 from soft_jax.experiment.run import prepare
 from soft_jax.models import backbones
 from soft_jax.store.folder import Store
+from soft_jax.store.library import LibraryReader
 from tests import test_library
 from tests.conftest import TINY, tiny_config
 from tests.manifests import manifest_of
@@ -286,6 +287,53 @@ def test_a_damaged_version_and_a_lost_backbone_are_said(library_, tmp_path, monk
     monkeypatch.setattr(backbones, "load", lambda *_: lost)
     page = html_report.page(Library(root))
     assert "could not be compared with the frozen ones: backbone: the file found has" in page
+
+
+def test_a_page_is_of_one_state(library_, tmp_path, monkeypatch):
+    """Also where another command changes the library meanwhile."""
+    root = tmp_path / "library"
+    shutil.copytree(library_, root)
+    known, read = html_report.page(Library(root)), LibraryReader.read
+
+    def read_and_change(reader):
+        state = read(reader)
+        monkeypatch.setattr(LibraryReader, "read", read)
+        Library(root).archive(NAMES[1])
+        return state
+
+    monkeypatch.setattr(LibraryReader, "read", read_and_change)
+    page = html_report.page(Library(root))
+    assert LibraryReader(root).read().version(NAMES[1]).state == "archived"
+    assert "The last is that of the library now." in page
+    sections = [re.search(f'(?s)<section id="{name}".*?</section>', text)[0]
+                for text in (known, page) for name in ("confusion", "log")]  # fmt: skip
+    assert sections[:2] == sections[2:]
+
+
+def test_a_curve_is_of_one_task_whatever_it_is_called(library_, tmp_path, monkeypatch):
+    root, drawn = tmp_path / "library", []
+    shutil.copytree(library_, root)
+    opened = Library(root)
+    opened.rename(NAMES[0], "other")
+    opened.rename("t2", NAMES[0])
+    state = opened.state()
+
+    def curves(title, places, series, *_, hollow):
+        drawn.append((places, series, hollow))
+        return html.Markup("")
+
+    monkeypatch.setattr(html, "curves", curves)
+    monkeypatch.setattr(html, "LONGEST_PLACE", 99)
+    html_report._over_time(state, opened.log())
+    places, series, hollow = drawn[0]
+    assert places == ["other@1", f"{NAMES[1]}@1", f"{NAMES[0]}@1", "other@2", "now"]
+    assert hollow == [3]
+    assert list(series) == ["other", NAMES[1], NAMES[0]]
+    assert series[NAMES[0]][:2] == [None, None] and None not in series["other"]
+    assert [row[-1] for row in series.values()] == [state.figures[name]["given"] for name in series]
+    # The state does not have them: it would grow with the square of the tasks.
+    versions = [version for found in state.tasks.values() for version in found]
+    assert {key for version in versions for key in version.gate} == {"fallen", "unchecked"}
 
 
 def test_many_tasks_are_summarized(rng):

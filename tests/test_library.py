@@ -31,7 +31,7 @@ from soft_jax.errors import UserError
 from soft_jax.experiment import gate, library_planning, loop, merged, transfer
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import Gate, Verdict
-from soft_jax.experiment.library import Library
+from soft_jax.experiment.library import Library, kept_transfer
 from soft_jax.experiment.run import Start, prepare
 from soft_jax.inference import assembly, engine
 from soft_jax.inference.predictor import Predictor
@@ -206,7 +206,7 @@ def check_whole(root: Path) -> LibraryState:
             reader.load_tests(version)
     if shared := reader.shared(state):
         reader.load_manifest(shared)
-    records = reader.log()
+    records = reader.log(state)
     assert [record["number"] for record in records] == list(range(1, state.changes + 1))
     for one, other in itertools.pairwise(records):
         assert one["state_after"] == other["state_before"]
@@ -370,7 +370,7 @@ def test_an_archived_version_comes_back_to_the_bit_and_as_what_it_was(root):
     assert shape_of(check_whole(root))["t1"] == {1: ARCHIVED, 2: ARCHIVED, 3: ARCHIVED}
     with pytest.raises(UserError, match="t1@2 is archived; restore it first"):
         opened.activate("t1", 2)
-    with pytest.raises(UserError, match="rollback: t1 has no version"):
+    with pytest.raises(UserError, match="rollback: t1 has no version that was active and is not"):
         opened.rollback("t1")
     for _ in range(3):
         opened.restore("t1")
@@ -378,7 +378,8 @@ def test_an_archived_version_comes_back_to_the_bit_and_as_what_it_was(root):
     after = check_whole(root)
     assert shape_of(after)["t1"] == {1: RETIRED, 2: RETIRED, 3: CANDIDATE}
     assert {v.id: digest(folder.path(v)) for v in after.tasks["t1"]} == digests
-    assert opened.rollback("t1")[0].number == 2
+    back, _ = opened.rollback("t1")
+    assert back.number == 2 and back == opened.state().active["t1"]
 
 
 @pytest.mark.parametrize("rows", [1, 16, 128])
@@ -739,9 +740,33 @@ def test_start_from_best_is_the_task_that_serves_most(root, monkeypatch):
     opened = Library(root)
     version, _ = opened.learn("t3", of(6, 7), start_from="best", gate=OPEN_GATE)
     forward = {"frozen": 50.0, "best": "t1", "gain": 4.0, "mean": 1.0}
-    assert opened.log()[-1]["found"]["forward"] == forward
+    best = opened.state().active["t1"].id
+    assert opened.log()[-1]["found"]["forward"] == forward | {"best": best}
     assert dataclasses.asdict(opened.forward("t3", version)) == forward
     assert opened.forward("t0", opened.state().version("t0")) is None
+
+
+def test_transfer_keeps_each_column_and_loads_the_backbone_once(root, monkeypatch):
+    opened, seen = Library(root), []
+
+    def gains(predictor, dataset):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(predictor.model.backbone)
+        return 50.0, dict.fromkeys(predictor.task_names, 1.0)
+
+    monkeypatch.setattr(transfer, "gains", gains)
+    with pytest.raises(KeyboardInterrupt):
+        opened.transfer()
+    assert seen[0] is seen[1]
+    ids = [version.id for version in opened.state().active.values()]
+    column = {"frozen": 50.0} | {str(id_): 1.0 for id_ in ids}
+    kept = kept_transfer(LibraryReader(root))
+    assert kept == {str(id_): column for id_ in ids[:2]}
+    (root / "transfer.json").write_text(json.dumps(kept | {"0": 5, "1": {"frozen": "x"}, "7": {}}))
+    assert kept_transfer(LibraryReader(root)) == {k: kept[k] for k in kept.keys() - {"0", "1"}}
+    (root / "transfer.json").write_text(json.dumps({"format": 99} | kept))
+    assert kept_transfer(LibraryReader(root)) == {}
 
 
 def test_a_library_has_one_set_of_settings(root, tmp_path):
@@ -774,14 +799,21 @@ def test_no_number_of_a_version_is_given_again(root):
 
 
 def test_a_library_of_format_0_is_read(tmp_path):
-    """`data/library_0.json` was written before versions' numbers were kept."""
+    """`data/library_0.json` was written before versions' numbers were kept.
+
+    What it holds of other tasks' figures at the gate, by their names, is left out.
+    """
     shutil.copy(Path(__file__).parent / "data/library_0.json", tmp_path / "library.json")
     (tmp_path / "log").mkdir()
     state = LibraryReader(tmp_path).read()
     assert state.numbers == {"t0": 1, "t1": 2, "t2": 1} and state.confusion == {}
-    assert {v.origin for found in state.tasks.values() for v in found} == {""}
+    versions = [v for found in state.tasks.values() for v in found]
+    assert {v.origin for v in versions} == {""}
+    assert all(v.gate == {"fallen": [], "unchecked": {}} for v in versions)
     for number in range(1, state.changes + 1):
         old = {"number": number, "when": "", "command": "learn", "note": "", "state_before": None}
+        if number == 2:  # what format 1 had
+            old |= {"format": 1, "found": {"backward": {"t0": {}}}}
         text = json.dumps(old | {"state_after": ""})
         (tmp_path / f"log/{number:06d}.json").write_text(text)
     assert [record["found"] for record in Library(tmp_path).log()] == [{}] * state.changes
@@ -855,7 +887,7 @@ def test_links_are_refused(root, tmp_path, name):
     [
         ("{", "can't be read"),
         ("[]", "a JSON object was expected"),
-        ('{"format": 1}', "is missing or unknown; restore it"),
+        (json.dumps(formats.stamped("library", {})), "is missing or unknown; restore it"),
         ("{}", "it is not what its format says"),
         ('{"format": 7, "written_by": "9.1"}', "written by soft_jax 9.1.*upgrade this program"),
         (None, "is not what was written"),

@@ -23,10 +23,10 @@ from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.library import Library
 from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
-from soft_jax.inference import engine
+from soft_jax.inference import engine, explain, rules
 from soft_jax.inference.predictor import Predictor
-from soft_jax.inference.rules import TaskGiven
-from soft_jax.store.folder import Store
+from soft_jax.models import backbones
+from soft_jax.store.folder import Reader, Store
 from soft_jax.store.library import ACTIVE, CANDIDATE, RETIRED, LibraryReader
 from tests.conftest import tiny_config, tiny_world
 from tests.test_export import plain_logits
@@ -156,15 +156,18 @@ def test_tasks_show_and_log(say, root):
 
 def test_a_change_says_what_it_did_to_other_tasks(say, root):
     first, second, _ = Library(root).log()
-    assert first["found"] == {"backward": {}}
     now = Library(root).state()
-    (change,) = second["found"]["backward"].values()
-    was = now.version("low", 1).learned
+    low, high = now.active["low"], now.active["high"]
+    own = {"version": low.id, "held_back": False, "backward": {}}
+    assert first["found"] == own | {"figures": {str(low.id): low.learned}}
+    assert second["found"]["figures"][str(high.id)] == high.learned
+    change, was = second["found"]["backward"][str(low.id)], low.learned
     assert change == {name: now.figures["low"][name] - was[name] for name in was}
     assert change["given"] == 0 and change["per_sample"] <= 0
     assert f"low: +0.0 given, {change['per_sample']:+.1f} by itself" in say("show", "high")[1]
-    given = Library(root).confusion()
-    assert {sum(row.values()) for row in given.values()} == {
+    assert main(["rename", str(root), "low", "small"]) == 0
+    assert "backward transfer: small: +0.0 given" in say("show", "high")[1]
+    assert {sum(row.values()) for row in now.confusion.values()} == {
         v.test["images"] for v in now.active.values()
     }
 
@@ -175,9 +178,9 @@ def test_what_tasks_give_to_each_other_and_cost(say, root, monkeypatch):
     table, given = (part.splitlines() for part in out.split("\n\n"))
     heads = [line.split()[0] for line in table]
     assert status == 0 and heads == ["network", "frozen", "low", "high"]
-    assert given[0].split() == ["images", "given", "to", "low", "high"]
+    assert given[0].split() == ["images", "of", "/", "given", "to", "low", "high"]
     shares = [[float(cell[:-1]) for cell in line.split()[1:]] for line in given[1:]]
-    np.testing.assert_allclose(np.sum(shares, axis=0), 100, atol=0.1)
+    np.testing.assert_allclose(np.sum(shares, axis=1), 100, atol=0.1)
     gain = float(table[2].split()[2])  # of low's network for high's images
     frozen = table[1].split()[2]
     expected = f"forward transfer: {gain:+.1f} from low, {gain:+.1f} on average; frozen features "
@@ -209,7 +212,7 @@ def test_only_what_was_answered_before_is_timed(monkeypatch):
     happened = []
 
     class Watched:
-        rule, batching = TaskGiven(), SimpleNamespace(chunk=2)
+        rule, batching = rules.TaskGiven(), SimpleNamespace(chunk=2)
 
         def predict_prepared(self, images, tasks):
             happened.append(images.tolist())
@@ -225,6 +228,30 @@ def test_only_what_was_answered_before_is_timed(monkeypatch):
     first, second = [0, 1], [2, 3]
     assert happened == [first, "clock", first, "clock", second, "clock", second, "clock"]
     assert total.result().images == 4
+
+
+@pytest.mark.parametrize("of", ["root", "run"])
+def test_an_explanation_is_of_one_look_at_a_library(of, request, monkeypatch):
+    """Its rules' statistics too, where another rule answers: no change comes in between."""
+    folder, looks = request.getfixturevalue(of), []
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+
+        def count(*arguments, **options):
+            looks.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(LibraryReader, "read")
+    counted(Reader, "present")
+    counted(backbones, "load")
+    monkeypatch.setattr(rules, "choose", lambda able, _: (rules.PromptId(), "it is asked for here"))
+    predictor, able = explain.load(folder)
+    assert sorted(looks) == ["load", "read" if of == "root" else "present"]
+    assert predictor.rule == rules.PromptId() and {"prototype"} <= set(predictor.model.solved)
+    assert {"prompt", "prototype"} <= {rule.option for rule in able}
 
 
 def test_check_says_what_fell(say, root, monkeypatch):

@@ -238,6 +238,7 @@ def test_the_parts_come_back(both, three, tmp_path, capsys):
     with pytest.raises(UserError, match="'c00' is in task 'both' already"):
         Library(root).learn("t0", of(0, 1))
     assert main(["rollback", str(root), "both"]) == 0
+    assert Library(root).log()[-1]["note"] == ""  # all were evaluated
     assert capsys.readouterr().out.endswith("t0@1 is active\nt1@1 is active\n")
     state = check_whole(root)
     assert set(state.active) == {"t0", "t1", "t2"}

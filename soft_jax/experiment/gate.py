@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
 from soft_jax.store.library import LibraryReader, LibraryState, Version
 
+JSON = Any
 # What is measured of a task, in percent: with the task given, and each image by itself.
 GIVEN, PER_SAMPLE = "given", "per_sample"
 MEASURED = (GIVEN, PER_SAMPLE)
@@ -122,17 +124,28 @@ def accuracies(
     return {name: 100 * count / len(images) for name, count in right.items()}, dict(tasks)
 
 
-def backward(
-    before: Mapping[str, Mapping[str, float]], verdict: Verdict, name: str
-) -> dict[str, dict[str, float]]:
-    """Return by how many points each other task's figures went up by a change of task `name`.
+def record_of(
+    before: Mapping[str, Mapping[str, float]], tried: LibraryState, verdict: Verdict, name: str
+) -> dict[str, JSON]:
+    """Return what the log keeps of an evaluation, where task `name` had another version.
 
-    That is backward transfer. `before` are their figures when they were last accepted.
+    It has the `version`, whether the gate `held_back` it, the `figures` of all tasks, and
+    `backward`: by how many points the others' figures went up, which is backward transfer. Rows are
+    by the ids of the versions that were evaluated, those active in `tried`: tasks may be renamed.
+    `before` are the figures when tasks were last accepted, by their names.
     """
+    figures, backward = {}, {}
+    for task, version in tried.active.items():
+        if task not in verdict.figures:
+            continue
+        row = figures[str(version.id)] = dict(verdict.figures[task])
+        if task != name and task in before:
+            backward[str(version.id)] = {key: row[key] - before[task][key] for key in MEASURED}
     return {
-        task: {measured: row[measured] - before[task][measured] for measured in MEASURED}
-        for task, row in verdict.figures.items()
-        if task != name and task in before
+        "version": tried.active[name].id,
+        "held_back": bool(verdict.fallen),
+        "figures": figures,
+        "backward": backward,
     }
 
 
@@ -168,15 +181,18 @@ def evaluate(
     before: Mapping[str, Mapping[str, float]],
     gate: Gate,
     new: str | None = None,
+    old: LibraryState | None = None,
 ) -> Verdict:
     """Evaluate the active tasks of `state`, against their figures `before`.
 
-    Raises UserError where there are none, or task `new`, which is to be the active one, is
-    damaged.
+    Of a version that `old`, the state until now, does not have as an active one, there need not be
+    figures. Raises UserError where there are no active tasks, or task `new`, which is to be an
+    active one, is damaged.
     """
     config = config_of(state)
     if not state.active:
         raise UserError(f"library: {reader.root} has no active task")
+    until_now = {version.id for version in (old or state).active.values()}
     versions, figures, fallen, unchecked, confusion = {}, {}, [], {}, {}
     for name, version in state.active.items():
         try:
@@ -200,7 +216,7 @@ def evaluate(
         ids = [each.id for each in versions.values()]
         confusion[version.id] = {ids[task]: count for task, count in given.items()}
         if name not in before:
-            if name != new:
+            if version.id in until_now:
                 unchecked[name] = "there are no figures of it to compare with"
             continue
         for measured in MEASURED:

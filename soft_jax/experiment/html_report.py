@@ -5,7 +5,6 @@ weights are looked at anew, each active task's once.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,7 +20,7 @@ from soft_jax.errors import UserError
 from soft_jax.evaluation import html, metrics, predictions, report
 from soft_jax.evaluation.html import Markup, Section
 from soft_jax.evaluation.metrics import Manifests
-from soft_jax.experiment.library import TRANSFER_FILE, Library
+from soft_jax.experiment.library import Library, kept_transfer
 from soft_jax.inference import assembly, rules
 from soft_jax.methods import changes
 from soft_jax.models import backbones
@@ -30,6 +29,7 @@ from soft_jax.store import library
 from soft_jax.store.folder import Reader
 from soft_jax.store.library import ACTIVE, LibraryReader, LibraryState, Version
 
+Record = Mapping[str, Any]  # of the log
 FILE = "report.html"
 MOST_RECORDS = 200  # of the log, the newest
 MOST_IN_DETAIL = 8  # tasks whose weights are shown one by one
@@ -61,16 +61,18 @@ def page(opened: Library) -> str:
     """Return the report of a library, or of a finished run's folder, as HTML."""
     reader, state = LibraryReader(opened.root), opened.state()
     name = opened.root.absolute().name
-    if library.holds_library(opened.root):
-        title, lead, sections = f"Library {name}", _library_lead(state), _of_library(opened, state)
+    if state.changes:  # else it is a run that nothing was changed of
+        title, lead = f"Library {name}", _library_lead(state)
+        records = reader.log(state)
+        sections = _of_library(reader, state, records)
     else:
         run = Reader(opened.root)
         run.read_record()
         manifests = [run.load_task_manifest(task) for task in run.present()]
         title, lead = f"Run {name}", _run_lead(state, manifests)
-        sections = _of_run(opened, state, manifests)
-    sections += _of_weights(opened, reader, state)
-    sections.append(Section("log", "Log", _log(opened, state)))
+        sections, records = _of_run(reader, state, manifests), []
+    sections += _of_weights(opened.console, reader, state)
+    sections.append(Section("log", "Log", _log(records, state)))
     return html.page(title, lead, sections, f"Made {library.now()} by soft-jax report,")
 
 
@@ -107,17 +109,19 @@ def _means(state: LibraryState) -> dict[str, str]:
     }
 
 
-def _of_library(opened: Library, state: LibraryState) -> list[Section]:
+def _of_library(
+    reader: LibraryReader, state: LibraryState, records: Sequence[Record]
+) -> list[Section]:
     return [
-        Section("tasks", "Tasks and versions", _tasks(opened.root, state)),
-        Section("time", "Accuracy over time", _over_time(state)),
-        Section("transfer", "Transfer", _transfer(opened.root, state)),
-        Section("confusion", "Confusion", _library_confusion(opened, state)),
+        Section("tasks", "Tasks and versions", _tasks(reader, state)),
+        Section("time", "Accuracy over time", _over_time(state, records)),
+        Section("transfer", "Transfer", _transfer(reader, state)),
+        Section("confusion", "Confusion", _library_confusion(state)),
     ]
 
 
-def _tasks(root: Path, state: LibraryState) -> Markup:
-    reader, rows, marked = LibraryReader(root), [], []
+def _tasks(reader: LibraryReader, state: LibraryState) -> Markup:
+    rows, marked = [], []
     for name, versions in state.tasks.items():
         for version in versions:
             now = state.figures.get(name) if version.state == ACTIVE else None
@@ -165,13 +169,20 @@ def _two(figures: Mapping[str, float] | None) -> str:
     return f"{figures['given']:.1f} / {figures['per_sample']:.1f}" if figures else "–"
 
 
-def _over_time(state: LibraryState) -> Markup:
-    """Draw the figures of every version's gate, and those of now."""
-    found = [(name, v) for name, versions in state.tasks.items() for v in versions]
-    found = sorted((pair for pair in found if pair[1].gate.get("figures")), key=lambda p: p[1].id)
-    places = [f"{name}@{version.number}" for name, version in found]
-    stages = [version.gate["figures"] for _, version in found]
-    hollow = [i for i, (_, version) in enumerate(found) if version.gate.get("fallen")]
+def _over_time(state: LibraryState, records: Sequence[Record]) -> Markup:
+    """Draw the figures of every evaluation at the gate, and those of now."""
+    versions = {v.id: (name, v) for name, found in state.tasks.items() for v in found}
+    places, stages, hollow = [], [], []
+    for found in (record["found"] for record in records):
+        figures = {int(id_): row for id_, row in found.get("figures", {}).items()}
+        if not figures or found["version"] not in versions:
+            continue
+        name, version = versions[found["version"]]
+        if found["held_back"]:
+            hollow.append(len(places))
+        places.append(f"{name}@{version.number}")
+        # By the names of today, whatever tasks were called then.
+        stages.append({versions[i][0]: row for i, row in figures.items() if i in versions})
     if state.figures:
         places, stages = [*places, "now"], [*stages, state.figures]
     if not stages:
@@ -185,7 +196,7 @@ def _over_time(state: LibraryState) -> Markup:
             f"Accuracy, {_SHOWN[key]}",
             places,
             _series(stages, key),
-            "percent of test images, at the gate of each version",
+            "percent of test images, at each evaluation by the gate",
             hollow=hollow,
         )
         for key in _SHOWN
@@ -205,11 +216,12 @@ def _over_time(state: LibraryState) -> Markup:
     return html.joined(
         html.side_by_side(*drawn),
         html.paragraph(
-            "Each version is a point: what the gate found for all tasks with it as the active one.",
+            "Each point is what the gate found for all tasks with a version as the active one,",
+            "when it was learned, activated or rolled back to.",
             held,
             "" if places is names else "They are numbered as in the figures below.",
-            "Versions that were removed since are missing; the last point is when the library was",
-            "last accepted.",
+            "Versions that were removed since are missing, and what releases without such a log",
+            "found; the last point is when the library was last accepted.",
             kind="note",
         ),
         html.folded(
@@ -239,10 +251,10 @@ def _series(
     }
 
 
-def _transfer(root: Path, state: LibraryState) -> Markup:
+def _transfer(reader: LibraryReader, state: LibraryState) -> Markup:
     """Show what `soft-jax transfer` has measured."""
     versions = state.active
-    kept = _kept(root / TRANSFER_FILE)
+    kept = kept_transfer(reader)
     names, values = list(versions), np.full((len(versions),) * 2, np.nan)
     for column, version in enumerate(versions.values()):
         of = kept.get(str(version.id), {})
@@ -297,19 +309,11 @@ def _around_zero(values: np.ndarray) -> tuple[float, float]:
     return -far, far
 
 
-def _kept(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # none, or damaged: it is measured again
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _library_confusion(opened: Library, state: LibraryState) -> Markup:
-    given, active = opened.confusion(), state.active
+def _library_confusion(state: LibraryState) -> Markup:
+    active = state.active
     ids = {version.id: place for place, version in enumerate(active.values())}
     names, values = list(active), np.full((len(active),) * 2, np.nan)
-    for one, row in given.items():
+    for one, row in state.confusion.items():
         total = max(sum(row.values()), 1)
         values[ids[one]] = 0
         for other, images in row.items():
@@ -373,8 +377,7 @@ def _pairs(
     return html.table("Pairs, the strongest first", heads, rows, left=(0, 1))
 
 
-def _log(opened: Library, state: LibraryState) -> Markup:
-    records = opened.log()
+def _log(records: Sequence[Record], state: LibraryState) -> Markup:
     if not records:
         return html.paragraph(
             "A run has no log: its tasks were planned before it began, and trained in turn."
@@ -455,15 +458,14 @@ def _run_lead(state: LibraryState, manifests: Manifests) -> Markup:
     )
 
 
-def _of_run(opened: Library, state: LibraryState, manifests: Manifests) -> list[Section]:
-    transfer = _transfer(opened.root, state)
+def _of_run(reader: LibraryReader, state: LibraryState, manifests: Manifests) -> list[Section]:
     return [
         Section("figures", "Figures after the last task", _figures(manifests)),
-        Section("tasks", "Tasks", _tasks(opened.root, state)),
+        Section("tasks", "Tasks", _tasks(reader, state)),
         Section("time", "Accuracy over time", _run_over_time(manifests)),
         Section("matrices", "Accuracy by task", _matrices(manifests)),
-        Section("confusion", "Confusion", _run_confusion(opened.root, manifests)),
-        Section("transfer", "Transfer", transfer),
+        Section("confusion", "Confusion", _run_confusion(reader.root, manifests)),
+        Section("transfer", "Transfer", _transfer(reader, state)),
     ]
 
 
@@ -608,14 +610,14 @@ class _Changes:
     failed: dict[str, str]
 
 
-def _of_weights(opened: Library, reader: LibraryReader, state: LibraryState) -> list[Section]:
+def _of_weights(console: Console, reader: LibraryReader, state: LibraryState) -> list[Section]:
     try:
         config = from_settings(state.config)
         backbone = assembly.load_backbone(config, state.backbone_sha256)
     except UserError as error:
         body = html.paragraph(f"The weights could not be compared with the frozen ones: {error}")
         return [Section("weights", "Weights", body), Section("tree", "How alike", body)]
-    found = _measured(opened.console, reader, state, backbone)
+    found = _measured(console, reader, state, backbone)
     return [
         Section("weights", "Which weights each task changed", _weights(found, backbone)),
         Section("tree", "How alike the tasks are", _alike(found)),

@@ -94,7 +94,8 @@ class Library:
 
     def log(self) -> list[dict[str, Any]]:
         """Return the records of all changes, oldest first."""
-        return LibraryReader(self.root).log() if library.holds_library(self.root) else []
+        reader = LibraryReader(self.root)
+        return reader.log(reader.read())
 
     # Growing.
 
@@ -268,15 +269,17 @@ class Library:
         if keep_test_images:
             version = self._keep_tests(folder, backbone, dataset, version)
             new = new.replaced(name, version)
-        verdict = self._judge(folder, old, new, backbone, name, version, gate)
+        tried = new.activated(name, version)
+        verdict = self._judge(folder, old, tried, backbone, name, gate)
+        found = gate_lib.record_of(old.figures, tried, verdict, name)
         new, version = _decided(new, name, version, verdict)
         before = old if old.changes or old.tasks else None
-        found = {"backward": version.gate["backward"]}
         if measured:
-            found["forward"] = dataclasses.asdict(measured[1])
+            best = old.active[measured[1].best].id
+            found["forward"] = dataclasses.asdict(measured[1]) | {"best": best}
         folder.commit(before, new, command, gate_lib.note_of(verdict), found)
         if measured:
-            self._keep_transfer({**_kept_transfer(folder), str(version.id): measured[0]})
+            self._keep_transfer({**kept_transfer(folder), str(version.id): measured[0]})
         return version, verdict
 
     @contextlib.contextmanager
@@ -357,31 +360,21 @@ class Library:
         backbone = _backbone(state)
         return gate_lib.evaluate(reader, state, backbone, state.figures, Gate(max_drop))
 
-    def confusion(self) -> dict[int, dict[int, int]]:
-        """Return to which tasks the active versions' test images were given, each by itself.
-
-        By versions' ids, `[one][other]` images, as when they were last accepted. Empty where
-        nothing was evaluated yet.
-        """
-        return {one: dict(row) for one, row in self.state().confusion.items()}
-
     def _judge(
         self,
         folder: LibraryFolder,
         old: LibraryState,
-        new: LibraryState,
+        tried: LibraryState,
         backbone: backbones.Backbone,
         name: str,
-        version: Version,
         gate: Gate,
     ) -> Verdict:
-        """Evaluate the library as it would be with `version` as the active one of task `name`.
+        """Evaluate the library as it would be, `tried`, with another version of task `name`.
 
         A task that takes the place of others has to hold what they have on average.
         """
-        tried = new.activated(name, version)
         before = {**gate_lib.of_replaced(old, name, tried.active[name]), **old.figures}
-        verdict = gate_lib.evaluate(folder, tried, backbone, before, gate, name)
+        verdict = gate_lib.evaluate(folder, tried, backbone, before, gate, name, old)
         if name in verdict.figures:
             own = verdict.figures[name][GIVEN]
             low = f"{own:.2f}% with the task given" if own < gate.min_accuracy else ""
@@ -425,7 +418,7 @@ class Library:
 
         None where `transfer` has not measured it, or there was no other task.
         """
-        column = _kept_transfer(LibraryReader(self.root)).get(str(version.id), {})
+        column = kept_transfer(LibraryReader(self.root)).get(str(version.id), {})
         gains = {
             other: column[str(earlier.id)]
             for other, versions in self.state().tasks.items()
@@ -439,12 +432,12 @@ class Library:
 
         `[i][j]` is of task i's network on the images of task j, in points; `["frozen"][j]` is the
         accuracy of the frozen network's probe, in percent. Pairs that were measured before are kept
-        in the library, so that a task more costs one row and one column. Raises UserError where a
-        task's images can't be had.
+        in the library, so that a task more costs one row and one column; each column is kept when
+        it is done. Raises UserError where a task's images can't be had.
         """
         reader = LibraryReader(self.root)
         state = reader.read()
-        kept, backbone = _kept_transfer(reader), _backbone(state)
+        kept, backbone, params = kept_transfer(reader), _backbone(state), None
         versions = state.active
         if not versions:
             raise UserError(f"library: {self.root} has no active task")
@@ -453,15 +446,18 @@ class Library:
             column = dict(kept.get(str(version.id), {}))
             missing = {n: v for n, v in versions.items() if str(v.id) not in column}
             if missing:
-                predictor = predictor_lib.of_versions(reader, state, missing, backbone)
+                predictor = predictor_lib.of_versions(
+                    reader, state, missing, backbone, params=params
+                )
+                params = predictor.model.backbone
                 frozen, gains = transfer.gains(predictor, _images(version))
                 column["frozen"] = frozen
                 column |= {str(versions[task].id): gain for task, gain in gains.items()}
                 kept[str(version.id)] = column
+                self._keep_transfer(kept)
             table["frozen"][name] = column["frozen"]
             for other, of in versions.items():
                 table[other][name] = column[str(of.id)]
-        self._keep_transfer(kept)
         return table
 
     def cost(self) -> Cost:
@@ -490,10 +486,11 @@ class Library:
                 raise UserError(f"version: {name}@{number} is archived; restore it first")
             if version.state == ACTIVE:
                 raise UserError(f"version: {name}@{number} is the active one already")
-            verdict = self._judge(folder, old, old, _backbone(old), name, version, gate or Gate())
+            tried = old.activated(name, version)
+            verdict = self._judge(folder, old, tried, _backbone(old), name, gate or Gate())
             if not verdict.fallen:
-                new = _with_figures(old.activated(name, version), name, verdict)
-                found = {"backward": gate_lib.backward(old.figures, verdict, name)}
+                found = gate_lib.record_of(old.figures, tried, verdict, name)
+                new = _with_figures(tried, name, verdict)
                 folder.commit(old, new, command, gate_lib.note_of(verdict), found)
         return verdict
 
@@ -513,17 +510,18 @@ class Library:
             if active and not earlier:
                 earlier = old.replaced_by(active)[::-1]
             if not earlier:
+                before = f" before {name}@{upto}" if active else ""
                 raise UserError(
-                    f"rollback: {name} has no version before "
-                    f"{f'{name}@{upto}' if active else 'that'} that was active and is not archived"
+                    f"rollback: {name} has no version{before} that was active and is not archived"
                 )
             name, version = earlier[-1]
-            new = old.activated(name, version)
-            verdict = gate_lib.evaluate(folder, new, _backbone(old), old.figures, Gate(100.0), name)
-            new = _with_figures(new, name, verdict)
-            found = {"backward": gate_lib.backward(old.figures, verdict, name)}
+            tried, backbone = old.activated(name, version), _backbone(old)
+            any_drop = Gate(100.0)
+            verdict = gate_lib.evaluate(folder, tried, backbone, old.figures, any_drop, name, old)
+            found = gate_lib.record_of(old.figures, tried, verdict, name)
+            new = _with_figures(tried, name, verdict)
             folder.commit(old, new, command, gate_lib.note_of(verdict), found)
-        return version, verdict
+        return new.active[name], verdict
 
     def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
         """Pack a version small; it is loaded no more, and `restore` brings it back to the bit."""
@@ -597,8 +595,9 @@ class Library:
     ) -> list[tuple[str, Version, str]]:
         """Return the versions that a rule archives, with the task and why.
 
-        Active versions that nothing has loaded for `unused_days`, and all but the newest
-        `keep_versions` of a task.
+        That is any version, also an active one, that was not asked for and has not answered for
+        `unused_days`; and of a task all but its newest `keep_versions`, its active one excepted.
+        None leaves a rule out.
         """
         reader = LibraryReader(self.root)
         found = []
@@ -629,12 +628,7 @@ def _decided(
     state: LibraryState, name: str, version: Version, verdict: Verdict
 ) -> tuple[LibraryState, Version]:
     """Return the state after the gate, and the version, active or a candidate."""
-    found = {
-        "backward": gate_lib.backward(state.figures, verdict, name),
-        "fallen": list(verdict.fallen),
-        "unchecked": dict(verdict.unchecked),
-        "figures": {task: dict(row) for task, row in verdict.figures.items()},
-    }
+    found = {"fallen": list(verdict.fallen), "unchecked": dict(verdict.unchecked)}
     learned = dict(verdict.figures.get(name, {}))
     version = dataclasses.replace(version, gate=found, learned=learned)
     if verdict.fallen:
@@ -674,13 +668,25 @@ def _forward(frozen: float, gains: Mapping[str, float]) -> Forward:
     return Forward(frozen, best, gains[best], float(np.mean(list(gains.values()))))
 
 
-def _kept_transfer(reader: LibraryReader) -> dict[str, Column]:
-    """Return what is kept of transfer: by version, the frozen probe and each version's gain."""
+def kept_transfer(reader: LibraryReader) -> dict[str, Column]:
+    """Return what is kept of transfer: by version, the frozen probe and each version's gain.
+
+    What is damaged is left out: it is measured again.
+    """
     file = reader.root / TRANSFER_FILE
     try:
-        return formats.upgrade("transfer", json.loads(file.read_bytes()), file)
-    except (OSError, ValueError, UserError):  # none, or damaged: it is measured again
+        kept = formats.upgrade("transfer", json.loads(file.read_bytes()), file)
+    except (OSError, ValueError, UserError):  # none, or not as it was written
         return {}
+    return {version: column for version, column in kept.items() if _is_column(column)}
+
+
+def _is_column(column: Any) -> bool:
+    return (
+        isinstance(column, dict)
+        and "frozen" in column
+        and all(type(value) in (int, float) for value in column.values())
+    )
 
 
 def _backbone(state: LibraryState) -> backbones.Backbone:

@@ -161,9 +161,27 @@ def library_1_to_2(old: Data) -> Data:
     return old | {"tasks": tasks}
 
 
+def library_2_to_3(old: Data) -> Data:
+    """Leave out the figures of other tasks that each version had, which are the log's."""
+
+    def of_gate(found: Mapping[str, Any]) -> Data:
+        return {key: found[key] for key in ("fallen", "unchecked") if key in found}
+
+    tasks = {
+        name: [v | {"gate": of_gate(v["gate"])} for v in found]
+        for name, found in old["tasks"].items()
+    }
+    return old | {"tasks": tasks}
+
+
 def log_0_to_1(old: Data) -> Data:
     """Say that nothing was kept of what was measured."""
     return old | {"found": {}}
+
+
+def log_1_to_2(old: Data) -> Data:
+    """Leave out the figures of other tasks by their names, which others may have by now."""
+    return old | {"found": {k: v for k, v in old["found"].items() if k != "backward"}}
 
 
 # A kind's number of functions is its format today; the function at index n reads format n.
@@ -171,8 +189,8 @@ MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
-    "library": (library_0_to_1, library_1_to_2),
-    "log": (log_0_to_1,),
+    "library": (library_0_to_1, library_1_to_2, library_2_to_3),
+    "log": (log_0_to_1, log_1_to_2),
     "transfer": (),
     "seeds": (),
     "lock": (),

@@ -87,8 +87,9 @@ class Version:
     `classes` are the library's numbers of its classes, in the order of its own classifier.
     `data` says where its images are from (`experiment.data_spec.Data`, one or several), `test` how
     many test images it has and the hash of them all, and of the file where they are kept; of a run,
-    the hash of the run's data set. `learned` and `gate` are figures in percent, of when it was
-    learned: its own with and without the task given, and what the gate found. `origin` says where
+    the hash of the run's data set. `learned` are figures in percent, of when it was
+    learned, with and without the task given; `gate` what the gate found then, in words: what had
+    `fallen`, and what was `unchecked`. `origin` says where
     arrays are from that were not trained here. `replaces` are the ids of other tasks' versions in
     whose place it answers for their classes. `restored_as` is the state that an archived version
     comes back with.
@@ -373,11 +374,10 @@ class LibraryReader:
         data = formats.upgrade("task", checkpoint.load_manifest(path), path)
         return TaskManifest.from_json(data, path)
 
-    def log(self) -> list[dict[str, JSON]]:
-        """Return the records of the log that are part of the library, in order."""
-        changes = self.read().changes
+    def log(self, state: LibraryState) -> list[dict[str, JSON]]:
+        """Return the records of the changes that led to a state, in order."""
         records = []
-        for number in range(1, changes + 1):
+        for number in range(1, state.changes + 1):
             file = self.root / "log" / f"{number:06d}.json"
             try:
                 record = json.loads(file.read_bytes())
