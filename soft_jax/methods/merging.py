@@ -104,7 +104,6 @@ def _agreed(rows: np.ndarray, share: np.ndarray) -> np.ndarray:
     """
     weighted = share[:, None, None] * rows
     agree = np.sign(rows) == np.sign(weighted.sum(axis=0))
-    agree &= rows != 0
     counted = (share[:, None, None] * agree).sum(axis=0)
     total = (weighted * agree).sum(axis=0)
     return np.divide(total, counted, out=np.zeros_like(total), where=counted > 0)
