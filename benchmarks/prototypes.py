@@ -5,6 +5,10 @@ CIFAR-100 in 10 tasks of 10 classes, in an order, with training images and rando
 drawn by the seed; q(x) of the bundled backbone, no masks. After each task the statistics of all so
 far classify the test images of all classes so far. Prints three Markdown tables; percentages are
 the mean over the seeds, with ± their standard deviation.
+
+With --half, one table instead: after the last task, by the statistics as they are and rounded to
+float16, each array times a power of two that brings its largest entry near float16's. q(x) is then
+of the first images of each class, as many as are asked for.
 """
 
 import argparse
@@ -41,24 +45,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--features", type=int, default=2000)
     parser.add_argument("--queries", help="a file that keeps q(x) for the next time, .npz")
+    parser.add_argument("--half", action="store_true", help="compare with half precision")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(arguments.queries or Path(folder) / "queries.npz")
-        train, test = queries(file, arguments.data_dir)
+        limit = max(arguments.images) if arguments.half else 0
+        train, test = queries(file, arguments.data_dir, limit)
+        figures = halves if arguments.half else measure
         rows = {
             count: [
-                measure(seed, count, arguments.features, train, test) for seed in arguments.seeds
+                figures(seed, count, arguments.features, train, test) for seed in arguments.seeds
             ]
             for count in arguments.images
         }
-    print(tables(rows))
+    print(table(rows, HALVES, 2) if arguments.half else tables(rows))
 
 
-def queries(file: Path, data_dir: str) -> tuple[Split, Split]:
-    """Return q(x) and labels of the training and of the test images; `file` keeps them."""
+def queries(file: Path, data_dir: str, limit: int) -> tuple[Split, Split]:
+    """Return q(x) and labels of the training and of the test images; `file` keeps them.
+
+    Of training images it is the first `limit` of a class; 0: all.
+    """
     if not file.exists():
         dataset, backbone = sources.load("cifar100", data_dir), backbones.load("vit_ti8_32")
+        dataset = dataset.first(limit, 0)
 
         @jax.jit
         def query(images: jax.Array) -> jax.Array:
@@ -122,6 +133,54 @@ def measure(seed: int, count: int, features: int, train: Split, test: Split) -> 
     scores = test_features @ found.weights(best).astype(np.float32)
     row["held out"] = percent(scores.argmax(axis=1) == test[1])
     return row
+
+
+HALVES = {
+    "images a class": None,
+    "float32": "float32",
+    "float16": "float16",
+    "task, float32": "task float32",
+    "task, float16": "task float16",
+    "λ, log₁₀": "ridge float32",
+    "λ by float16, log₁₀": "ridge float16",
+    "entries rounded to 0": "lost",
+}
+
+
+def halves(seed: int, count: int, features: int, train: Split, test: Split) -> Row:
+    """Return the figures after the last task, of statistics in single and in half precision."""
+    rng = np.random.default_rng(seed)
+    num_classes = int(train[1].max()) + 1
+    order = rng.permutation(num_classes).reshape(TASKS, -1)
+    projection = prototypes.projection(seed, train[0].shape[1], features)
+    sums = {name: prototypes.Sums(num_classes, projection) for name in ("float32", "float16")}
+    lost = []
+    for classes in order:
+        members = np.concatenate([np.flatnonzero(train[1] == c)[:count] for c in classes])
+        found = prototypes.statistics(train[0][members], train[1][members], classes, projection)
+        rounded = found | {name: halved(found[name]) for name in ("gram", "sums")}
+        sums["float32"].add(classes, found)
+        sums["float16"].add(classes, rounded)
+        lost.append(percent((rounded["gram"] == 0) & (np.asarray(found["gram"]) != 0)))
+    test_features, row = random_features(test[0], projection), {"lost": float(np.mean(lost))}
+    task_of_class = np.argsort(order.ravel()) // order.shape[1]
+    for name, each in sums.items():
+        solved = each.decompose()
+        ridge = solved.best_ridge()
+        scores = test_features @ solved.weights(ridge).astype(np.float32)
+        log_p = log_softmax(prototypes.SHARPNESS * scores)
+        task = prototypes.task_posterior(log_p, task_of_class).argmax(axis=1)
+        row[name] = percent(scores.argmax(axis=1) == test[1])
+        row[f"task {name}"] = percent(task == task_of_class[test[1]])
+        row[f"ridge {name}"] = float(np.log10(ridge))
+    return row
+
+
+def halved(array: jax.Array) -> np.ndarray:
+    """Return float32 numbers as float16 keeps them beside a power of two for the array."""
+    array = np.asarray(array)
+    scale = np.float32(2.0 ** (15 - np.ceil(np.log2(np.abs(array).max()))))
+    return (array * scale).astype(np.float16).astype(np.float32) / scale
 
 
 def random_features(query: np.ndarray, projection: np.ndarray) -> np.ndarray:
@@ -251,12 +310,13 @@ def tables(rows: dict[int, list[Row]]) -> str:
     )
 
 
-def table(rows: dict[int, list[Row]], columns: dict[str, str | None]) -> str:
+def table(rows: dict[int, list[Row]], columns: dict[str, str | None], digits: int = 1) -> str:
     """Return one table; `columns` give the figure under each heading, None the images a class."""
     lines = [list(columns), ["---"] * len(columns)]
     for count, found in rows.items():
         values = [[row[key] for row in found] for key in columns.values() if key]
-        cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=min(len(v) - 1, 1)):.1f}" for v in values]
+        spread = [(np.mean(v), np.std(v, ddof=min(len(v) - 1, 1))) for v in values]
+        cells = [f"{mean:.{digits}f} ± {deviation:.{digits}f}" for mean, deviation in spread]
         lines.append([str(count), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
