@@ -272,15 +272,15 @@ def test_one_process_at_a_time(opened):
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
-    checkpoint.write_text(path, "grüße")
+    files.write_text(path, "grüße")
     assert path.read_bytes() == "grüße".encode()
     (tmp_path / ".a.txt.partial").write_text("of a process that was killed, and longer")
-    checkpoint.write_text(path, "two")
+    files.write_text(path, "two")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"a.txt could not be written \(File too large\)"):
-            checkpoint.write_text(path, "3" * 2000)
+            files.write_text(path, "3" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "two"}
@@ -300,7 +300,7 @@ def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_rename)
-    checkpoint.write_text(tmp_path / "a.txt", "one")
+    files.write_text(tmp_path / "a.txt", "one")
     assert done == ["file", "renamed", "folder"]
 
 
@@ -437,7 +437,7 @@ def replaced(root):
 def of_another_run(root):
     (root / "config.json").unlink()
     text = json.dumps({"format": 1, "written_by": "0", **OTHER.to_json()})
-    checkpoint.write_text(root / "config.json", text)
+    files.write_text(root / "config.json", text)
 
 
 def without_config(root):
@@ -519,7 +519,7 @@ def test_links_that_come_while_a_run_trains_are_not_followed(opened, tmp_path):
     partial = tmp_path / ".a.txt.partial"
     partial.symlink_to(target / "mine")
     with pytest.raises(UserError, match=r".a.txt.partial is a symbolic link"):
-        checkpoint.write_text(tmp_path / "a.txt", "text")
+        files.write_text(tmp_path / "a.txt", "text")
     assert (target / "mine").read_text() == "mine"
 
 

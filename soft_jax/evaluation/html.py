@@ -11,7 +11,9 @@ import base64
 import functools
 import html
 import io
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from PIL import Image
 
 from soft_jax import __version__, paths
 from soft_jax.errors import UserError
-from soft_jax.store.checkpoint import write_text
+from soft_jax.store.files import write_text
 
 FORMAT = 1  # of the pages, in their "generator"
 MOST = 24  # rows and columns of a matrix; larger ones are shown as means over blocks
@@ -495,18 +497,33 @@ def page(title: str, lead: Markup, sections: Sequence[Section], footer: str) -> 
 
 def check_output(file: Path) -> None:
     """Raise UserError where a page can't be written to `file`, or would replace something else."""
-    if file.is_dir():
-        raise UserError(f"--output: {paths.shown(file)} is a folder; name a file in it")
-    if not file.parent.is_dir():
+    try:
+        if file.is_dir():
+            raise UserError(f"--output: {paths.shown(file)} is a folder; name a file in it")
+        if not file.parent.is_dir():
+            raise UserError(
+                f"--output: {paths.shown(file.parent)} is no folder; make it, or name another file"
+            )
+        replaceable = not os.path.lexists(file) or _is_ours(file)
+    except OSError as error:
         raise UserError(
-            f"--output: {paths.shown(file.parent)} is no folder; make it, or name another file"
-        )
-    start = file.read_bytes()[:2000].decode("utf-8", "replace") if file.is_file() else ""
-    if start and not _OURS.search(start):
+            f"--output: {paths.shown(file)} can't be read ({error.strerror}), so it is not "
+            "replaced; name another file"
+        ) from error
+    if not replaceable:
         raise UserError(
             f"--output: {paths.shown(file)} is there and is no page that soft-jax made, so it is "
             "not replaced; name another file, or remove it"
         )
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file is a page of ours, or empty. Raises OSError where it can't be read."""
+    if not stat.S_ISREG(file.stat().st_mode):  # a pipe, which would be waited for, or a device
+        return False
+    with open(file, "rb") as opened:
+        start = opened.read(2000).decode("utf-8", "replace")
+    return not start or bool(_OURS.search(start))
 
 
 def write(file: Path, content: str) -> None:

@@ -38,7 +38,7 @@ from soft_jax.inference import assembly
 from soft_jax.inference import predictor as predictor_lib
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
-from soft_jax.store import checkpoint, formats, library
+from soft_jax.store import files, formats, library
 from soft_jax.store.library import (
     ACTIVE,
     ARCHIVED,
@@ -330,7 +330,7 @@ class Library:
             data=tuple(part.to_json() for part in plan.parts),
             test={"images": len(test.labels), "sha256": gate_lib.hash_of(dataset)},
             seconds=float(manifests[0].seconds["train"]),
-            bytes=library.checkpoint_bytes(finished),
+            bytes=files.of(finished).size(finished),
             origin=plan.origin,
         )
         return version, finished
@@ -411,7 +411,7 @@ class Library:
     def _keep_transfer(self, kept: Mapping[str, Column]) -> None:
         with contextlib.suppress(UserError):  # a library that can only be read
             text = json.dumps(formats.stamped("transfer", kept), indent=1, sort_keys=True)
-            checkpoint.write_text(self.root / TRANSFER_FILE, f"{text}\n")
+            files.write_text(self.root / TRANSFER_FILE, f"{text}\n")
 
     def forward(self, name: str, version: Version) -> Forward | None:
         """Return what tasks that were learned before a version of task `name` give to its images.

@@ -23,7 +23,6 @@ from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
 from soft_jax.paths import Place
 from soft_jax.store import files
-from soft_jax.store.files import refuse_link, write_text  # noqa: F401  libraries know them from here
 
 ADVICE = (
     "restore this folder from a copy, or move it and all later tasks away and give the same "
@@ -96,7 +95,8 @@ def save(path: Place, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
     manifest["manifest_sha256"] = _digest(manifest)
     args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in named.items()}
     try:
-        with _saving(path), _quiet_orbax(), _checkpointer(named) as checkpointer:
+        # Quiet also while what failed is removed, which Orbax's threads may still be writing.
+        with _quiet_orbax(), _saving(path), _checkpointer(named) as checkpointer:
             checkpointer.save(
                 os.fspath(path.absolute()),
                 args=ocp.args.Composite(**args, manifest=ocp.args.JsonSave(manifest)),

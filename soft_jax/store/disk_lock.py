@@ -1,4 +1,4 @@
-"""A run's folder on a disk, held by one process by flock."""
+"""A folder on a disk, a run's or a library's, held by one process by flock."""
 
 import contextlib
 import fcntl
@@ -14,10 +14,10 @@ FILE = ".lock"
 class DiskLock:
     """A folder that is made and locked. The kernel lets go of it when the process ends, however."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, held: str):
         """Make `root` and lock it.
 
-        Raises OSError where it can't be written, UserError where another process holds it.
+        Raises OSError where it can't be written, UserError(`held`) where another process holds it.
         """
         self._folders, self._opened = [root], []
         wanted = (*reversed(root.absolute().parents), root, root / FILE)
@@ -31,10 +31,7 @@ class DiskLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise UserError(
-                f"workdir: another process is running in {root}; wait for it, or take another "
-                "workdir"
-            ) from error
+            raise UserError(held) from error
 
     def make(self, folders: Sequence[Path]) -> None:
         """Make folders in it that are written in as well. Raises OSError."""

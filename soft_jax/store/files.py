@@ -127,7 +127,10 @@ class Files(abc.ABC):
 
 class _OnDisk(Files):
     def lock(self, root: Path) -> Lock:
-        return disk_lock.DiskLock(root)
+        held = (
+            f"workdir: another process is running in {root}; wait for it, or take another workdir"
+        )
+        return disk_lock.DiskLock(root, held)
 
     def is_locked(self, root: Path) -> bool:
         return os.path.lexists(root / disk_lock.FILE)

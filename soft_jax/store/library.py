@@ -20,7 +20,6 @@ something is changed, and its tasks are "task1", "task2" and so on, each of one 
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -39,7 +38,7 @@ import numpy as np
 
 from soft_jax import paths
 from soft_jax.errors import UserError
-from soft_jax.store import checkpoint, files, formats
+from soft_jax.store import checkpoint, disk_lock, files, formats
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
@@ -312,7 +311,7 @@ class LibraryReader:
     def read(self) -> LibraryState:
         """Return the state. Raises UserError where there is no library, or it can't be read."""
         file = self.root / STATE_FILE
-        checkpoint.refuse_link(file)
+        files.refuse_link(file)
         if not file.exists():
             if not os.path.lexists(self.root / "config.json"):
                 raise UserError(f"library: there is none in {self.root}, and no run")
@@ -452,7 +451,7 @@ def _state_of_run(root: Path) -> LibraryState:
                 },
                 learned=_figures(manifest, task),
                 seconds=float(manifest.seconds.get("train", 0.0)),
-                bytes=checkpoint_bytes(path),
+                bytes=files.of(path).size(path),
             ),
         )
     return LibraryState(
@@ -486,11 +485,6 @@ def _figures(manifest: TaskManifest, task: int) -> dict[str, float]:
     return {name: 100 * row["correct"] / row["total"] for name, row in rows.items()}
 
 
-def checkpoint_bytes(path: Path) -> int:
-    """Return the bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 class LibraryFolder(LibraryReader):
     """A library's folder, held by one program at a time, which may change it."""
 
@@ -502,26 +496,13 @@ class LibraryFolder(LibraryReader):
         super().__init__(root)
         if not make and not self.root.is_dir():
             raise UserError(f"library: {self.root} is not there")
-        self._made = [
-            path
-            for path in (self.root / ".lock", self.root, *self.root.absolute().parents)
-            if not os.path.lexists(path)
-        ]
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for name in (".lock", *_FOLDERS):
-                checkpoint.refuse_link(self.root / name)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            self._lock = open(os.open(self.root / ".lock", flags, 0o666), "r+b")  # noqa: SIM115
+            for name in (disk_lock.FILE, *_FOLDERS):
+                files.refuse_link(self.root / name)
+            held = f"library: another program is changing {self.root}; wait for it"
+            self._lock = disk_lock.DiskLock(self.root, held)
         except OSError as error:
             raise UserError(f"library: {self.root} can't be written ({error})") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UserError(
-                f"library: another program is changing {self.root}; wait for it"
-            ) from error
         try:
             if holds_library(self.root):
                 self.recover(self.read())
@@ -531,14 +512,11 @@ class LibraryFolder(LibraryReader):
 
     def close(self) -> None:
         """Let other programs change the folder. What was made for nothing is removed."""
-        with contextlib.closing(self._lock):
-            for path in () if holds_library(self.root) else self._made:
-                with contextlib.suppress(OSError):  # a folder that holds something stays
-                    path.rmdir() if path.is_dir() else path.unlink()
+        self._lock.close(keep=holds_library(self.root))
 
     def check_new(self) -> None:
         """Raise UserError where a new library would be made among other things."""
-        others = {path.name for path in self.root.iterdir()} - {".lock", *_FOLDERS}
+        others = {path.name for path in self.root.iterdir()} - {disk_lock.FILE, *_FOLDERS}
         others = {name for name in others if not name.startswith(f".{STATE_FILE}")}
         if others:
             raise UserError(
@@ -594,9 +572,9 @@ class LibraryFolder(LibraryReader):
         with _disk(folder):
             folder.mkdir(exist_ok=True)
         text = json.dumps(formats.stamped("log", record), indent=1, ensure_ascii=False) + "\n"
-        checkpoint.write_text(folder / f"{new.changes:06d}.json", text)
+        files.write_text(folder / f"{new.changes:06d}.json", text)
         data = formats.stamped("library", new.to_json())
-        checkpoint.write_text(
+        files.write_text(
             self.root / STATE_FILE, json.dumps(data, indent=1, ensure_ascii=False) + "\n"
         )
         # Done; what can't be removed now is removed by the next command.
