@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import closing
 from http import HTTPStatus
@@ -512,10 +513,20 @@ def test_tables_and_pictures_in_a_bucket(in_bucket, emulator, monkeypatch):
 def test_curves_in_a_bucket(emulator, tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, tensorboard=True)
     record = folder.RunRecord(settings={}, backbone_sha256="", dataset_sha256="", tasks=None)
-    with trackers.opened(config, paths.place(url("curves"), "workdir"), record) as opened:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    place, told = paths.place(url("curves"), "workdir"), []
+    with trackers.opened(config, place, record, told.append) as opened:
         opened.curves(1, 0, {"loss": 1.0})
     (events,) = (name for name in emulator.objects if name.startswith("curves/tensorboard/task_1/"))
     assert b"train/loss" in emulator.objects[events]
+    assert (list(tmp_path.iterdir()), told) == ([], [])
+    # What the bucket refuses in the end stays on the disk.
+    with trackers.opened(config, place, record, told.append) as opened:
+        opened.curves(1, 1, {"loss": 0.5})
+        emulator.before = lambda *_: HTTPStatus.FORBIDDEN
+    (kept,) = tmp_path.iterdir()
+    assert f"they are in {kept}" in told[0]
+    assert b"train/loss" in next(kept.rglob("events*")).read_bytes()
 
 
 # What is no bucket, or can't be one

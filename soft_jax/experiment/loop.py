@@ -1,6 +1,7 @@
 """The one outer loop: train, evaluate, store and report, task after task, resumable anywhere."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -72,7 +73,9 @@ def run(
     ):
         shown.begin("loading the backbone and the images")
         prepared = prepare(config, store, console, stop, None, dataset, hooks, start)
-        with trackers_lib.opened(config, store.root, store.record) as trackers, _memory_named():
+        tell = functools.partial(console.print, markup=False, highlight=False)
+        opened = trackers_lib.opened(config, store.root, store.record, tell)
+        with opened as trackers, _memory_named():
             run = dataclasses.replace(prepared, log=trackers.curves, display=shown)
             manifests = _run_tasks(run, trackers, figures)
     if figures and not run.start.alone:

@@ -4,10 +4,10 @@ To add a tracker, write its class, its line in `TRACKERS` and a setting of that 
 that turns it on.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,8 +59,8 @@ class Tracker:
         """
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Send what is left."""
+    def close(self) -> str:
+        """Send what is left; return a line for the user about what could not be sent, else ""."""
         raise NotImplementedError
 
 
@@ -75,18 +75,26 @@ def check(config: Config) -> None:
 
 
 @contextmanager
-def opened(config: Config, root: Place, record: RunRecord) -> Iterator["Trackers"]:
+def opened(
+    config: Config, root: Place, record: RunRecord, tell: Callable[[str], None]
+) -> Iterator["Trackers"]:
     """Yield the trackers that `config` turns on, in the first process; they are closed at the end.
 
-    Raises UserError where one can't be opened.
+    `tell` is called with a line about what one could not send. Raises UserError where one can't be
+    opened.
     """
+
+    def close(tracker: Tracker) -> None:
+        if note := tracker.close():
+            tell(note)
+
     check(config)
     wanted = [tracker for setting, tracker in TRACKERS.items() if getattr(config, setting)]
     with ExitStack() as stack:
         trackers = []
         for tracker in wanted if distributed.is_primary() else ():
             trackers.append(tracker.open(config, root, record))
-            stack.callback(trackers[-1].close)
+            stack.callback(close, trackers[-1])
         yield Trackers(trackers)
 
 
@@ -120,15 +128,14 @@ class TensorBoard(Tracker):
     each protocol holds its figures over the number of tasks trained.
 
     Of a run in a bucket they are written to a temporary folder, and copied to the bucket after each
-    task and every `SENT_EVERY` seconds.
+    task and every `SENT_EVERY` seconds. What can't be copied in the end stays there.
     """
 
     package = "tensorboardX"
 
     def __init__(self, root: Place, writer: Callable[..., Any]):
         self._bucket = root if isinstance(root, BucketPath) else None
-        self._staging = tempfile.TemporaryDirectory() if self._bucket else None
-        self._root = Path(self._staging.name) if self._staging else root
+        self._root = Path(tempfile.mkdtemp(prefix="soft_jax-")) if self._bucket else root
         self._new, self._sent = writer, time.monotonic()
         self._task: tuple[int, Any] | None = None  # number and writer of the task in training
         self._protocols: dict[str, Any] = {}
@@ -174,24 +181,32 @@ class TensorBoard(Tracker):
         if self._task:
             self._task[1].close()
 
-    def close(self) -> None:
-        """Close all files."""
+    def close(self) -> str:
+        """Close all files; return where they are if not all could be copied to the bucket."""
         self._close_task()
         for writer in self._protocols.values():
             writer.close()
-        self._send()
-        if self._staging:
-            self._staging.cleanup()
+        if problem := self._send():
+            return (
+                f"tensorboard: curves could not be copied to {self._bucket} ({problem}); they are "
+                f"in {self._root}, copy them from there"
+            )
+        if self._bucket:
+            shutil.rmtree(self._root, ignore_errors=True)
+        return ""
 
-    def _send(self) -> None:
-        """Copy the files to the bucket, if the run is in one.
+    def _send(self) -> str:
+        """Copy the files to the bucket, if the run is in one; return what was wrong, "" if nothing.
 
         Where that fails they come with the next; the run itself tells of a bucket that is gone.
         """
-        self._sent = time.monotonic()
+        self._sent, problem = time.monotonic(), ""
         for file in self._root.rglob("events*") if self._bucket else ():
-            with contextlib.suppress(OSError):
+            try:
                 (self._bucket / file.relative_to(self._root)).write_bytes(file.read_bytes())
+            except OSError as error:
+                problem = str(error)
+        return problem
 
 
 class WandB(Tracker):
@@ -251,9 +266,10 @@ class WandB(Tracker):
         self._defined |= named.keys()
         self._run.log(named | {axis: place})
 
-    def close(self) -> None:
+    def close(self) -> str:
         """Send what is left, and end the process that W&B runs beside this one."""
         self._run.finish()
+        return ""
 
 
 # By the setting that turns each on.
