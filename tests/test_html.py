@@ -3,8 +3,10 @@ that try to be HTML.
 """
 
 import dataclasses
+import errno
 import html as stdlib_html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -259,10 +261,15 @@ def test_pages_hold_what_they_should(pages):
         assert word in pages["run"]
     for word in ("Prompt ID", "Gradient ID", "prototype", "frozen features", "layer 3", "✓"):
         assert word in pages["explained"]
+    assert "masks" not in pages["explained"]  # a task of LoRA has none
     assert "im&quot;age&lt;1&gt;.png" in pages["explained"]
 
 
-def test_a_report_replaces_itself_alone(library_, tmp_path, capsys):
+def _refused(*_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_a_report_replaces_itself_alone(library_, tmp_path, capsys, monkeypatch):
     html_report.write(library_)
     file = tmp_path / "mine.html"
     file.write_text("<p>my own page")
@@ -271,6 +278,14 @@ def test_a_report_replaces_itself_alone(library_, tmp_path, capsys):
     assert file.read_text() == "<p>my own page"
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         html_report.write(library_, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, message in (("pipe", "is no page that"), ("loop", r"can't be read \(Too many")):
+        with pytest.raises(UserError, match=message):
+            html_report.write(library_, tmp_path / name)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"read \(Permission den"):
+        patch.setattr(html, "open", _refused, raising=False)
+        html_report.write(library_, file)
     with pytest.raises(UserError, match="is no folder; make it"):
         html_report.write(library_, tmp_path / "none" / "x.html")
     with pytest.raises(UserError, match="there is none in"):
@@ -352,7 +367,18 @@ def test_many_tasks_are_summarized(rng):
     series = html_report._series([stage, stage], "given")
     assert list(series) == ["mean of 500 tasks", "lowest", "highest"]
     page = html_report._confusion(names, apart, "Tasks")
-    assert len(page) < 100_000 and "neighbours are joined" in page
+    assert len(page) < 100_000 and "mean over its rows of the sum of its columns" in page
+    assert "a cell is the mean over them." in html_report._blocks_note(names)
+
+
+def test_a_page_says_what_weights_are_by_the_method():
+    for method, words in (
+        ("lora", "θ + 8 AB"),
+        ("dualprompt+wsn", "θ ⊙ m"),
+        ("adapter", ""),
+    ):
+        said = html_report._kind_of(tiny_config(method=method))
+        assert (words in said) if words else not said
 
 
 def test_numbers_and_text():

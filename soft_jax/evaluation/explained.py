@@ -70,7 +70,7 @@ def lines(explanation: Explanation, file: str) -> list[str]:
         out += ["", "Scores of the tasks (*: the one that is named):", *_padded(rows)]
         out += [f"  and {left_out} more tasks"] if left_out else []
     if e.layers:
-        out += ["", f"With a layer's masks put back to 1, {_margin_words(e)} would be:"]
+        out += ["", f"With a layer as in the frozen network, {_margin_words(e)} would be:"]
         out += _padded(
             [
                 (
@@ -86,7 +86,7 @@ def lines(explanation: Explanation, file: str) -> list[str]:
         "",
         "Where the [class] token of the last layer looks, by row and column of patches:",
         f"  frozen: {_most(e.frozen)}",
-        f"  masked: {_most(e.masked)}",
+        f"  task {name_of(e, e.network)}: {_most(e.masked)}",
     ]
     return out
 
@@ -149,7 +149,7 @@ def page(explanation: Explanation, file: Any, root: Any) -> str:
     )
     sections = [
         Section("rules", "What each rule says", _rules(e)),
-        Section("layers", "Which masked layers moved the answer", _layers(e)),
+        Section("layers", "Which changed layers moved the answer", _layers(e)),
         Section("attention", "Where it looked", _attention(e)),
     ]
     return html.page(f"Why {e.class_names[e.class_]}?", lead, sections, "Made by soft-jax explain,")
@@ -229,16 +229,16 @@ def _layers(e: Explanation) -> Markup:
     )
     return html.joined(
         html.paragraph(
-            f"The image was answered again with the masks of one layer put back to 1. {MARGIN}",
-            f"With all masks it is {html.number_of(e.margin, '{:.2f}')}, and the class has",
-            f"{100 * e.probability:.1f}% of that network's softmax over the classes that could",
-            "win. Where the margin falls, that layer's masks spoke for the answer; where it rises,",
-            "against it. Prompts stay.",
+            f"The image was answered again with one layer as in the frozen network. {MARGIN}",
+            f"As the task has them all, it is {html.number_of(e.margin, '{:.2f}')}, and the class",
+            f"has {100 * e.probability:.1f}% of that network's softmax over the classes that could",
+            "win. Where the margin falls, what the task changed in that layer spoke for the",
+            "answer; where it rises, against it. Prompts stay.",
             below if e.margin < 0 else "",
         ),
         html.bars(
-            f"The margin of {e.class_names[e.class_]} without a layer's masks",
-            ("masks put back", "margin", "change", "probability, %", "change, points"),
+            f"The margin of {e.class_names[e.class_]} without what the task changed in a layer",
+            ("as frozen", "margin", "change", "probability, %", "change, points"),
             rows,
             changes,
         ),

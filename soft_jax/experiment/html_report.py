@@ -15,14 +15,15 @@ import numpy as np
 from rich.console import Console
 
 from soft_jax import paths
-from soft_jax.config import from_settings
+from soft_jax.config import Config, from_settings
 from soft_jax.errors import UserError
 from soft_jax.evaluation import html, metrics, predictions, report
 from soft_jax.evaluation.html import Markup, Section
 from soft_jax.evaluation.metrics import Manifests
 from soft_jax.experiment.library import Library, kept_transfer
 from soft_jax.inference import assembly, rules
-from soft_jax.methods import changes
+from soft_jax.methods import changes, registry
+from soft_jax.methods.low_rank import LoRA
 from soft_jax.models import backbones
 from soft_jax.models.protocol import Architecture
 from soft_jax.store import library
@@ -37,8 +38,8 @@ _MOST_PAIRS = 12  # in a list of the strongest
 _MOST_CLASSES = 8  # that are named beside a task
 _SHOWN = {"given": "task given", "per_sample": "each image by itself"}
 FORMULA = (
-    "‖W − θ‖ / ‖θ‖ in percent, where θ is a kernel of the frozen network and W = θ ⊙ m what the "
-    "task has in its place; with masks that is ‖(m − 1) ⊙ θ‖ / ‖θ‖, in 2-norms."
+    "‖W − θ‖ / ‖θ‖ in percent, in 2-norms, where θ is a kernel of the frozen network and W what "
+    "the task has in its place"
 )
 
 
@@ -288,7 +289,7 @@ def _transfer(reader: LibraryReader, state: LibraryState) -> Markup:
         _blocks_note(names, pairs=True),
         html.folded(
             "The strongest pairs",
-            _pairs(names, values, "{:+.1f}", ("network of", "images of", "points"), own=False),
+            _pairs(names, values, "{:+.1f}", ("network of", "images of", "points")),
         ),
         html.folded(
             "The frozen network by itself",
@@ -345,28 +346,29 @@ def _confusion(names: Sequence[str], values: np.ndarray, caption: str) -> Markup
             corner="images of ↓ / given to →",
             unit="percent",
         ),
-        _blocks_note(names, pairs=True),
-        html.folded("The most confused pairs", _pairs(names, values, "{:.1f}", heads, own=False)),
+        _blocks_note(names, pairs=True, shares=True),
+        html.folded("The most confused pairs", _pairs(names, values, "{:.1f}", heads)),
     )
 
 
-def _blocks_note(names: Sequence[str], pairs: bool = False) -> Markup | str:
+def _blocks_note(names: Sequence[str], pairs: bool = False, shares: bool = False) -> Markup | str:
     if len(names) <= html.MOST:
         return ""
+    cell = "the mean over its rows of the sum of its columns" if shares else "the mean over them"
     return html.paragraph(
-        f"There are {len(names)}; neighbours are joined, and a cell is the mean over them.",
+        f"There are {len(names)}; neighbours are joined, and a cell is {cell}.",
         "The strongest pairs are listed below." if pairs else "",
         kind="note",
     )
 
 
-def _pairs(
-    names: Sequence[str], values: np.ndarray, form: str, heads: Sequence[str], own: bool
-) -> Markup:
-    """List the pairs of the largest values, and of the most below 0 where there are any."""
+def _pairs(names: Sequence[str], values: np.ndarray, form: str, heads: Sequence[str]) -> Markup:
+    """List the pairs of the largest values, and of the most below 0 where there are any.
+
+    No pair is of one and the same.
+    """
     values = np.array(values, float)
-    if not own:
-        np.fill_diagonal(values, np.nan)
+    np.fill_diagonal(values, np.nan)
     places = [(i, j) for i, j in np.argwhere(np.isfinite(values)) if values[i, j]]
     places.sort(key=lambda place: -values[place])
     chosen = places[:_MOST_PAIRS]
@@ -419,19 +421,11 @@ def _log(records: Sequence[Record], state: LibraryState) -> Markup:
 
 
 def _own_protocol(manifests: Manifests) -> str:
-    """Return the protocol that `predict` goes by (`rules.choose`)."""
+    """Return the protocol that `predict` goes by."""
     last = manifests[-1]
     found = [key for key in last.metrics if rules.grouping_of(key) == rules.PER_SAMPLE]
     able = [key for key in found if (rule := rules.rule_of(key)) and rule.can_stand_alone()]
-    measured = {
-        key: float(metrics.accuracies(last, key, part=metrics.VALIDATION).mean())
-        for key in able
-        if key in last.validation
-    }
-    if measured:
-        return max(measured, key=lambda key: measured[key])
-    prototype = f"{rules.PER_SAMPLE}/{rules.Prototype.name}"
-    return prototype if prototype in able else (able or found)[0]
+    return rules.chosen(able or found, last.validation)[0]
 
 
 def _run_lead(state: LibraryState, manifests: Manifests) -> Markup:
@@ -619,7 +613,7 @@ def _of_weights(console: Console, reader: LibraryReader, state: LibraryState) ->
         return [Section("weights", "Weights", body), Section("tree", "How alike", body)]
     found = _measured(console, reader, state, backbone)
     return [
-        Section("weights", "Which weights each task changed", _weights(found, backbone)),
+        Section("weights", "Which weights each task changed", _weights(found, config, backbone)),
         Section("tree", "How alike the tasks are", _alike(found)),
     ]
 
@@ -660,7 +654,7 @@ def _as_drawn(config: Any, backbone: backbones.Backbone, params: Any) -> float |
     return change and change.overall
 
 
-def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
+def _weights(found: _Changes, config: Config, backbone: backbones.Backbone) -> Markup:
     failed = [html.paragraph(f"{name}: {why}") for name, why in found.failed.items()]
     if not found.of:
         return html.joined(
@@ -677,7 +671,7 @@ def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
         "" if found.drawn is None else f"As drawn, before training, it is {100 * found.drawn:.2f}."
     )
     parts = [
-        html.paragraph(FORMULA, before),
+        html.paragraph(f"{FORMULA}{_kind_of(config)}.", before),
         html.table(
             "All of a task's kernels together, percent",
             ("task", "changed by", "most", "least"),
@@ -708,6 +702,17 @@ def _weights(found: _Changes, backbone: backbones.Backbone) -> Markup:
             )
         )
     return html.joined(*parts)
+
+
+def _kind_of(config: Config) -> str:
+    """Say what W is by the method."""
+    reparametrization = registry.parse(config.method).reparametrization
+    if reparametrization is LoRA:
+        scale = LoRA.SCALE
+        return f": θ + {scale:g} AB with low-rank A and B, so that it is ‖{scale:g} AB‖ / ‖θ‖"
+    if reparametrization and reparametrization.replaces_kernels:
+        return ": θ ⊙ m with its mask m, so that it is ‖(m − 1) ⊙ θ‖ / ‖θ‖"
+    return ""
 
 
 def _limits(values: Sequence[Any]) -> tuple[float, float]:

@@ -720,19 +720,27 @@ def choose(
     counts `validation` has by protocol and task; without those the prototypes where they are kept,
     else the first. Only rules that can stand alone are candidates.
     """
-    able = [rule for rule in rules if rule.can_stand_alone()]
+    able = {rule.key: rule for rule in rules if rule.can_stand_alone()}
+    key, because = chosen(list(able), validation)
+    return able[key], because
+
+
+def chosen(
+    keys: Sequence[str], validation: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[str, str]:
+    """Return what `choose` does, by the protocols of rules that can stand alone, at least one."""
     measured = {
-        rule.key: float(np.mean([row["correct"] / row["total"] for row in validation[rule.key]]))
-        for rule in able
-        if validation.get(rule.key)
+        key: float(np.mean([row["correct"] / row["total"] for row in validation[key]]))
+        for key in keys
+        if validation.get(key)
     }
     if measured:
-        best = max(able, key=lambda rule: measured.get(rule.key, -1.0))
-        return best, f"the best on validation images, {100 * measured[best.key]:.2f}%"
-    prototypes_kept = [rule for rule in able if isinstance(rule, Prototype)]
-    if prototypes_kept:
-        return prototypes_kept[0], "the tasks keep statistics for it, and nothing was held out"
-    return able[0], "nothing was held out to choose by"
+        best = max(measured, key=lambda key: measured[key])
+        return best, f"the best on validation images, {100 * measured[best]:.2f}%"
+    prototype = f"{Prototype.grouping}/{Prototype.name}"
+    if prototype in keys:
+        return prototype, "the tasks keep statistics for it, and nothing was held out"
+    return keys[0], "nothing was held out to choose by"
 
 
 def grouping_of(key: str) -> str:
