@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 # The flags of `train` and of `sweep`, and what they mean.
 JOBS = (
-    "So many runs side by side, each in a process on a device of its own; 1: one after the other, "
-    "on all devices. Default: one for each TPU chip or GPU of this host; 1 on a CPU."
+    "How many runs go side by side, each in a process on a device of its own; 1: one after the "
+    "other, on all devices. Default: one for each TPU chip or GPU of this host; 1 on a CPU."
 )
 CONFIG_FLAG = (
     "The run's settings: a file, or the name of one that comes along (digits, vit_cil, clip_cil, "
@@ -50,7 +50,7 @@ TRAIN_FLAGS = {
     "continues it. Default: "
     "runs/NAME-METHOD-TASKSx-seedSEED. With --seeds, the folder of the runs' folders; default: "
     "runs/NAME-METHOD-TASKSx.",
-    "seeds": "So many runs, with the config's seed and those after it, and then their mean and "
+    "seeds": "How many runs, with the config's seed and those after it, and then their mean and "
     "standard deviation.",
     "jobs": f"{JOBS} It goes with --seeds.",
     "distributed": 'Several processes, one a host, in one run: "auto" on TPU pod slices and '
@@ -127,7 +127,7 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _train(config: "Config", workdir: Path | None, processes: str | None) -> None:
+def _train(config: "Config", workdir: Place | None, processes: str | None) -> None:
     from absl import logging
 
     # Imported here: a wrong flag is answered at once, not after jax has started.

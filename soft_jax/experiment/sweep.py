@@ -151,9 +151,9 @@ def run(
 ) -> list[Result]:
     """Run what is missing, and return what became of each point, in order.
 
-    So many `jobs` go side by side, as in `planned.run`. `console` shows how far a run is and its
-    validation figure when it is finished, and no figure of test images. Raises Preempted after a
-    signal to stop, and UserError where a run does not have the protocol.
+    `jobs` is how many runs go side by side, as in `planned.run`. `console` shows how far a run is
+    and its validation figure when it is finished, and no figure of test images. Raises Preempted
+    after a signal to stop, and UserError where a run does not have the protocol.
     """
     results = []
     outcomes = planned_lib.run([point.run for point in points], console, figures=False, jobs=jobs)

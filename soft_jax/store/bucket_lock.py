@@ -4,8 +4,9 @@ The object is written only where there is none, which the storage sees to (if-ge
 and says who holds the folder: host, process, and when. The holder writes it anew every `REFRESH`
 seconds, and only over what it wrote itself. A lock that is `STALE` seconds old is void: its holder
 was killed, or is cut off from the bucket; so is, at once, that of a process of this machine that is
-no more. Who takes a void lock over writes it over what was read, so that of two that try one gets
-it; and a holder that was only slow finds that out at the next refresh, or before its next save.
+no more, where the machine is known (on Linux). Who takes a void lock over writes it over what was
+read, so that of two that try one gets it; and a holder that was only slow finds that out at the
+next refresh, or before or after its next save.
 
 Hosts' clocks have to agree to within a few seconds, as those of cloud machines do.
 """

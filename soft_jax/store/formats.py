@@ -1,11 +1,13 @@
 """Format numbers of what is on disk, and the migrations from older formats.
 
 Each kind of JSON on disk ("run": config.json; "task", "training": the manifest of a checkpoint;
-"seeds": seeds.json) carries a format number and the version that wrote it. A format changes when a
-key is added, removed, renamed or comes to mean something else; the change brings one function,
-which turns the format before it into it, at the end of the kind's row in `MIGRATIONS`. Reading goes
-through all the functions from the format found on. They are never changed afterwards: tasks and
-config.json of one run may have been written by different versions, and have to come out equal.
+"library", "log", "transfer": library.json, a record of its log, transfer.json; "seeds": seeds.json;
+"lock": .lock in a bucket) carries a format number and the version that wrote it. A format changes
+when a key is added, removed, renamed or comes to mean something else; the change brings one
+function, which turns the format before it into it, at the end of the kind's row in `MIGRATIONS`.
+Reading goes through all the functions from the format found on. They are never changed afterwards:
+tasks and config.json of one run may have been written by different versions, and have to come out
+equal.
 
 A new *setting* needs no new format, as long as its default is what runs did before there was such a
 setting: where a run's record lacks a setting, `records.differences` takes the default.
