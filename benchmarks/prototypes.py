@@ -144,6 +144,7 @@ HALVES = {
     "λ, log₁₀": "ridge float32",
     "λ by float16, log₁₀": "ridge float16",
     "entries rounded to 0": "lost",
+    "2-norm of the rounding, % of the mean diagonal": "rounding",
 }
 
 
@@ -154,7 +155,7 @@ def halves(seed: int, count: int, features: int, train: Split, test: Split) -> R
     order = rng.permutation(num_classes).reshape(TASKS, -1)
     projection = prototypes.projection(seed, train[0].shape[1], features)
     sums = {name: prototypes.Sums(num_classes, projection) for name in ("float32", "float16")}
-    lost = []
+    lost, rounding = [], np.zeros(features * (features + 1) // 2)
     for classes in order:
         members = np.concatenate([np.flatnonzero(train[1] == c)[:count] for c in classes])
         found = prototypes.statistics(train[0][members], train[1][members], classes, projection)
@@ -162,10 +163,15 @@ def halves(seed: int, count: int, features: int, train: Split, test: Split) -> R
         sums["float32"].add(classes, found)
         sums["float16"].add(classes, rounded)
         lost.append(percent((rounded["gram"] == 0) & (np.asarray(found["gram"]) != 0)))
+        rounding += rounded["gram"] - np.asarray(found["gram"])
     test_features, row = random_features(test[0], projection), {"lost": float(np.mean(lost))}
+    error = np.zeros((features, features))
+    error[np.triu_indices(features)] = rounding
+    largest = 100 * float(np.abs(np.linalg.eigvalsh(error, UPLO="U")).max())
     task_of_class = np.argsort(order.ravel()) // order.shape[1]
     for name, each in sums.items():
         solved = each.decompose()
+        row.setdefault("rounding", largest / float(solved.values.mean()))
         ridge = solved.best_ridge()
         scores = test_features @ solved.weights(ridge).astype(np.float32)
         log_p = log_softmax(prototypes.SHARPNESS * scores)
