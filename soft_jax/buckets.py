@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from soft_jax.errors import UserError
@@ -218,6 +218,11 @@ class BucketPath(os.PathLike):
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
         """Write the object, whole or not at all."""
         self.write_bytes(text.encode(encoding))
+
+    @_as_os_error
+    def download(self, target: Path) -> None:
+        """Write the object's content to a file on a disk, a part at a time."""
+        _storage().get_file(str(self._path), str(target))
 
     @_as_os_error
     def copy(self, target: "BucketPath") -> None:

@@ -450,7 +450,15 @@ def test_cifar100_is_copied_from_a_bucket_once(emulator, tmp_path, monkeypatch):
     for file in (path for path in (tmp_path / "sets/cifar100").rglob("*") if path.is_file()):
         emulator.put(str(file.relative_to(tmp_path)), file.read_bytes())
     monkeypatch.setattr(cache, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(buckets.BucketPath, "read_bytes", None)  # no file is held whole
+    synced, cut_off, under_way = [], tmp_path / "cache/data/.copying1", ".copying2"
+    monkeypatch.setattr(sources.files_lib, "sync", lambda path: synced.extend(path.iterdir()))
+    cut_off.mkdir(parents=True)
+    os.utime(cut_off, (0, 0))
+    cut_off.with_name(under_way).mkdir()
     dataset = load_images("cifar100", url("sets"))
+    assert len(synced) == 1
+    assert {path.name[:9] for path in cut_off.parent.iterdir()} == {under_way[:9], "cifar100-"}
     assert sorted(dataset.train.labels) == sorted(records["train"][:, 1])
     asked = []
     emulator.before = lambda method, name: asked.append(name)
@@ -460,6 +468,8 @@ def test_cifar100_is_copied_from_a_bucket_once(emulator, tmp_path, monkeypatch):
         UserError, match=f"data_dir: no mnist in {url('sets')}; prepare it on a disk"
     ):
         load_images("mnist", url("sets"))
+    with pytest.raises(UserError, match="does not know 'cifar1000'; did you mean 'cifar100'"):
+        load_images("cifar1000", url("sets"))
 
 
 def test_a_backbone_from_a_bucket(emulator):

@@ -12,8 +12,10 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 HELD_BYTES = 4 * 2**30  # of decoded images: larger splits are not held in memory
 BLOCK = 1000  # records read at once
 TEST_SHARE = 0.2  # of the images of a folder data set without test images of its own
+_COPYING = ".copying"  # how names of folders begin to which a set is being copied
 CLASSES_NAMED = 20  # classes that are counted one by one on screen; of more, the range is given
 
 
@@ -564,6 +567,8 @@ def _copied(bucket: BucketPath, name: str, stop: threading.Event | None) -> Path
     try:
         there = (bucket / name).objects()
         if not there:
+            if name not in (known := _known()):
+                raise _unknown(name, known)
             raise UserError(
                 f"data_dir: no {name} in {bucket}; prepare it on a disk, and copy it there: "
                 f"gcloud storage cp -r DIR/{name} {bucket}/"
@@ -573,9 +578,11 @@ def _copied(bucket: BucketPath, name: str, stop: threading.Event | None) -> Path
         target = cache.on_disk() / "data" / f"{name}-{digest}"
         if not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(target.parent)
             # Beside it, since what is copied in part must not have its name.
-            with tempfile.TemporaryDirectory(prefix=".copying", dir=target.parent) as partial:
+            with tempfile.TemporaryDirectory(prefix=_COPYING, dir=target.parent) as partial:
                 _copy(bucket, there, Path(partial) / "whole", stop)
+                files_lib.sync(Path(partial) / "whole")
                 try:
                     os.rename(Path(partial) / "whole", target)
                 except OSError:
@@ -586,6 +593,15 @@ def _copied(bucket: BucketPath, name: str, stop: threading.Event | None) -> Path
     return target
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove copies that were cut off: nothing was written to them for a day."""
+    for copying in folder.glob(f"{_COPYING}*"):
+        with contextlib.suppress(OSError):  # another process ends with it, or removes it
+            written = max(path.stat().st_mtime for path in (copying, *copying.rglob("*")))
+            if written < time.time() - 24 * 3600:
+                shutil.rmtree(copying)
+
+
 def _copy(
     bucket: BucketPath, objects: Iterable[BucketPath], folder: Path, stop: threading.Event | None
 ) -> None:
@@ -594,7 +610,7 @@ def _copy(
             raise Stopped
         file = folder / path.relative_to(bucket)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(path.read_bytes())
+        path.download(file)
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(copy, objects))
@@ -614,21 +630,32 @@ def _builder(name: str, data_dir: str) -> "tfds.core.DatasetBuilder":
         builder.info.features  # noqa: B018  made when it is first asked for
         return builder
     except Exception as error:  # no such name, config, version or package
-        known = [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
+        known = _known()
         base = re.split("[/:]", name)[0]
         if base in known:
             raise UserError(
                 f"dataset: TFDS can't make {name!r} of its set {base!r} "
                 f"({preparation.describe(error)})"
             ) from error
-        near = difflib.get_close_matches(name.lower(), known, 3)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         # That TFDS has not found it is said already; a missing package is news.
         why = "" if isinstance(error, ValueError) else f" ({preparation.describe(error)})"
-        raise UserError(
-            f"dataset: TFDS does not know {name!r}{why}; {hint}'digits' is bundled, 'cifar100' is "
-            "the paper's, 'folder' reads your own images"
-        ) from error
+        raise _unknown(name, known, why) from error
+
+
+def _known() -> list[str]:
+    """Return the names of all sets, ours and TFDS's."""
+    import tensorflow_datasets as tfds
+
+    return [*DATASETS, *tfds.list_builders(with_community_datasets=False)]
+
+
+def _unknown(name: str, known: Sequence[str], why: str = "") -> UserError:
+    near = difflib.get_close_matches(name.lower(), known, 3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return UserError(
+        f"dataset: TFDS does not know {name!r}{why}; {hint}'digits' is bundled, 'cifar100' is the "
+        "paper's, 'folder' reads your own images"
+    )
 
 
 def _prepare(
