@@ -5,7 +5,7 @@ answer, and what the [class] token looked at.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -19,13 +19,13 @@ from soft_jax import pytrees
 from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
 from soft_jax.data.augmentation import to_unit
-from soft_jax.inference import engine, rules, zero_shot
+from soft_jax.inference import assembly, engine, rules, zero_shot
+from soft_jax.inference import predictor as predictor_lib
 from soft_jax.inference.predictor import Predictor
 from soft_jax.inference.rules import ImageBatch, TaskIdentityRule
 from soft_jax.methods.method import Method, Shared
 from soft_jax.models.protocol import Prefix
-from soft_jax.store.folder import Reader
-from soft_jax.store.library import LibraryReader, holds_library
+from soft_jax.store.library import LibraryReader, LibraryState, holds_library
 
 TOP = 5  # classes of an answer
 ALL = "all"  # in the place of a layer: every layer's masks at once
@@ -99,16 +99,43 @@ def load(root: str | PathLike) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]
 
     Returns it and those rules. Raises UserError as `Predictor.load`.
     """
-    predictor = Predictor.load(root)
-    config, stored = _origin(root)
-    able = rules.rules_of(predictor.model.method, config)
-    able = tuple(rule for rule in able if rule.grouping == rules.PER_SAMPLE)
-    able = able if stored is None else rules.kept(able, stored)
+    if holds_library(root):
+        reader = LibraryReader(root)
+        return predictor_lib.read_whole(reader, functools.partial(_load_of_library, reader))
+    run = predictor_lib.read_run(root)
+    return _with_all_rules(
+        functools.partial(predictor_lib.of_run, run),
+        lambda able: rules.kept(able, run.latest.sha256),
+        run.config,
+    )
+
+
+def _load_of_library(
+    reader: LibraryReader, state: LibraryState
+) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]:
+    versions = predictor_lib.active_versions(reader, state)
+    config = from_settings(state.config)
+    backbone = assembly.load_backbone(config, state.backbone_sha256)
+    make = functools.partial(predictor_lib.of_versions, reader, state, versions, backbone)
+    return _with_all_rules(make, lambda able: able, config)
+
+
+def _with_all_rules(
+    make: Callable[..., Predictor],
+    kept: Callable[[Sequence[TaskIdentityRule]], Sequence[TaskIdentityRule]],
+    config: Config,
+) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]:
+    """Return what `load` does; `make(rule's option)` reads the predictor of one rule.
+
+    `kept` takes away the rules that the tasks keep nothing for.
+    """
+    predictor = make()
     model = predictor.model
+    able = kept([r for r in rules.rules_of(model.method, config) if r.grouping == rules.PER_SAMPLE])
     solved = dict(model.solved)
     for rule in able:
         if rule.keeps_statistics and rule.option and rule.statistics_name not in solved:
-            solved |= Predictor.load(root, task_id=rule.option).model.solved
+            solved |= make(rule.option, params=model.backbone).model.solved
     able = tuple(r for r in able if not r.keeps_statistics or r.statistics_name in solved)
     text = model.zero_shot
     if text is None and any(isinstance(rule, rules.ZeroShot) for rule in able):
@@ -116,16 +143,6 @@ def load(root: str | PathLike) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]
         text = zero_shot.text_features(architecture, model.backbone, names)
     predictor.model = dataclasses.replace(model, solved=solved, zero_shot=text)
     return predictor, able
-
-
-def _origin(root: str | PathLike) -> tuple[Config, Mapping[str, str] | None]:
-    """Return the settings of a library or a run, and of a run the arrays of its last task."""
-    if holds_library(root):
-        return from_settings(LibraryReader(root).read().config), None
-    reader = Reader(root)
-    record = reader.read_record()
-    latest = reader.load_task_manifest(reader.present()[-1])
-    return from_settings(record.settings), latest.sha256
 
 
 def explain(

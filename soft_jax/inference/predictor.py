@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from soft_jax import distributed, paths
+from soft_jax import distributed, paths, pytrees
 from soft_jax.buckets import BucketPath
 from soft_jax.config import Config, from_settings
 from soft_jax.data import images as images_lib
@@ -27,6 +28,8 @@ from soft_jax.models import backbones
 from soft_jax.store import library
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import RunRecord, TaskManifest
+
+_Made = TypeVar("_Made")
 
 
 class Prediction(NamedTuple):
@@ -119,30 +122,17 @@ class Predictor:
             _refuse_library(root)
         elif library.holds_library(root):
             return _library_predictor(
-                workdir, tasks, task_id, backbone_path, cache_bytes, batch_size, devices
+                root,
+                names=tasks,
+                task_id=task_id,
+                backbone_path=backbone_path,
+                cache_bytes=cache_bytes,
+                batch_size=batch_size,
+                devices=devices,
             )
-        reader = Reader(workdir)
-        record = reader.read_record()
-        # One look at what is there: a run that goes on training adds tasks meanwhile.
-        there = reader.present()
-        chosen = _chosen(reader, there, tasks)
-        latest = reader.load_task_manifest(there[-1])
-        config = from_settings(record.settings)
-        backbone = _backbone(reader, record, config, there[-1], backbone_path)
-        # The names are filled in below: a network does not depend on those of a linear classifier.
-        names = [""] * latest.num_classes
-        # Without a list of tasks, all have as many classes.
-        largest = max(map(len, record.tasks or (latest.classes,)))
-        method = registry.make_method(config, backbone.architecture, names, largest)
-        rule, because = _rule(config, method, latest, task_id)
-        manifests = {task: reader.load_task_manifest(task) for task in chosen}
-        for manifest in manifests.values():
-            for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
-                names[class_] = name
+        run = read_run(workdir, tasks, backbone_path)
         batching = engine.Batching(distributed.data_mesh(devices), batch_size)
-        method = registry.make_method(config, backbone.architecture, names, largest)
-        model = _model(reader, method, backbone, latest, manifests, rule, cache_bytes, batching)
-        return cls(model, rule, names, batching, latest.temperature, because)
+        return of_run(run, task_id, cache_bytes, batching)
 
     @classmethod
     def zero_shot(
@@ -168,7 +158,7 @@ class Predictor:
         if not there:
             raise UserError(f"workdir: {reader.root} has no finished task yet")
         config = from_settings(record.settings)
-        backbone = _backbone(reader, record, config, there[-1], backbone_path)
+        backbone = _backbone(record, reader.load_task_manifest(there[-1]), backbone_path)
         if not backbone.architecture.reads_text:
             raise UserError(
                 f"backbone: {config.backbone} reads no text, so it knows no class by its name; "
@@ -390,41 +380,78 @@ def _refuse_library(root: BucketPath) -> None:
 
 
 def _library_predictor(
-    root: str | PathLike,
+    root: Path,
+    before: Predictor | None = None,
+    *,
     names: Sequence[str] | None,
     task_id: str | None,
     backbone_path: str | PathLike,
     cache_bytes: int,
     batch_size: int,
     devices: Sequence[jax.Device] | None,
-    before: Predictor | None = None,
 ) -> Predictor:
     """Load the predictor of a library's active tasks, or of those in `names`.
 
     Of `before`, a predictor of the same library, the backbone on the devices is taken over.
     """
     reader = library.LibraryReader(root)
-    options = (backbone_path, cache_bytes, batch_size, devices, before)
+
+    def of_state(state: library.LibraryState) -> Predictor:
+        versions = active_versions(reader, state, names)
+        config = from_settings(state.config)
+        backbone = assembly.load_backbone(config, state.backbone_sha256, backbone_path)
+        if before:
+            batching, params = before.batching, before.model.backbone
+        else:
+            batching, params = engine.Batching(distributed.data_mesh(devices), batch_size), None
+        predictor = of_versions(
+            reader, state, versions, backbone, task_id, cache_bytes, batching, params
+        )
+        if names is not None:
+            reader.note_use(list(versions.values()))
+        predictor._note_use = _noting(reader, list(versions.values()))
+        return predictor
+
+    predictor = read_whole(reader, of_state)
+    predictor._reload = functools.partial(
+        _library_predictor,
+        root,
+        names=names,
+        task_id=task_id,
+        backbone_path=backbone_path,
+        cache_bytes=cache_bytes,
+        batch_size=batch_size,
+        devices=devices,
+    )
+    return predictor
+
+
+def read_whole(
+    reader: library.LibraryReader, make: Callable[[library.LibraryState], _Made]
+) -> _Made:
+    """Return what `make` reads of a library, by its state; of the next where it was changed.
+
+    A version that is archived or removed meanwhile can't be read any more. Raises UserError as
+    `make` for a library that stayed as it was.
+    """
     while True:
         state = reader.read()
         try:
-            return _predictor_of(state, reader, names, task_id, *options)
+            return make(state)
         except UserError:
-            if reader.read() == state:  # else it was changed while it was read
+            if reader.read() == state:
                 raise
 
 
-def _predictor_of(
-    state: library.LibraryState,
+def active_versions(
     reader: library.LibraryReader,
-    names: Sequence[str] | None,
-    task_id: str | None,
-    backbone_path: str | PathLike,
-    cache_bytes: int,
-    batch_size: int,
-    devices: Sequence[jax.Device] | None,
-    before: Predictor | None,
-) -> Predictor:
+    state: library.LibraryState,
+    names: Sequence[str] | None = None,
+) -> Mapping[str, library.Version]:
+    """Return the active versions of the tasks in `names`, of all for None.
+
+    Raises UserError where there is none, or none of such a name.
+    """
     versions = state.active
     if names is not None:
         wanted = [names] if isinstance(names, str) else [str(name) for name in names]
@@ -434,29 +461,7 @@ def _predictor_of(
         versions = {name: version for name, version in versions.items() if name in wanted}
     if not versions:
         raise UserError(f"library: {reader.root} has no active task")
-    config = from_settings(state.config)
-    backbone = assembly.load_backbone(config, state.backbone_sha256, backbone_path)
-    if before:
-        batching, params = before.batching, before.model.backbone
-    else:
-        batching, params = engine.Batching(distributed.data_mesh(devices), batch_size), None
-    predictor = of_versions(
-        reader, state, versions, backbone, task_id, cache_bytes, batching, params
-    )
-    if names is not None:
-        reader.note_use(list(versions.values()))
-    predictor._note_use = _noting(reader, list(versions.values()))
-    predictor._reload = functools.partial(
-        _library_predictor,
-        reader.root,
-        names,
-        task_id,
-        backbone_path,
-        cache_bytes,
-        batch_size,
-        devices,
-    )
-    return predictor
+    return versions
 
 
 def _noting(
@@ -483,7 +488,7 @@ def of_versions(
     task_id: str | None = None,
     cache_bytes: int | None = None,
     batching: engine.Batching | None = None,
-    params: Mapping[str, Any] | None = None,
+    params: pytrees.Tree | None = None,
 ) -> Predictor:
     """Return a predictor of `versions` of a library, at least one, by the names of their tasks.
 
@@ -492,9 +497,7 @@ def of_versions(
     where a version is damaged, or the rule `task_id` means nothing for the method.
     """
     config = from_settings(state.config)
-    if batching is None:
-        batching = engine.Batching(distributed.data_mesh(), config.eval_batch_size)
-    cache = config.weights_cache_mb * 2**20 if cache_bytes is None else cache_bytes
+    batching, cache = _sizes(config, batching, cache_bytes)
     method = assembly.method_of(config, backbone, state, versions)
     rule, because = assembly.choose(method, config, task_id)
     model = assembly.assemble(
@@ -526,14 +529,85 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
     return chosen
 
 
-def _backbone(
-    reader: Reader, record: RunRecord, config: Config, task: int, path: str | PathLike
-) -> backbones.Backbone:
-    """Load the backbone that a run was trained on, from `path` or from where task `task` found it.
+class Run(NamedTuple):
+    """A run as it was at one look: one that goes on training adds tasks meanwhile.
+
+    `tasks` are those to choose from, in ascending order, `latest` is the last that was finished.
+    """
+
+    reader: Reader
+    record: RunRecord
+    latest: TaskManifest
+    tasks: tuple[int, ...]
+    backbone: backbones.Backbone
+
+    @property
+    def config(self) -> Config:
+        """Return the run's settings."""
+        return from_settings(self.record.settings)
+
+
+def read_run(
+    workdir: str | PathLike,
+    tasks: Sequence[int] | None = None,
+    backbone_path: str | PathLike = "",
+) -> Run:
+    """Read what a predictor of a run is made of, but for tasks' arrays.
+
+    Arguments and errors are those of `Predictor.load`.
+    """
+    reader = Reader(workdir)
+    record, there = reader.read_record(), reader.present()
+    chosen = _chosen(reader, there, tasks)
+    latest = reader.load_task_manifest(there[-1])
+    return Run(reader, record, latest, chosen, _backbone(record, latest, backbone_path))
+
+
+def of_run(
+    run: Run,
+    task_id: str | None = None,
+    cache_bytes: int | None = None,
+    batching: engine.Batching | None = None,
+    params: pytrees.Tree | None = None,
+) -> Predictor:
+    """Return a predictor of a run, with what is not given as `of_versions` has it.
+
+    Raises UserError where a task is damaged, or the rule `task_id` means nothing for the method.
+    """
+    reader, record, latest, tasks, backbone = run
+    batching, cache = _sizes(run.config, batching, cache_bytes)
+    # The names are filled in below: a network does not depend on those of a linear classifier.
+    names = [""] * latest.num_classes
+    # Without a list of tasks, all have as many classes.
+    largest = max(map(len, record.tasks or (latest.classes,)))
+    method = registry.make_method(run.config, backbone.architecture, names, largest)
+    rule, because = _rule(run.config, method, latest, task_id)
+    manifests = {task: reader.load_task_manifest(task) for task in tasks}
+    for manifest in manifests.values():
+        for class_, name in zip(manifest.classes, manifest.class_names, strict=True):
+            names[class_] = name
+    method = registry.make_method(run.config, backbone.architecture, names, largest)
+    if params is None:
+        params = jax.device_put(backbone.params, distributed.replicated(batching.mesh))
+    model = _model(reader, method, params, latest, manifests, rule, cache, batching)
+    return Predictor(model, rule, names, batching, latest.temperature, because)
+
+
+def _sizes(
+    config: Config, batching: engine.Batching | None, cache_bytes: int | None
+) -> tuple[engine.Batching, int]:
+    """Return batches and memory as they are given, else as the settings say."""
+    if batching is None:
+        batching = engine.Batching(distributed.data_mesh(), config.eval_batch_size)
+    return batching, config.weights_cache_mb * 2**20 if cache_bytes is None else cache_bytes
+
+
+def _backbone(record: RunRecord, latest: TaskManifest, path: str | PathLike) -> backbones.Backbone:
+    """Load the backbone that a run was trained on, from `path` or from where `latest` found it.
 
     Raises UserError where the file there is another.
     """
-    found_at = reader.load_task_manifest(task).config["backbone_path"]
+    config, found_at = from_settings(record.settings), latest.config["backbone_path"]
     return assembly.load_backbone(config, record.backbone_sha256, path or found_at, "run")
 
 
@@ -559,7 +633,7 @@ def _rule(
 def _model(
     reader: Reader,
     method: Method,
-    backbone: backbones.Backbone,
+    params: pytrees.Tree,
     latest: TaskManifest,
     manifests: Mapping[int, TaskManifest],
     rule: TaskIdentityRule,
@@ -568,7 +642,6 @@ def _model(
 ) -> engine.Model:
     """Make the model of the tasks of `manifests`, with the shared part that `latest` left."""
     whole = distributed.replicated(batching.mesh)
-    params = jax.device_put(backbone.params, whole)
     adapter = method.packed_shapes(params)
     template = jax.eval_shape(method.init_shared, jax.random.key(0), params)
     shared = reader.load_items(latest, {"shared": template}, whole)["shared"]
