@@ -264,7 +264,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         "task",
         metavar="TASK",
-        help="the task, counted from 1; in a library its name, or a version such as birds@2",
+        help="the task: of a run its number, from 1, or task1; of a library its name, or a version "
+        "such as birds@2",
     )
     export.add_argument(
         "out", metavar="OUT", help="the folder to write, which is not there yet or empty"

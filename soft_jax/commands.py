@@ -678,8 +678,10 @@ def compare(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Write a task as a folder of timm, transformers or PEFT, and say what is in it."""
     run = paths.local(arguments.run, "RUN")
-    named = os.path.lexists(run / "library.json")
-    task = arguments.task if named else whole_number(arguments.task, "TASK") - 1
+    task: int | str = arguments.task
+    if not os.path.lexists(run / "library.json"):  # else it has a name
+        as_library = re.fullmatch("task([0-9]+)(@1)?", task)  # as a run's tasks are called there
+        task = whole_number(as_library[1] if as_library else task, "TASK") - 1
     path = arguments.backbone_path
     path = path and paths.local(path, "--backbone-path")
     from soft_jax.experiment import export as export_lib

@@ -546,7 +546,7 @@ def write_run(workdir, config, backbone, dataset):
         adapter = jax.tree.map(spread, drawn)
         classes = tuple(range(5 * task, 5 * task + 5))
         empty = (
-            *("metrics", "seconds", "parameters", "bytes", "mask_distance_from_one"),
+            *("seconds", "parameters", "bytes", "mask_distance_from_one"),
             *("weight_drift", "mask_density", "versions"),
         )
         manifest = TaskManifest(
@@ -558,6 +558,10 @@ def write_run(workdir, config, backbone, dataset):
             config=dataclasses.asdict(config),
             backbone={},
             step_flops=None,
+            metrics={
+                key: [{"correct": 1, "total": 10, "identified": {}}] * (task + 1)
+                for key in ("oracle/task_given", "per_sample/prototype")
+            },
             **{name: {} for name in empty},
         )
         items = {"adapter": method.pack(adapter), "shared": shared, "statistics": {}, "memory": {}}
@@ -602,6 +606,26 @@ def test_a_runs_task_is_exported_as_it_answers(method, settings, run_of, world, 
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["label_names"] == list("56789")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_runs_task_has_a_number_and_a_name_also_when_it_is_a_library(run_of, tmp_path, capsys):
+    run, found = tmp_path / "run", []
+    shutil.copytree(run_of("softtf", mask_storage="int8"), run)
+
+    def exported(task):
+        out = tmp_path / f"out{len(found)}"
+        assert main(["export", str(run), task, str(out), "--format=timm"]) == 0
+        found.append(safetensors.numpy.load_file(out / "model.safetensors"))
+
+    exported("2")
+    exported("task2")
+    Library(run).archive("task1")
+    exported("2")
+    exported("task2@1")
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+    assert main(["export", str(run), "3", str(tmp_path / "no"), "--format=timm"]) == 1
+    assert "there is no 'task3' in this library" in capsys.readouterr().err
 
 
 def test_a_lora_task_goes_out_and_comes_back(run_of, world, tmp_path, backbone):

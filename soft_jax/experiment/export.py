@@ -98,7 +98,7 @@ def export(
     Args:
         workdir: the folder that a run was trained in, or that of a library of tasks.
         task: of a run counted from 0, as `Predictor` counts; of a library its name, "birds", or a
-            version, "birds@2".
+            version, "birds@2". Of a run that is a library by now, "1" is "task1" too.
         out: a folder that is not there yet, or empty.
         format: "timm" (`model.safetensors`, `config.json`), "hf" (the same and
             `preprocessor_config.json`, for `ViTForImageClassification`), or "peft" (a LoRA task as
@@ -175,6 +175,8 @@ def _load_of_library(
     reader = LibraryReader(root)
     state = reader.read()
     name, number = library.split_name(task)
+    if name not in state.tasks and name.isdecimal() and (reader.root / "config.json").exists():
+        name = f"task{name}"  # by its number, as before the run was a library
     version = state.version(name, number)
     if version.state == library.ARCHIVED:
         raise UserError(f"TASK: {name}@{version.number} is archived; restore it first")
