@@ -188,7 +188,8 @@ class _OnDisk(Files):
         try:
             yield  # Orbax saves under another name
         except Exception:
-            self.clean(path.parent)
+            with contextlib.suppress(OSError):
+                self.clean(path.parent)
             raise
 
     def remove(self, path: Path) -> None:
