@@ -253,13 +253,14 @@ def import_lora_(arguments: argparse.Namespace) -> int:
 def merge_(arguments: argparse.Namespace) -> int:
     """Merge tasks; the exit status is 1 where the new one stays a candidate."""
     weights, density = arguments.weights, arguments.density
-    weights = weights and [_number(text, "--weights") for text in weights.split(",")]
+    if weights is not None:
+        weights = [_number(text, "--weights") for text in weights.split(",")]
     version, verdict = _open(arguments).merge(
         arguments.tasks,
         arguments.into,
         arguments.method,
         weights=weights,
-        density=density and _number(density, "--density"),
+        density=None if density is None else _number(density, "--density"),
         gate=_gate(arguments),
         command=_command(arguments),
     )

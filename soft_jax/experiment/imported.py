@@ -142,7 +142,10 @@ def finish(run: Run, adapter: Adapter, shared: Shared) -> dict[str, pytrees.Tree
     adapter = adapter | {"key": key.astype(np.asarray(adapter["key"]).dtype)}
     if "head" not in run.start.shared:
         rows = run.members(0)
-        params = pytrees.merge(run.params, run.method.weights(run.params, adapter))
+        # The network that will answer: masks may be stored in few bits.
+        packed = run.method.pack(adapter, run.adapter_key(0))
+        stored = run.method.unpack(packed, run.params)
+        params = pytrees.merge(run.params, run.method.weights(run.params, stored))
         fitted = fit(run.features(rows, params), run.dataset.train.labels[rows])
         shared = shared | {"head": jax.tree.map(_like, fitted, shared["head"])}
     trained = {"adapter": adapter, "shared": shared}

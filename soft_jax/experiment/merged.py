@@ -121,8 +121,11 @@ def images(state: LibraryState, merge: Merge) -> tuple[planning.Plan, sources.Da
     parts = tuple(Data.from_json(part) for _, version in merge.parts for part in version.data)
     names = tuple(state.classes[class_] for class_ in merge.classes)
     with stop_at_signals() as stop:
+        # Parts that follow each other are often of one data set.
+        whole = functools.lru_cache(maxsize=1)(lambda data: data.whole(stop))
         try:
-            dataset = functools.reduce(data_spec.joined, (part.load(stop) for part in parts))
+            each = (part.of(whole(dataclasses.replace(part, classes=()))) for part in parts)
+            dataset = functools.reduce(data_spec.joined, each)
         except Stopped:
             raise Preempted("Stopped while reading images") from None
     number = state.numbers.get(merge.into, 0) + 1
