@@ -53,8 +53,8 @@ class DiskLock:
 
     def close(self, keep: bool = True) -> None:
         """Let others in; without `keep`, what was made here and is empty is removed."""
-        for path in () if keep else reversed(self._made):
-            # A folder that holds something by now stays.
-            with contextlib.suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
-        self._file.close()
+        with contextlib.closing(self._file):
+            for path in () if keep else reversed(self._made):
+                # A folder that holds something by now stays.
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
