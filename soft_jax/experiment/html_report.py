@@ -647,7 +647,7 @@ def _measured(
 
 def _as_drawn(config: Any, backbone: backbones.Backbone, params: Any) -> float | None:
     """Return how far weights are from the frozen ones before they are trained."""
-    method = assembly.registry.make_method(config, backbone.architecture, ("",))
+    method = registry.make_method(config, backbone.architecture, ("",))
     own = method.reparametrization
     weights = own.weights(backbone.params, own.init(jax.random.key(0), backbone.params))
     change = changes.measure(backbone.architecture, params, jax.device_get(weights))
