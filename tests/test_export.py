@@ -9,6 +9,7 @@ import dataclasses
 import json
 import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -347,19 +348,32 @@ LORA = Config(
 )
 
 
-@pytest.fixture(scope="module")
-def imported_folder(pets, tmp_path_factory):
-    """A library that took in the adapter that PEFT was given, and that adapter's folder."""
-    folder = tmp_path_factory.mktemp("imported")
-    write(folder / "peft", {k.removeprefix("peft/"): v for k, v in example_files("lora").items()
-                            if k.startswith("peft/")})  # fmt: skip
+@contextmanager
+def instead_of_others(pets):
+    """Within, every data set is `pets`: not for longer, since other fixtures load the digits."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(sources, "load", lambda *_: pets)
         jax.config.update("jax_disable_most_optimizations", True)
-        opened = Library(folder / "library")
-        opened.import_lora("pets", folder / "peft", Data("pets", classes=NAMES), config=LORA)
-        yield opened, folder / "peft"
+        yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def imported_once(pets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+    write(folder / "peft", {k.removeprefix("peft/"): v for k, v in example_files("lora").items()
+                            if k.startswith("peft/")})  # fmt: skip
+    opened = Library(folder / "library")
+    with instead_of_others(pets):
+        opened.import_lora("pets", folder / "peft", Data("pets", classes=NAMES), config=LORA)
+    return opened, folder / "peft"
+
+
+@pytest.fixture
+def taken_in(imported_once, pets):
+    """A library that took in the adapter that PEFT was given, and that adapter's folder."""
+    with instead_of_others(pets):
+        yield imported_once
 
 
 def logits_of_task(root, name, images):
@@ -371,8 +385,8 @@ def logits_of_task(root, name, images):
     return rows[:, [plain.columns[plain.class_names.index(name)] for name in NAMES]]
 
 
-def test_what_peft_answered_an_imported_adapter_answers(imported_folder, recorded, pets, tmp_path):
-    opened, _ = imported_folder
+def test_what_peft_answered_an_imported_adapter_answers(taken_in, recorded, pets, tmp_path):
+    opened, _ = taken_in
     ours = logits_of_task(opened.root, "pets", recorded["images"])
     np.testing.assert_allclose(ours, recorded["lora_peft"], rtol=0, atol=1e-5)
     version = opened.state().active["pets"]
@@ -451,8 +465,8 @@ def test_an_adapters_own_base_model_is_known(kind, rename, lora_folder):
         imported.read(lora_folder, LORA, backbone, NAMES, NAMES)
 
 
-def test_adapters_that_do_not_fit_a_library_are_refused(imported_folder, tmp_path, monkeypatch):
-    opened, folder = imported_folder
+def test_adapters_that_do_not_fit_a_library_are_refused(taken_in, tmp_path, monkeypatch):
+    opened, folder = taken_in
     before = opened.state()
 
     def refused(message, arrays=lambda arrays: arrays, **config):
