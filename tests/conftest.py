@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,8 @@ if "SOFT_JAX_TESTS_COMPILED" not in os.environ:
     os.environ["SOFT_JAX_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="soft_jax_compiled")
     atexit.register(shutil.rmtree, os.environ["SOFT_JAX_TESTS_COMPILED"], ignore_errors=True)
 COMPILED = os.environ["SOFT_JAX_TESTS_COMPILED"]
+# A shell lets what it starts in the background ignore Ctrl-C, of which there are tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 
