@@ -135,6 +135,19 @@ def digits(backbone, monkeypatch):
         yield few
 
 
+@contextmanager
+def found_instead(backbone, images):
+    """Within, every backbone is `backbone` and every data set what `images()` returns, and
+    programs are hardly optimized: compiling is most of the time.
+    """
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(backbones, "load", lambda *_: backbone)
+        patch.setattr(sources, "load", lambda *_: images())
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _drop_programs():
     """Let a module's compiled programs go with it: all of them together fill a worker's memory."""

@@ -1,16 +1,20 @@
 """A tiny CLIP with the vocabulary of CLIP's tokenizer: classes are told by their names."""
 
 import dataclasses
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.config import Config
+from soft_jax.data import sources
 from soft_jax.experiment import settings as settings_lib
 from soft_jax.methods import registry
 from soft_jax.methods.method import Method
+from soft_jax.models import backbones
 from soft_jax.models.clip import CLIPConfig
+from tests.conftest import found_instead
 
 SMALL = CLIPConfig(
     image_size=8,
@@ -59,3 +63,20 @@ def small_params(architecture: CLIPConfig = SMALL, seed: int = 0) -> pytrees.Tre
         return np.asarray(rng.normal(mean, 0.4, like.shape), like.dtype)
 
     return jax.tree.map_with_path(draw, shapes)
+
+
+@contextmanager
+def few_digits_on_clip():
+    """Within, runs, libraries and predictors get the tiny CLIP, and a few digits, which are given,
+    under names of CLIP's words.
+    """
+    digits = sources.load("digits")
+
+    def few(split, count):
+        rows = [np.flatnonzero(split.labels == class_)[:count] for class_ in range(len(NAMES))]
+        return split.take(np.sort(np.concatenate(rows)))
+
+    data = sources.Dataset(few(digits.train, 8), few(digits.test, 5), NAMES)
+    clip = backbones.Backbone("small", ONE, small_params(ONE), "0" * 64)
+    with found_instead(clip, lambda: data):
+        yield data

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from soft_jax import distributed
 from soft_jax.__main__ import main
-from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.evaluation import predictions
 from soft_jax.experiment import loop
@@ -24,10 +23,9 @@ from soft_jax.experiment import run as run_lib
 from soft_jax.hooks import Hooks
 from soft_jax.inference import engine
 from soft_jax.inference.predictor import Predictor
-from soft_jax.models import backbones
 from soft_jax.store.folder import Store
 from soft_jax.training import train_step
-from tests.small_clip import NAMES, ONE, small_config, small_params
+from tests.small_clip import NAMES, few_digits_on_clip, small_config
 
 # Of the run: masks in both towers, three classes a task, batches that four devices don't divide.
 SETTINGS = {
@@ -58,20 +56,8 @@ OPTIONS = {
 @pytest.fixture(scope="module", autouse=True)
 def world():
     """Runs and predictors get the tiny CLIP, and a few digits under names of CLIP's words."""
-    digits = sources.load("digits")
-
-    def few(split, count):
-        rows = [np.flatnonzero(split.labels == class_)[:count] for class_ in range(len(NAMES))]
-        return split.take(np.sort(np.concatenate(rows)))
-
-    data = sources.Dataset(few(digits.train, 8), few(digits.test, 5), NAMES)
-    clip = backbones.Backbone("small", ONE, small_params(ONE), "0" * 64)
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(backbones, "load", lambda *_: clip)
-        patch.setattr(sources, "load", lambda *_: data)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with few_digits_on_clip() as data:
         yield data
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from soft_jax.models import backbones
 from soft_jax.store.folder import Store
 from soft_jax.store.library import LibraryReader
 from tests import test_library
-from tests.conftest import TINY, tiny_config
+from tests.conftest import TINY, found_instead, tiny_config
 from tests.manifests import manifest_of
 
 SETTINGS = {"batch_size": 8, "epochs": 1, "eval_batch_size": 16, "prototype_features": 20}
@@ -66,12 +66,8 @@ def letters():
 @pytest.fixture(scope="module", autouse=True)
 def _world(backbone):
     tiny = backbones.Backbone("tiny", TINY, backbone, "0" * 64)
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(backbones, "load", lambda *_: tiny)
-        patch.setattr(sources, "load", lambda *_: letters())
-        jax.config.update("jax_disable_most_optimizations", True)
+    with found_instead(tiny, letters):
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from soft_jax.data import sources
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import Gate
 from soft_jax.experiment.library import Library
 from soft_jax.inference import engine
 from soft_jax.inference.predictor import Predictor
-from soft_jax.models import backbones
-from tests.small_clip import NAMES, ONE, small_config, small_params
+from tests.small_clip import NAMES, few_digits_on_clip, small_config
 
 SETTINGS = {
     "dataset": "digits",
@@ -28,20 +26,8 @@ SETTINGS = {
 @pytest.fixture(scope="module", autouse=True)
 def _world():
     """Libraries get the tiny CLIP, and a few digits under names of CLIP's words."""
-    digits = sources.load("digits")
-
-    def few(split, count):
-        rows = [np.flatnonzero(split.labels == class_)[:count] for class_ in range(len(NAMES))]
-        return split.take(np.sort(np.concatenate(rows)))
-
-    data = sources.Dataset(few(digits.train, 8), few(digits.test, 5), NAMES)
-    clip = backbones.Backbone("small", ONE, small_params(ONE), "0" * 64)
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(backbones, "load", lambda *_: clip)
-        patch.setattr(sources, "load", lambda *_: data)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with few_digits_on_clip() as data:
         yield data
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def logits_of(root, images):

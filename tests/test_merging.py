@@ -12,7 +12,6 @@ import pytest
 from soft_jax import distributed, pytrees
 from soft_jax.__main__ import main
 from soft_jax.config import DEFAULTS
-from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.experiment import gate, imported, library_planning, loop, merged
 from soft_jax.experiment.gate import Verdict
@@ -31,7 +30,7 @@ from soft_jax.store.library import (
     LibraryState,
     Version,
 )
-from tests.conftest import TINY, names, soft_masks, tiny_method
+from tests.conftest import TINY, found_instead, names, soft_masks, tiny_method
 from tests.test_library import (
     OPEN_GATE,
     check_whole,
@@ -133,12 +132,8 @@ def test_a_class_is_in_one_active_version_and_none_is_lost():
 def _world(backbone):
     """Tasks are drawn when they are learned, and merged as they are."""
     tiny = backbones.Backbone("tiny", TINY, backbone, "0" * 64)
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(backbones, "load", lambda *_: tiny)
-        patch.setattr(sources, "load", lambda *_: letters())
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with found_instead(tiny, letters):
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
