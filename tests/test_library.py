@@ -702,6 +702,18 @@ def test_extend_makes_a_version_with_more_classes(root, given):
     assert opened.rollback("t0")[0].classes == (0, 1)
 
 
+def test_an_extension_that_was_held_back_binds_nobody(root):
+    """The active version says which classes a task has, not a newer candidate or a retired one."""
+    opened, none = Library(root), Gate(100.0, 100.0)
+    held, _ = opened.learn("t0", of(6), extend=True, gate=none)
+    again, _ = opened.learn("t0", of(6), extend=True, gate=OPEN_GATE)
+    assert (held.state, again.state) == (CANDIDATE, ACTIVE)
+    assert held.classes == again.classes == (0, 1, 6)
+    opened.rollback("t0")
+    assert opened.learn("t0", of(0, 1), gate=OPEN_GATE)[0].classes == (0, 1)
+    check_whole(root)
+
+
 def test_a_task_of_one_class(root):
     opened = Library(root)
     version, _ = opened.learn("one", of(9), gate=OPEN_GATE)

@@ -68,18 +68,20 @@ def planned(
     if extend and not versions:
         raise UserError(f"extend: there is no task {name!r} in this library yet")
     begin = _begin_of(state, start_from) if start_from is not None else None
+    # A newer one with more classes may have been held back, or gone back from.
+    base = state.version(name) if versions else None
     with stop_at_signals() as stop:
         try:
             dataset = data.load(stop)
             here: tuple[str, ...] = ()
-            if versions:
-                here = tuple(state.classes[class_] for class_ in versions[-1].classes)
+            if base:
+                here = tuple(state.classes[class_] for class_ in base.classes)
             given = dataset.class_names
             _check_classes(state, name, given, here, extend)
             newer = tuple(c for c in dataset.class_names if c not in here)
             parts = (dataclasses.replace(data, classes=(*here, *newer)),)
             if extend and len(newer) == len(dataset.class_names):
-                older = [Data.from_json(part) for part in versions[-1].data]
+                older = [Data.from_json(part) for part in base.data]
                 parts = (*older, dataclasses.replace(data, classes=newer))
                 dataset = data_spec.joined(
                     functools.reduce(data_spec.joined, (part.load(stop) for part in older)),

@@ -101,7 +101,7 @@ def _check_classes(state: LibraryState, merge: Merge) -> None:
         twice = next(class_ for class_ in classes if classes.count(class_) > 1)
         raise UserError(f"merge: class {state.classes[twice]!r} is in two of these versions")
     if into in state.tasks:
-        there = set(state.versions(into)[-1].classes)
+        there = set(state.version(into).classes)
         if into in (name for name, _ in merge.parts) or there != set(classes):
             raise UserError(f"merge: there is a task {into!r} already; name a new one with --into")
     for name, version in state.active.items():
