@@ -169,18 +169,24 @@ def test_a_new_prompt_starts_as_the_old_one_and_its_key_does_not(small):
     assert begin(first, None) is first
 
 
-def test_too_little_memory_says_what_to_do(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nAnd a table."),
+        MemoryError("Unable to allocate 23 TiB: Out of memory"),
+        MemoryError("Out of memory"),
+    ],
+)
+def test_too_little_memory_says_what_to_do(digits, tmp_path, monkeypatch, error):
     def full(*_):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd a table of them."
-        )
+        raise error
 
     monkeypatch.setattr(loop, "train_task", full)
     config = Config(dataset="digits", tasks=2, method="head")
     with pytest.raises(
         UserError,
-        match=r"^batch_size: .* too little memory \(RESOURCE_EXHAUSTED: Out of memory allocating 9 "
-        r"bytes\.\)\. Take",
+        match=r"^batch_size: th(e devices have|is machine has) too little memory "
+        r"\(.*Out of memory\)\. Take",
     ):
         loop.run(config, tmp_path, Console(quiet=True))
 

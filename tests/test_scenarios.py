@@ -112,6 +112,13 @@ def test_a_bad_file_is_one_error(tmp_path, text, message):
         make(scenario="file", scenario_file=str(file))
 
 
+def test_a_file_that_is_nested_too_deeply_is_one_error(tmp_path):
+    (tmp_path / "tasks.json").write_text("[" * 100_000)
+    config = Config(scenario="file", scenario_file=str(tmp_path / "tasks.json"))
+    with pytest.raises(UserError, match=r"scenario_file: .*tasks.json can't be read \(maximum rec"):
+        scenarios.make(config, ("a",))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="scenario_file: .*none.json can't be read"):
         make(scenario="file", scenario_file=str(tmp_path / "none.json"))

@@ -260,6 +260,19 @@ def test_a_task_missing_among_others(opened):
         opened.finished()
 
 
+def test_a_large_number_of_a_task_fills_no_memory(opened):
+    opened.tasks.joinpath("9" * 20, "manifest").mkdir(parents=True)
+    assert opened.present() == [int("9" * 20)]
+    with pytest.raises(UserError, match="tasks/000 is missing, later tasks are there"):
+        opened.finished()
+
+
+def test_a_config_that_is_nested_too_deeply_is_damaged(opened):
+    (opened.root / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config.json is damaged \(maximum recursion depth"):
+        opened.read_record()
+
+
 def test_one_process_at_a_time(opened):
     with pytest.raises(UserError, match="workdir: another process is running in"):
         folder.Store(opened.root)

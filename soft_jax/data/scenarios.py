@@ -179,7 +179,7 @@ class FromFile(ScenarioRule):
         file = paths.shown(path)
         try:
             tasks = json.loads(paths.read_bytes(path).decode("utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"scenario_file: {file} can't be read ({error})") from error
         if not isinstance(tasks, list) or not all(isinstance(task, list) for task in tasks):
             raise UserError(f"scenario_file: {file} holds no list of lists of classes")

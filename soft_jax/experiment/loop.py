@@ -354,14 +354,17 @@ def evaluate_stage(
 
 @contextmanager
 def _memory_named() -> Iterator[None]:
-    """Say what to do about too little memory, in the place of XLA's own account of it."""
+    """Say what to do about too little memory, in the place of XLA's or NumPy's account of it."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        on_host = isinstance(error, MemoryError)
+        if not on_host and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        where = "this machine has" if on_host else "the devices have"
+        first, *_ = str(error).splitlines() or ["no more"]
         raise UserError(
-            f"batch_size: the devices have too little memory ({str(error).splitlines()[0]}). "
+            f"batch_size: {where} too little memory ({first}). "
             "Take a lower eval_batch_size or weights_cache_mb, which may change in a run; or in "
             "another workdir a lower batch_size or dtype=bfloat16. Finished tasks are as they were"
         ) from error

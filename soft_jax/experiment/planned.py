@@ -32,6 +32,7 @@ from soft_jax.store.records import TaskManifest
 # The program that runs one run, which it is given as `_given` writes it.
 PROGRAM = (sys.executable, "-P", "-m", "soft_jax.experiment.planned")
 LOG = "log.txt"  # in a run's folder: what such a process prints
+MOST_SEEDS = 1000  # of one config: more is a slip, and would fill memory before a run begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,12 @@ class PlannedRun:
     config: Config
     folder: Place
     title: str
+
+
+def check_seeds(count: int) -> None:
+    """Raise UserError for more runs of one config than anybody means."""
+    if count > MOST_SEEDS:
+        raise UserError(f"--seeds: {count} is above {MOST_SEEDS}, the most runs of one config")
 
 
 def folder_of(config: Config) -> str:

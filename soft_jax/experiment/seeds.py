@@ -17,7 +17,7 @@ from soft_jax.evaluation import markdown as markdown_lib
 from soft_jax.evaluation import metrics, report
 from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment import settings as settings_lib
-from soft_jax.experiment.planned import PlannedRun
+from soft_jax.experiment.planned import PlannedRun, check_seeds
 from soft_jax.inference import rules
 from soft_jax.paths import Place
 from soft_jax.store import formats
@@ -37,6 +37,7 @@ def plan(config: Config, count: int, workdir: Place) -> list[PlannedRun]:
 
     Raises UserError for a setting that is no good, and where `workdir` is itself a run's folder.
     """
+    check_seeds(count)
     for name in ("config.json", "library.json"):
         with paths.reading("workdir"):
             there = (workdir / name).exists()

@@ -162,7 +162,7 @@ def _read_config(folder: str | PathLike) -> dict[str, Any]:
     file = paths.local(folder, "folder") / CONFIG
     try:
         config = json.loads(paths.read_bytes(file))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} can't be read: {error}; give the folder of a PEFT LoRA") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{file}: expected an object with the peft_type 'LORA'")

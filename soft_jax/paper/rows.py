@@ -300,7 +300,8 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
     known = {str(row["table"]) for row in published_rows()}
     if table not in known:
         raise UserError(
-            f"table: {table!r} is unknown; known are {', '.join([*sorted(known, key=int), *OWN])}"
+            f"table: {table[:80]!r} is unknown; known are "
+            f"{', '.join([*sorted(known, key=int), *OWN])}"
         )
     rows: dict[str, Row] = {}
     for row in published_rows():

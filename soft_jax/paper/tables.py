@@ -12,7 +12,7 @@ from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures
 from soft_jax.experiment import planned as planned_lib
-from soft_jax.experiment.planned import PlannedRun
+from soft_jax.experiment.planned import PlannedRun, check_seeds
 from soft_jax.paper import printing, runs
 from soft_jax.paper.lines import Line, joint_lines, lines_of, reference_lines
 from soft_jax.paper.rows import BENCHMARKS, OWN, Row
@@ -67,6 +67,7 @@ def plan(
 
     Raises UserError where no row can be.
     """
+    check_seeds(request.seeds)
     planned: dict[int, list[PlannedRun]] = {}
     failed: dict[int, UserError] = {}
     for row in rows:

@@ -71,7 +71,7 @@ class Reader:
             raise UserError(
                 f"workdir: {self.root} holds no run ({config.name} can't be read: {error.strerror})"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
             raise UserError(
                 f"workdir: {config} is damaged ({error}); restore it, or take another workdir"
             ) from error
@@ -122,7 +122,8 @@ class Reader:
     def check_complete(self, there: Sequence[int]) -> None:
         """Raise UserError where `there`, what `present` gave, leaves a task out."""
         if list(there) != list(range(len(there))):
-            missing = min(set(range(there[-1])) - set(there))
+            # Not by listing all numbers up to the last: a folder may be called anything.
+            missing = next(place for place, task in enumerate(there) if task != place)
             raise UserError(
                 f"{self.task_path(missing)} is missing, later tasks are there; {checkpoint.ADVICE}"
             )
