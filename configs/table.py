@@ -13,6 +13,7 @@ the table has figures for), and any field of soft_jax.config.Config:
 """
 
 import dataclasses
+import re
 
 from soft_jax.config import as_config_dict, parse_argument
 from soft_jax.errors import UserError
@@ -21,11 +22,12 @@ from soft_jax.paper import rows as rows_lib
 
 def get_config(argument=None):
     items = [item.partition("=") for item in (argument or "table=7,row=4").split(",")]
-    of = {
-        key.strip(): text.strip()
-        for key, _, text in items
-        if key.strip() in ("table", "row", "benchmark")
-    }
+    of = {}
+    for key, _, text in items:
+        if (name := key.strip()) in ("table", "row", "benchmark"):
+            if name in of:
+                raise UserError(f"config argument: {name} is given twice")
+            of[name] = text.strip()
     rest = ",".join(key + equals + text for key, equals, text in items if key.strip() not in of)
     if missing := {"table", "row"} - of.keys():
         raise UserError(
@@ -34,9 +36,10 @@ def get_config(argument=None):
         )
     benchmark = of.get("benchmark") or rows_lib.default_benchmark(of["table"])
     rows = rows_lib.rows_of(of["table"], benchmark)
-    if not of["row"].isdecimal() or not 1 <= int(of["row"]) <= len(rows):
+    # Few digits: int fails at thousands of them.
+    if not re.fullmatch("[0-9]{1,9}", of["row"]) or not 1 <= int(of["row"]) <= len(rows):
         raise UserError(
-            f"config argument: row={of['row']!r} is not one row's number, 1 to {len(rows)}"
+            f"config argument: row={of['row'][:80]!r} is not one row's number, 1 to {len(rows)}"
         )
     config = rows_lib.config_of(rows[int(of["row"]) - 1], benchmark, parse_argument(rest), seed=0)
     return as_config_dict(dataclasses.replace(config, name=f"table{of['table']}-row{of['row']}"))

@@ -157,6 +157,22 @@ EXAMPLES = re.findall(
 )
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("table=7,row=²", "row='²' is not one row's number, 1 to 10"),
+        (f"table=7,row={'9' * 5000}", f"row='{'9' * 80}' is not one row's number"),
+        ("table=7,row=5,row=6", "row is given twice"),
+        ("table=7,row=5,benchmark=c100_10,benchmark=c100_20", "benchmark is given twice"),
+        ("row=5", "table is missing"),
+    ],
+)
+def test_a_bad_argument_of_the_config_is_named(argument, message):
+    module = runpy.run_path(str(ROOT / "configs/table.py"))
+    with pytest.raises(UserError, match=f"^config argument: {message}"):
+        module["get_config"](argument)
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_of_the_config_are_what_they_say(example):
     assert len(EXAMPLES) == 2
@@ -611,6 +627,8 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
             ("2", "--rows=3", "--set=backbone=vit_ti8_32"),
             "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam",
         ),
+        (("9" * 5000,), f"table: '{'9' * 80}' is unknown"),
+        (("7", "--seeds=999999999"), "--seeds: 999999999 is above 1000, the most runs of one"),
         (("7", "--seeds=0"), "--seeds: '0' is not a whole number from 1 on"),
         (("7", "--jobs=0"), "--jobs: '0' is not a whole number from 1 on"),
         (("7", "--jobs=x"), "--jobs: 'x' is not a whole number from 1 on"),
