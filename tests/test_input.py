@@ -20,11 +20,14 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 from PIL import Image
+from rich.console import Console
 
 from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.data import cifar100, images, preparation, scenarios, sources
 from soft_jax.errors import Stopped, UserError
+from soft_jax.experiment import data_spec, loop, seeds, settings
+from soft_jax.models import backbones
 
 
 def write(path, level=0, size=(8, 8)):
@@ -84,6 +87,11 @@ def test_a_url_is_no_path(url):
         sources.load("tiny_imagenet", url)
     with pytest.raises(UserError, match=f"^scenario_file: {refused}"):
         scenarios.make(Config(scenario="file", scenario_file=url), ("a",))
+    for field in ("data_dir", "backbone_path", "scenario_file"):  # of digits, which read none
+        with pytest.raises(UserError, match=f"^{field}: {refused}"):
+            settings.check(Config(dataset="digits", **{field: url}))
+    with pytest.raises(UserError, match=f"^data: {refused}"):
+        data_spec.Data.parse(url)
     for use in (images.read, lambda url: images.find([url]), lambda url: images.prepare(url, 0, 8)):
         with pytest.raises(UserError, match=f"^images: {refused}"):
             use(url)
@@ -105,6 +113,11 @@ def test_tfds_gets_a_folder_with_its_home_and_no_url(monkeypatch, tmp_path):
     for data_dir in ("s3://bucket", "https://host/sets", "file:///sets"):
         with pytest.raises(UserError, match="^data_dir: .* is a URL"):
             sources.load("cifar100", data_dir)
+
+
+def test_a_slip_in_the_number_of_seeds_fills_no_memory(tmp_path):
+    with pytest.raises(UserError, match="^--seeds: 999999999 is above 1000"):
+        seeds.plan(Config(), 999_999_999, tmp_path)
 
 
 def test_local_paths_are_let_through():
@@ -188,6 +201,16 @@ def test_a_class_without_images_says_what_lies_there(folder):
         sources.load("folder", str(folder))
     with pytest.raises(UserError, match=r"dog: no image files in this folder; left out: files"):
         images.find([folder / "train/dog"])
+
+
+def test_a_folder_without_classes_is_told_before_a_backbone_is_downloaded(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(backbones, "load", lambda *_: loaded.append(1))
+    config = Config(dataset="folder", data_dir=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="no classes in .*gone/train"):
+        loop.run(config, tmp_path / "run", Console(quiet=True))
+    assert not loaded
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_many_classes_are_counted_from_least_to_most(tmp_path):

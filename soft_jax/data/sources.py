@@ -192,6 +192,16 @@ def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> 
         return DATASETS[name](data_dir) if name in DATASETS else _tfds(name, data_dir, stop)
 
 
+def check(name: str, data_dir: str = "") -> None:
+    """Raise UserError where a folder of one's own, on a disk, has no classes.
+
+    It costs nothing, and so is asked before what takes long, such as a backbone's download.
+    """
+    if name == "folder" and not isinstance(paths.place(data_dir, "data_dir"), BucketPath):
+        with paths.reading("data_dir"):
+            _classes_there(data_dir)
+
+
 def prepare(name: str, data_dir: str = "", stop: threading.Event | None = None) -> None:
     """Download and prepare the data set `name`, unless that is done or it is one of `DATASETS`.
 
@@ -277,13 +287,7 @@ def _folder(data_dir: str) -> Dataset:
     Raises UserError where there are no classes, `train/` and `test/` or `classes.txt` differ in
     them, a class has no image, or an image can't be read.
     """
-    root = paths.place(data_dir, "data_dir")
-    folders, stray = _class_folders(root / "train") if data_dir else ({}, [])
-    if not folders:
-        raise UserError(
-            "dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of "
-            f"--config.data_dir=DIR; no classes in {paths.shown(root)}/train"
-        )
+    root, folders, stray = _classes_there(data_dir)
     there, names = files_lib.of(root), _ordered(root, tuple(folders))
     train, labels, notes = _class_files(root / "train", [folders[name] for name in names], stray)
     part = next((part for part in ("test", "val") if there.exists(root / part)), None)
@@ -310,6 +314,21 @@ def _folder(data_dir: str) -> Dataset:
     where = f"{paths.shown(root)}/train", f"{paths.shown(root)}/{part or 'train'}"
     splits = _from_paths(train, labels, where[0]), _from_paths(test, test_labels, where[1])
     return Dataset(*splits, names, notes=tuple(notes))
+
+
+def _classes_there(data_dir: str) -> tuple[Place, dict[str, Place], images_lib.LeftOut]:
+    """Return a folder data set's root, its classes, and what lies beside them in `train/`.
+
+    Raises UserError where there are no classes.
+    """
+    root = paths.place(data_dir, "data_dir")
+    folders, stray = _class_folders(root / "train") if data_dir else ({}, [])
+    if not folders:
+        raise UserError(
+            "dataset: 'folder' reads DIR/train/CLASS/* and DIR/test/CLASS/* of "
+            f"--config.data_dir=DIR; no classes in {paths.shown(root)}/train"
+        )
+    return root, folders, stray
 
 
 def _class_folders(folder: Place) -> tuple[dict[str, Place], images_lib.LeftOut]:

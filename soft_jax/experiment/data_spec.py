@@ -33,15 +33,15 @@ class Data:
         """Read a folder's path, or the name of a data set, with the limits of a config.
 
         What is a folder is one; so a data set is meant where there is none of that name. Raises
-        UserError for a class that stands twice.
+        UserError for a class that stands twice, and for a URL.
         """
         names = tuple(classes)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"classes: {twice!r} stands twice")
         limits = (config["train_images_per_class"], config["test_images_per_class"])
-        folder = paths.local(text, "data") if "://" not in text else None
-        if folder and folder.is_dir():
+        folder = paths.local(text, "data")
+        if folder.is_dir():
             return cls("folder", str(folder.absolute()), names, *limits)
         if "/" in text or text in (".", ".."):
             raise UserError(f"data: there is no folder {text}, and no data set is called so")

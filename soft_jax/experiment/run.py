@@ -454,6 +454,8 @@ def prepare(
     store.compare_settings(used, DEFAULTS)  # before anything is downloaded
     by_host = ("data_dir", "backbone_path", "scenario_file")  # those may differ by host
     distributed.check_equal(dataclasses.asdict(config) | dict.fromkeys(by_host))
+    if dataset is None:  # what is wrong with it at first sight, before a download
+        distributed.run_on_all(lambda: sources.check(config.dataset, config.data_dir))
     backbone = distributed.run_on_all(lambda: _load_backbone(config, stop))
     if distributed.all_max(stop.is_set())[0]:
         raise Preempted("Stopped while reading the backbone")

@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from soft_jax import paths
 from soft_jax.config import DEFAULTS, RUNTIME_FIELDS, Config
 from soft_jax.data import scenarios
 from soft_jax.errors import UserError
@@ -55,6 +56,8 @@ def check(config: Config) -> None:
     them is not used, it may be as the other.
     """
     parts = registry.parse(config.method)
+    for name in ("data_dir", "backbone_path", "scenario_file"):
+        paths.place(getattr(config, name), name)  # no URL, also where nothing reads it
     scenarios.check(config)
     for part in parts.classes:
         part.check(config)
