@@ -126,6 +126,17 @@ def test_a_task_comes_back_to_the_bit(opened, sharding):
     assert opened.finished() == 1
 
 
+def test_a_workdir_that_is_named_by_the_folder_above(tmp_path, sharding, monkeypatch):
+    """TensorStore takes no path with ".." in it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with closing(folder.Store("../run")) as store:
+        store.claim(RECORD, {})
+        keep(store)
+        jax.tree.map(np.testing.assert_array_equal, load(store, sharding)[0], TREES)
+    assert (tmp_path / "run/tasks/000").is_dir()
+
+
 def test_every_flipped_bit_is_found(opened, sharding):
     """One bit anywhere in an array's bytes: an error that names the array."""
     path = keep(opened)

@@ -225,7 +225,8 @@ class _OnDisk(Files):
         return tuple(sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
 
     def kvstore(self, path: Path) -> dict[str, Any]:
-        return {"driver": "file", "path": str(path)}
+        # TensorStore takes no ".." in a path, and what stands before it may be a link.
+        return {"driver": "file", "path": os.path.realpath(path)}
 
     def patience(self) -> dict[str, Any]:
         return {}
