@@ -142,9 +142,11 @@ class Config:
             for name in names:
                 if getattr(self, name) < least:
                     raise UserError(f"{name}: {getattr(self, name)!r} is below {least:g}")
-        for name in ("seed", "class_order_seed"):
-            if getattr(self, name) >= 2**31:
-                raise UserError(f"{name}: {getattr(self, name)} is not below 2**31")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if type(number) is int and field.type is not float and number >= 2**31:
+                    raise UserError(f"{field.name}: {_short(number)} is not below 2**31")
         self._check_ranges()
 
     def _check_ranges(self) -> None:
