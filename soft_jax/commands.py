@@ -389,14 +389,10 @@ def _by_task(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
     Those of a run are numbers from 1, those of a library names.
     """
     workdir, backbone_path = _places(arguments)
-    named = not isinstance(workdir, BucketPath) and os.path.lexists(workdir / "library.json")
+    named, tasks = tasks_of(workdir, arguments.tasks)
     task: int | str | None = arguments.task
-    tasks: list[Any] | None = None
-    if arguments.tasks is not None:
-        tasks = [text.strip() for text in arguments.tasks.split(",")]
     if not named:
         task = None if task is None else whole_number(task, "--task")
-        tasks = None if tasks is None else [whole_number(text, "--tasks") for text in tasks]
     from soft_jax.inference import rules
     from soft_jax.inference.predictor import Predictor
 
@@ -404,11 +400,14 @@ def _by_task(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
         raise UserError(f"--task-id: {arguments.task_id!r} needs --task, the task of all images")
 
     def load() -> Predictor:
+        chosen = tasks
         if not named:
-            _check_tasks(workdir, tasks, task)
+            chosen = check_tasks(workdir, tasks, task)
+        elif tasks is None and task is not None:
+            chosen = _alone(workdir, task.strip())
         predictor = Predictor.load(
             workdir,
-            tasks if named or tasks is None else [number - 1 for number in tasks],
+            chosen,
             rules.TaskGiven.option if task is not None else arguments.task_id,
             backbone_path=backbone_path,
         )
@@ -418,6 +417,16 @@ def _by_task(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
         return predictor
 
     return load
+
+
+def _alone(root: Place, task: str) -> list[str] | None:
+    """Return the tasks to load of a library where all images are of one: it, if it is active.
+
+    So it answers also where another is damaged.
+    """
+    from soft_jax.store.library import LibraryReader
+
+    return [task] if task in LibraryReader(root).read().active else None
 
 
 def _given(predictor: "Predictor", task: str) -> int:
@@ -446,8 +455,25 @@ def _by_names(arguments: argparse.Namespace) -> Callable[[], "Predictor"]:
     return lambda: Predictor.zero_shot(workdir, names, backbone_path=backbone_path)
 
 
-def _check_tasks(workdir: Place, tasks: Sequence[int] | None, task: int | None) -> None:
-    """Raise UserError for a task, counted from 1, that the run has not or that is not chosen."""
+def tasks_of(workdir: Place, text: str | None) -> tuple[bool, list[Any] | None]:
+    """Return whether tasks have names there, as in a library, and those that `--tasks` lists.
+
+    Those of a run are counted from 1. Raises UserError for one that is no number there.
+    """
+    named = not isinstance(workdir, BucketPath) and os.path.lexists(workdir / "library.json")
+    if text is None:
+        return named, None
+    tasks = [part.strip() for part in text.split(",")]
+    return named, tasks if named else [whole_number(part, "--tasks") for part in tasks]
+
+
+def check_tasks(
+    workdir: Place, tasks: Sequence[int] | None, task: int | None = None
+) -> list[int] | None:
+    """Return the tasks of a run, counted from 1, as they are counted within, from 0.
+
+    Raises UserError for one that the run has not, and for a `task` that is not one of them.
+    """
     from soft_jax.store.folder import Reader
 
     finished = [number + 1 for number in Reader(workdir).present()]
@@ -462,6 +488,7 @@ def _check_tasks(workdir: Place, tasks: Sequence[int] | None, task: int | None) 
                 raise UserError(
                     f"{flag}: {number} is not a task to choose from; those are {listed}"
                 )
+    return None if tasks is None else [number - 1 for number in tasks]
 
 
 def _answers(row: tuple, predictor: "Predictor", top: int, of_tasks: bool) -> list[dict[str, Any]]:

@@ -63,6 +63,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "what the network looked at."
     )
     explain.add_argument("image", help="an image file")
+    explain.add_argument(
+        "--tasks", help="the tasks to choose from, as of soft-jax predict; default: all"
+    )
     explain.add_argument("--output", help="also write it, with pictures, to this HTML file")
 
     activate = _add(subparsers, "activate", "make a version the active one", activate_)
@@ -359,7 +362,7 @@ def tasks_(arguments: argparse.Namespace) -> int:
                     str(len(version.classes)),
                     _two(version.learned),
                     _two(now),
-                    f"{version.bytes:,}",
+                    f"{reader.size(version):,}",
                     reader.last_used(version)[:10],
                 )
             )
@@ -417,22 +420,22 @@ def show_(arguments: argparse.Namespace) -> int:
                 print(f"  backward transfer: {names[other]}: {given} given, {alone} by itself")
         for task, why in version.gate.get("unchecked", {}).items():
             print(f"  not checked: {task}: {why}")
-        print(f"  {version.bytes:,} bytes, {version.seconds:.0f} s of training")
+        print(f"  {reader.size(version):,} bytes, {version.seconds:.0f} s of training")
     return 0
 
 
 def transfer_(arguments: argparse.Namespace) -> int:
-    """Print the table of transfer."""
+    """Print the table of transfer; the exit status is 1 where a pair could not be measured."""
     opened = _open(arguments)
     table = opened.transfer()
-    names = list(table["frozen"])
+    names = [name for name in table if name != "frozen"]
     rows = [["network of", *names]]
     for of, gains in table.items():
         figure = "{:.1f}%" if of == "frozen" else "{:+.1f}"
-        rows.append([of, *(figure.format(gains[name]) for name in names)])
+        rows.append([of, *(figure.format(gains[n]) if n in gains else "–" for n in names)])
     _print_table(rows)
     _print_confusion(opened.state())
-    return 0
+    return 0 if all(len(gains) == len(names) for gains in table.values()) else 1
 
 
 def _print_confusion(state: "LibraryState") -> None:
@@ -455,12 +458,14 @@ def cost_(arguments: argparse.Namespace) -> int:
     rows = [("", "bytes", "parameters", "learned in", "an image", "right task", "accuracy")]
     for name, of in cost.tasks.items():
         learned = f"{of.seconds:.1f} s"
-        rows.append((name, f"{of.bytes:,}", f"{of.parameters:,}", learned, "", "", ""))
+        shares = ("–" if x is None else f"{x:.1f}%" for x in (of.right_task, of.accuracy))
+        rows.append((name, f"{of.bytes:,}", f"{of.parameters:,}", learned, "", *shares))
     for option, of in cost.rules.items():
         figures = (f"{of.milliseconds:.2f} ms", f"{of.right_task:.1f}%", f"{of.accuracy:.1f}%")
         rows.append((f"--task-id={option}", "", "", "", *figures))
     _print_table(rows)
     print(f"an image: measured now, on {cost.machine}; oracle: the task is given")
+    print("a task's right task and accuracy: by the rule that predict takes")
     for name, why in cost.unchecked.items():
         print(f"not measured: {name}: {why}")
     return 1 if cost.unchecked else 0
@@ -493,9 +498,11 @@ def explain_(arguments: argparse.Namespace) -> int:
     from soft_jax.evaluation import explained, html
     from soft_jax.inference import explain
 
+    named, tasks = commands.tasks_of(root, arguments.tasks)
     if output:
         html.check_output(output)  # before what takes long
-    found = explain.explain(*explain.load(root), image)
+    tasks = tasks if named else commands.check_tasks(root, tasks)
+    found = explain.explain(*explain.load(root, tasks), image)
     if output:  # first: whoever reads what is printed may have enough of it
         html.write(output, explained.page(found, image, root.absolute().name))
     print("\n".join(explained.lines(found, paths.shown(image))))

@@ -367,7 +367,10 @@ def test_an_archived_version_comes_back_to_the_bit_and_as_what_it_was(root):
     digests = {v.id: digest(folder.path(v)) for v in before.tasks["t1"]}
     for number in (1, 2, 3):
         opened.archive("t1", number)
-    assert shape_of(check_whole(root))["t1"] == {1: ARCHIVED, 2: ARCHIVED, 3: ARCHIVED}
+    state = check_whole(root)
+    assert shape_of(state)["t1"] == {1: ARCHIVED, 2: ARCHIVED, 3: ARCHIVED}
+    for version in state.tasks["t1"]:
+        assert folder.size(version) == folder.archive(version).stat().st_size < version.bytes
     with pytest.raises(UserError, match="t1@2 is archived; restore it first"):
         opened.activate("t1", 2)
     with pytest.raises(UserError, match="rollback: t1 has no version that was active and is not"):
@@ -506,6 +509,23 @@ def test_a_library_that_changes_while_it_is_read_is_read_again(root, monkeypatch
 # The gate.
 
 
+def test_check_looks_again_where_another_command_came_between(root, monkeypatch):
+    opened, seen = Library(root), []
+
+    def evaluate(reader, state, *_):
+        seen.append(set(state.active))
+        if len(seen) == 1:
+            opened.archive("t0")
+        if len(seen) == 2:
+            opened.archive("t1")
+            raise UserError("t1@2 was archived")
+        return Verdict({}, (), {name: "it is damaged" for name in {"t0"} & state.active.keys()})
+
+    monkeypatch.setattr(gate, "evaluate", evaluate)
+    assert opened.check().passed
+    assert seen == [{"t0", "t1", "t2"}, {"t1", "t2"}, {"t2"}]
+
+
 def test_a_version_that_lets_another_fall_stays_a_candidate(root, monkeypatch):
     opened = Library(root)
     before = opened.state().figures
@@ -619,6 +639,8 @@ def test_a_damaged_version_is_named_and_the_others_go_on(root, item):
     verdict = opened.check()
     assert set(verdict.unchecked) == {"t1"} and "t1@2 is damaged" in verdict.unchecked["t1"]
     assert set(verdict.figures) == {"t0", "t2"}
+    with pytest.raises(UserError, match="t1@2 is damaged"):  # packed, nobody would see it
+        opened.archive("t1")
     version, verdict = opened.rollback("t1")
     assert version.number == 1 and not verdict.unchecked
     Predictor.load(root).predict(images)
@@ -626,6 +648,31 @@ def test_a_damaged_version_is_named_and_the_others_go_on(root, item):
         opened.activate("t1", 2)
     opened.remove("t1", 2)
     assert opened.check().passed
+
+
+def test_the_state_is_a_hash_of_the_manifests(root):
+    """So whole versions can't change places; the hashes of their arrays are all as they were."""
+    opened, reader = Library(root), LibraryReader(root)
+    for version in opened.state().active.values():
+        raw = (reader.path(version) / "manifest/metadata").read_bytes()
+        assert version.manifest_sha256 == hashlib.sha256(raw).hexdigest()
+    shutil.rmtree(root / "tasks/000")
+    shutil.copytree(root / "tasks/001", root / "tasks/000")
+    verdict = opened.check(100.0)
+    assert set(verdict.unchecked) == {"t0"}
+    assert "t0@1 is damaged" in verdict.unchecked["t0"]
+    assert "another than the library took in" in verdict.unchecked["t0"]
+
+
+def test_a_version_whose_files_are_gone_can_be_removed(root):
+    """Also the first of a library, of which others may need what all share."""
+    shutil.rmtree(root / "tasks/000")
+    opened = Library(root)
+    with pytest.raises(UserError, match="t0@1 is damaged"):
+        opened.archive("t0")
+    opened.remove("t0")
+    assert set(opened.check().figures) == {"t1", "t2"}
+    assert opened.learn("t3", of(6), gate=OPEN_GATE)[0].state == ACTIVE
 
 
 def test_another_backbone_is_refused(root, monkeypatch, backbone):
@@ -645,7 +692,7 @@ def test_another_backbone_is_refused(root, monkeypatch, backbone):
 
 @pytest.mark.parametrize(
     "name", ["", "a/b", "../x", ".", "..", "a b", "-x", "_x", ".x", "a@b", "best", "all", "none",
-             "a\n", "x" * 65, "\U0001d4d0" * 33, "\udcff", "a\0"]
+             "frozen", "a\n", "x" * 65, "\U0001d4d0" * 33, "\udcff", "a\0"]
 )  # fmt: skip
 def test_names_that_can_not_be(root, name):
     with pytest.raises(UserError, match="task name: "):
@@ -781,6 +828,22 @@ def test_transfer_keeps_each_column_and_loads_the_backbone_once(root, monkeypatc
     assert kept_transfer(LibraryReader(root)) == {}
 
 
+def test_transfer_leaves_out_images_that_are_gone(root, monkeypatch):
+    load, gains = Data.load, {"t0": 1.0, "t1": 2.0, "t2": 3.0}
+
+    def gone(self, stop=None):
+        if self.classes == of(4, 5).classes:
+            raise UserError("data_dir: the folder is gone")
+        return load(self, stop)
+
+    monkeypatch.setattr(Data, "load", gone)
+    monkeypatch.setattr(transfer, "gains", lambda *_: (50.0, gains))
+    table = Library(root).transfer()
+    assert table == {name: dict.fromkeys(("t0", "t1"), gain) for name, gain in gains.items()} | {
+        "frozen": {"t0": 50.0, "t1": 50.0}
+    }
+
+
 def test_a_library_has_one_set_of_settings(root, tmp_path):
     opened = Library(root)
     other = dataclasses.replace(WITHOUT, learning_rate=0.5)
@@ -810,6 +873,22 @@ def test_no_number_of_a_version_is_given_again(root):
     check_whole(root)
 
 
+@pytest.mark.usefixtures("paper")
+def test_no_task_gets_a_name_that_another_had(root):
+    """Or t2@1 in the log would be one version before a change, and another one behind it."""
+    opened = Library(root)
+    opened.rename("t0", "zero")
+    opened.rename("zero", "t0")  # its own of before
+    opened.remove("t2")
+    opened.rename("t0", "zero")
+    opened.learn("t0", of(6))
+    opened.remove("t0")
+    for name in ("t0", "t2"):
+        with pytest.raises(UserError, match=f"rename: another task was called '{name}'"):
+            opened.rename("zero", name)
+    check_whole(root)
+
+
 def test_a_library_of_format_0_is_read(tmp_path):
     """`data/library_0.json` was written before versions' numbers were kept.
 
@@ -819,8 +898,9 @@ def test_a_library_of_format_0_is_read(tmp_path):
     (tmp_path / "log").mkdir()
     state = LibraryReader(tmp_path).read()
     assert state.numbers == {"t0": 1, "t1": 2, "t2": 1} and state.confusion == {}
+    assert state.owners == {name: found[0].id for name, found in state.tasks.items()}
     versions = [v for found in state.tasks.values() for v in found]
-    assert {v.origin for v in versions} == {""}
+    assert {v.origin for v in versions} == {v.manifest_sha256 for v in versions} == {""}
     assert all(v.gate == {"fallen": [], "unchecked": {}} for v in versions)
     for number in range(1, state.changes + 1):
         old = {"number": number, "when": "", "command": "learn", "note": "", "state_before": None}
@@ -829,6 +909,38 @@ def test_a_library_of_format_0_is_read(tmp_path):
         text = json.dumps(old | {"state_after": ""})
         (tmp_path / f"log/{number:06d}.json").write_text(text)
     assert [record["found"] for record in Library(tmp_path).log()] == [{}] * state.changes
+
+
+def test_a_record_keeps_what_changed_since_the_one_before(tmp_path, rng):
+    """And is read as if it had all, also behind one of format 2 and one that was damaged."""
+    state, old, every = LibraryState(config={}, backbone_sha256=""), None, []
+    log = tmp_path / "library/log"
+
+    def rows(ids):
+        return {id_: {"given": 50.0, "per_sample": float(rng.integers(2))} for id_ in ids}
+
+    with closing(LibraryFolder(log.parent, make=True)) as folder:
+        for number in range(8):
+            ids = [str(id_) for id_ in range(40) if rng.random() < 0.9]
+            found = {"version": 7, "figures": rows(ids), "backward": rows(ids[2:])}
+            every.append(found if number != 3 else {})
+            if number == 5:
+                kept = (log / "000004.json").read_text()
+                (log / "000004.json").write_text("")
+            old = folder.commit(old, state, "learn", found=every[-1])
+            if number == 1:
+                record = json.loads((log / "000002.json").read_text())
+                record |= {"format": 2, "found": found}
+                (log / "000002.json").write_text(json.dumps(record))
+            if number == 5:
+                (log / "000004.json").write_text(kept)
+        still = {id_: {"given": 0.0, "per_sample": 0.0} for id_ in ids[2:]}
+        for backward in (rows(ids[2:]), still):
+            every.append(found | {"backward": backward})
+            old = folder.commit(old, state, "check", found=every[-1])
+    assert [record["found"] for record in LibraryReader(log.parent).log(old)] == every
+    sizes = [(log / f"{number:06d}.json").stat().st_size for number in (1, 6, 10)]
+    assert sizes[2] < 800 and sizes[2] < sizes[0] / 5 and sizes[1] > sizes[0] / 2
 
 
 def test_what_was_asked_for_or_answered_counts_as_used(root):
@@ -866,6 +978,9 @@ def test_a_damaged_g_prompt_is_read_from_another_version(tmp_path):
     ):
         Predictor.load(root, ["t1"], **asked)
     opened.restore("t2")
+    Predictor.load(root, ["t1"], **asked)
+    shutil.rmtree(root / "tasks/000")
+    opened.remove("t0")  # of which nothing is left to copy
     Predictor.load(root, ["t1"], **asked)
 
 

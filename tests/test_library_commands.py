@@ -195,9 +195,13 @@ def test_what_tasks_give_to_each_other_and_cost(say, root, monkeypatch):
     lines = [line.split() for line in out.splitlines()]
     assert status == 0 and [line[0] for line in lines[1:3]] == ["low", "high"]
     ours = LibraryReader(root).read().active["low"]
-    assert lines[1][1] == f"{ours.bytes:,}" and lines[1][-2:] == [f"{ours.seconds:.1f}", "s"]
-    oracle = next(line for line in lines if line[0] == "--task-id=oracle")
+    assert lines[1][1] == f"{ours.bytes:,}" and lines[1][3:5] == [f"{ours.seconds:.1f}", "s"]
     state = LibraryReader(root).read()
+    for line, (name, version) in zip(lines[1:3], state.active.items(), strict=True):
+        given = state.confusion[version.id]
+        right_task = 100 * given.get(version.id, 0) / sum(given.values())
+        assert line[5:] == [f"{right_task:.1f}%", f"{state.figures[name]['per_sample']:.1f}%"]
+    oracle = next(line for line in lines if line[0] == "--task-id=oracle")
     given = [state.figures[name]["given"] for name in state.active]
     mean = np.average(given, weights=[v.test["images"] for v in state.active.values()])
     assert oracle[2:] == ["ms", "100.0%", f"{mean:.1f}%"] and float(oracle[1]) > 0
@@ -328,6 +332,23 @@ def test_predict_takes_tasks_by_their_names(say, photos):
         (["--task-id=oracle"], "--task-id: 'oracle' needs --task"),
     ):
         assert message in say("predict", photos[0], *words)[2]
+
+
+def test_a_damaged_task_keeps_none_of_the_others_from_answering(say, root, photos):
+    """With the ways out that the error names; what is measured is measured of the others."""
+    shutil.rmtree(root / "tasks/000/shared")
+    for command, *words in (["predict", *photos], ["explain", photos[0]]):
+        status, _, err = say(command, *words)
+        assert status == 1 and "low@1 is damaged" in err and "--tasks=high" in err
+        assert say(command, *words, "--tasks=high")[0] == 0
+    assert say("predict", *photos, "--task=high")[1].count("(task high)") == 4
+    status, out, _ = say("transfer")
+    assert status == 1 and "not measured: low: low@1 is damaged" in out.replace("\n", " ")
+    table = out[out.index("network of") : out.index("images of")]
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line}
+    assert rows["low"] == ["–", "–"] and "–" not in rows["frozen"] + rows["high"]
+    status, out, _ = say("cost")
+    assert status == 1 and "not measured: low: low@1 is damaged" in out and "\nhigh  " in out
 
 
 def test_folders_of_images(say, root, tmp_path, photos):

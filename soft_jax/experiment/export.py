@@ -188,7 +188,7 @@ def _load_of_library(
     )
     folder = reader.path(version)
     load_items = functools.partial(
-        checkpoint.load_items, folder, reader.load_manifest(folder).sha256
+        checkpoint.load_items, folder, reader.manifest_of(version).sha256
     )
 
     def tests() -> tuple[np.ndarray, np.ndarray, bool]:

@@ -193,15 +193,10 @@ def evaluate(
     if not state.active:
         raise UserError(f"library: {reader.root} has no active task")
     until_now = {version.id for version in (old or state).active.values()}
-    versions, figures, fallen, unchecked, confusion = {}, {}, [], {}, {}
-    for name, version in state.active.items():
-        try:
-            assembly.check_version(reader, state, name, version, config, backbone)
-            versions[name] = version
-        except UserError as error:
-            if name == new:
-                raise
-            unchecked[name] = str(error)
+    figures, fallen, confusion = {}, [], {}
+    versions, unchecked = assembly.sound(reader, state, config, backbone)
+    if new in unchecked:
+        raise UserError(unchecked[new])
     if not versions:
         return Verdict({}, (), unchecked)
     predictor = predictor_lib.of_versions(reader, state, versions, backbone)

@@ -63,7 +63,7 @@ def page(opened: Library) -> str:
     reader, state = LibraryReader(opened.root), opened.state()
     name = opened.root.absolute().name
     if state.changes:  # else it is a run that nothing was changed of
-        title, lead = f"Library {name}", _library_lead(state)
+        title, lead = f"Library {name}", _library_lead(reader, state)
         records = reader.log(state)
         sections = _of_library(reader, state, records)
     else:
@@ -80,7 +80,7 @@ def page(opened: Library) -> str:
 # A library.
 
 
-def _library_lead(state: LibraryState) -> Markup:
+def _library_lead(reader: LibraryReader, state: LibraryState) -> Markup:
     versions = [version for found in state.tasks.values() for version in found]
     active = state.active.values()
     return html.joined(
@@ -94,7 +94,7 @@ def _library_lead(state: LibraryState) -> Markup:
                 "versions": len(versions),
                 "classes": len({class_ for v in active for class_ in v.classes}),
                 "changes": state.changes,
-                "bytes": f"{sum(v.bytes for v in versions):,}",
+                "bytes": f"{sum(map(reader.size, versions)):,}",
                 **_means(state),
             }
         ),
@@ -136,7 +136,7 @@ def _tasks(reader: LibraryReader, state: LibraryState) -> Markup:
                     _two(version.learned),
                     _two(now),
                     f"{version.test.get('images', 0):,}",
-                    f"{version.bytes:,}",
+                    f"{reader.size(version):,}",
                     f"{version.seconds:.0f}",
                     version.created[:10],
                     reader.last_used(version)[:10],

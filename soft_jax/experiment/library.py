@@ -332,6 +332,7 @@ class Library:
             seconds=float(manifests[0].seconds["train"]),
             bytes=files.of(finished).size(finished),
             origin=plan.origin,
+            manifest_sha256=library.hash_of_manifest(finished),
         )
         return version, finished
 
@@ -356,9 +357,17 @@ class Library:
         without it. Raises UserError where there is no active task.
         """
         reader = LibraryReader(self.root)
-        state = reader.read()
-        backbone = _backbone(state)
-        return gate_lib.evaluate(reader, state, backbone, state.figures, Gate(max_drop))
+
+        def evaluated(state: LibraryState) -> tuple[LibraryState, Verdict]:
+            return state, gate_lib.evaluate(
+                reader, state, _backbone(state), state.figures, Gate(max_drop)
+            )
+
+        while True:
+            state, verdict = predictor_lib.read_whole(reader, evaluated)
+            # What another command took away meanwhile is not damaged.
+            if verdict.passed or reader.read() == state:
+                return verdict
 
     def _judge(
         self,
@@ -433,7 +442,8 @@ class Library:
         `[i][j]` is of task i's network on the images of task j, in points; `["frozen"][j]` is the
         accuracy of the frozen network's probe, in percent. Pairs that were measured before are kept
         in the library, so that a task more costs one row and one column; each column is kept when
-        it is done. Raises UserError where a task's images can't be had.
+        it is done. Pairs are missing that can't be measured: where a task's version is damaged, or
+        its images can't be had; the console says why.
         """
         reader = LibraryReader(self.root)
         state = reader.read()
@@ -441,29 +451,44 @@ class Library:
         versions = state.active
         if not versions:
             raise UserError(f"library: {self.root} has no active task")
+        # Reading all of them takes as long as measuring: not for what is kept already.
+        sound = functools.cache(
+            lambda: assembly.sound(reader, state, planning.config_of(state), backbone)
+        )
+        left_out: dict[str, str] = {}
         table: dict[str, dict[str, float]] = {name: {} for name in ("frozen", *versions)}
         for name, version in versions.items():
             column = dict(kept.get(str(version.id), {}))
-            missing = {n: v for n, v in versions.items() if str(v.id) not in column}
-            if missing:
-                predictor = predictor_lib.of_versions(
-                    reader, state, missing, backbone, params=params
-                )
-                params = predictor.model.backbone
-                frozen, gains = transfer.gains(predictor, _images(version))
-                column["frozen"] = frozen
-                column |= {str(versions[task].id): gain for task, gain in gains.items()}
-                kept[str(version.id)] = column
-                self._keep_transfer(kept)
-            table["frozen"][name] = column["frozen"]
-            for other, of in versions.items():
-                table[other][name] = column[str(of.id)]
+            if {str(v.id) for v in versions.values()} - column.keys():
+                able, damaged = sound()
+                left_out |= damaged
+                missing = {n: v for n, v in able.items() if str(v.id) not in column}
+                try:
+                    images = _images(version) if missing else None
+                except UserError as error:
+                    left_out[name], missing = str(error), {}
+                if missing:
+                    predictor = predictor_lib.of_versions(
+                        reader, state, missing, backbone, params=params
+                    )
+                    params = predictor.model.backbone
+                    frozen, gains = transfer.gains(predictor, images)
+                    column["frozen"] = frozen
+                    column |= {str(versions[task].id): gain for task, gain in gains.items()}
+                    kept[str(version.id)] = column
+                    self._keep_transfer(kept)
+            known = {"frozen": "frozen", **{task: str(v.id) for task, v in versions.items()}}
+            for row, key in known.items():
+                if key in column:
+                    table[row][name] = column[key]
+        for name, why in left_out.items():
+            self.console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
         return table
 
     def cost(self) -> Cost:
         """Measure what the active tasks and the rules that identify them cost, `cost.measure`.
 
-        Raises UserError where there is no active task, or one is damaged.
+        Raises UserError where there is no active task, or all are damaged.
         """
         reader = LibraryReader(self.root)
         state = reader.read()
@@ -524,12 +549,16 @@ class Library:
         return new.active[name], verdict
 
     def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
-        """Pack a version small; it is loaded no more, and `restore` brings it back to the bit."""
+        """Pack a version small; it is loaded no more, and `restore` brings it back to the bit.
+
+        Raises UserError where it is damaged: nobody would look at it any more.
+        """
         with self._held() as folder:
             old = folder.read()
             version = old.version(name, number)
             if version.state == ARCHIVED:
                 raise UserError(f"version: {name}@{version.number} is archived already")
+            assembly.check_files(folder, old, name, version)
             folder.keep_shared(old, version)
             digest = folder.pack(version)
             again = RETIRED if version.state == ACTIVE else version.state
@@ -559,18 +588,31 @@ class Library:
         return restored
 
     def rename(self, name: str, to: str, command: str = "rename") -> None:
-        """Give a task another name; its versions and classes stay as they are."""
+        """Give a task another name; its versions and classes stay as they are.
+
+        Raises UserError where the name is or was another task's, so that no two versions in the log
+        are called the same.
+        """
         library.check_name(to)
         with self._held() as folder:
             old = folder.read()
             old.versions(name)
             if to in old.tasks:
                 raise UserError(f"rename: there is a task {to!r} already")
+            owner = old.owners[name]
+            if old.owners.get(to, owner) != owner:
+                raise UserError(
+                    f"rename: another task was called {to!r}, whose versions the log has as {to}@1 "
+                    "and on; take another name"
+                )
             renamed = {to if task == name else task: found for task, found in old.tasks.items()}
             figures = {to if task == name else task: row for task, row in old.figures.items()}
             highest = max(old.numbers.get(to, 0), old.numbers[name])
             numbers = {**old.numbers, to: highest}  # neither name gets one again
-            new = dataclasses.replace(old, tasks=renamed, figures=figures, numbers=numbers)
+            owners = {**old.owners, to: owner}
+            new = dataclasses.replace(
+                old, tasks=renamed, figures=figures, numbers=numbers, owners=owners
+            )
             folder.commit(old, new, command)
 
     def remove(self, name: str, number: int | None = None, command: str = "remove") -> None:

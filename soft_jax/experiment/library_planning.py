@@ -152,7 +152,7 @@ def start(
     shared, adapter = assembly.load_shared(folder, state, method, backbone.params), {}
     if plan.start_from:
         version = plan.start_from
-        manifest = folder.load_manifest(folder.path(version))
+        manifest = folder.manifest_of(version)
         names = [""] * len(version.classes)
         method = registry.make_method(config, backbone.architecture, names, len(names))
         template = method.packed_shapes(backbone.params)
@@ -196,6 +196,9 @@ def with_version(state: LibraryState, plan: Plan, version: Version) -> tuple[Lib
         next_id=state.next_id + 1,
         shared_from=shared_from,
         numbers={**state.numbers, plan.name: plan.number},
+        owners=state.owners
+        if plan.name in state.tasks
+        else {**state.owners, plan.name: version.id},
     )
     return state.replaced(plan.name, version), version
 

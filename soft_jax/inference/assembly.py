@@ -160,7 +160,7 @@ def assemble(
     for task, (name, version) in enumerate(versions.items()):
         own = _method_of_version(config, backbone, version)
         with _naming(reader, state, name, version):
-            manifest = reader.load_manifest(reader.path(version))
+            manifest = reader.manifest_of(version)
             adapter, loaded = _templates(own, params, manifest)
             templates = {
                 "adapter": {name: adapter[name] for name in rows if name in adapter},
@@ -276,7 +276,7 @@ def _copy_of_shared(
                     archived = f"{name}@{version.number}"
                 continue
             with contextlib.suppress(UserError):  # damaged too
-                theirs = reader.load_manifest(reader.path(version)).sha256
+                theirs = reader.manifest_of(version).sha256
                 if is_copy(version, theirs):
                     return _shared_in(reader.path(version), theirs, template)
     why = why.removesuffix(f"; {checkpoint.ADVICE}")
@@ -299,13 +299,34 @@ def check_version(
     own = _method_of_version(config, backbone, version)
     whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
     with _naming(reader, state, name, version):
-        manifest = reader.load_manifest(reader.path(version))
+        manifest = reader.manifest_of(version)
         adapter, shared = _templates(own, backbone.params, manifest)
         templates = {"adapter": adapter, "shared": shared}
         for rule in rules.keepers(rules_of(own, config)).values():
             shapes = rule.statistics_shapes(len(version.classes))
             templates.setdefault("statistics", {}).update(manifest.stored("statistics", shapes))
         checkpoint.load_items(reader.path(version), manifest.sha256, templates, whole, part=True)
+
+
+def sound(
+    reader: LibraryReader, state: LibraryState, config: Config, backbone: backbones.Backbone
+) -> tuple[dict[str, Version], dict[str, str]]:
+    """Return the active versions that are whole, by task, and of the others what is wrong."""
+    whole, damaged = {}, {}
+    for name, version in state.active.items():
+        try:
+            check_version(reader, state, name, version, config, backbone)
+            whole[name] = version
+        except UserError as error:
+            damaged[name] = str(error)
+    return whole, damaged
+
+
+def check_files(reader: LibraryReader, state: LibraryState, name: str, version: Version) -> None:
+    """Read every file of a version. Raises UserError where one is not what was saved."""
+    with _naming(reader, state, name, version):
+        reader.manifest_of(version)
+        checkpoint.verify(reader.path(version))
 
 
 def load_weights(
@@ -343,7 +364,7 @@ def load_own(
     key = own.reparametrization.adapter_key
     whole = distributed.replicated(distributed.data_mesh(jax.devices()[:1]))
     with _naming(reader, state, name, version):
-        manifest = reader.load_manifest(reader.path(version))
+        manifest = reader.manifest_of(version)
         adapter, _ = _templates(own, backbone.params, manifest)
         templates = {"adapter": {key: adapter[key]}}
         items = checkpoint.load_items(

@@ -94,15 +94,19 @@ class Explanation:
     masked: Attention
 
 
-def load(root: str | PathLike) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]:
+def load(
+    root: str | PathLike, tasks: Sequence[int] | Sequence[str] | None = None
+) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]:
     """Load the predictor of a library or a run, with what all of its rules by one image need.
 
-    Returns it and those rules. Raises UserError as `Predictor.load`.
+    `tasks` are those to choose from. Returns it and those rules. Raises UserError as
+    `Predictor.load`.
     """
     if holds_library(root):
         reader = LibraryReader(root)
-        return predictor_lib.read_whole(reader, functools.partial(_load_of_library, reader))
-    run = predictor_lib.read_run(root)
+        make = functools.partial(_load_of_library, reader, tasks)
+        return predictor_lib.read_whole(reader, make)
+    run = predictor_lib.read_run(root, tasks)
     return _with_all_rules(
         functools.partial(predictor_lib.of_run, run),
         lambda able: rules.kept(able, run.latest.sha256),
@@ -111,9 +115,9 @@ def load(root: str | PathLike) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]
 
 
 def _load_of_library(
-    reader: LibraryReader, state: LibraryState
+    reader: LibraryReader, names: Sequence[str] | None, state: LibraryState
 ) -> tuple[Predictor, tuple[TaskIdentityRule, ...]]:
-    versions = predictor_lib.active_versions(reader, state)
+    versions = predictor_lib.active_versions(reader, state, names)
     config = from_settings(state.config)
     backbone = assembly.load_backbone(config, state.backbone_sha256)
     make = functools.partial(predictor_lib.of_versions, reader, state, versions, backbone)

@@ -178,6 +178,14 @@ def load_items(
     return out
 
 
+def verify(path: Place) -> None:
+    """Read every array of a checkpoint. Raises UserError naming one that is not what was saved."""
+    for key, expected in load_manifest(path)["sha256"].items():
+        item, _, name = key.partition("/")
+        if pytrees.sha256(_read(path, item, [name])[name]) != expected:
+            raise UserError(f"{path}: array {key} is not what was saved (its SHA-256 differs)")
+
+
 # What this process has verified: by folder and hash, the state of an array's files. An array that
 # is read again and again while predicting is hashed once, as long as its files stay as they were.
 # Threads share it: one look-up or one entry is atomic in a dict.

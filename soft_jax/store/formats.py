@@ -176,6 +176,18 @@ def library_2_to_3(old: Data) -> Data:
     return old | {"tasks": tasks}
 
 
+def library_3_to_4(old: Data) -> Data:
+    """Say which task each name is of; of names that no task has now, it is not known.
+
+    Nor are the hashes of versions' manifests.
+    """
+    owners = {name: min(v["id"] for v in found) for name, found in old["tasks"].items()}
+    tasks = {
+        name: [v | {"manifest_sha256": ""} for v in found] for name, found in old["tasks"].items()
+    }
+    return old | {"tasks": tasks, "owners": dict.fromkeys(old["numbers"], -1) | owners}
+
+
 def log_0_to_1(old: Data) -> Data:
     """Say that nothing was kept of what was measured."""
     return old | {"found": {}}
@@ -186,13 +198,22 @@ def log_1_to_2(old: Data) -> Data:
     return old | {"found": {k: v for k, v in old["found"].items() if k != "backward"}}
 
 
+def log_2_to_3(old: Data) -> Data:
+    """Say that all figures are there, and not only those that changed."""
+    found = old["found"]
+    if "figures" not in found:
+        return old
+    without = [id_ for id_ in found["figures"] if id_ not in found["backward"]]
+    return old | {"found": found | {"whole": True, "gone": [], "without": without}}
+
+
 # A kind's number of functions is its format today; the function at index n reads format n.
 MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
-    "library": (library_0_to_1, library_1_to_2, library_2_to_3),
-    "log": (log_0_to_1, log_1_to_2),
+    "library": (library_0_to_1, library_1_to_2, library_2_to_3, library_3_to_4),
+    "log": (log_0_to_1, log_1_to_2, log_2_to_3),
     "transfer": (),
     "seeds": (),
     "lock": (),

@@ -46,7 +46,7 @@ JSON = Any
 STATE_FILE = "library.json"
 # The states of a version. One of a task's is active at most.
 ACTIVE, CANDIDATE, RETIRED, ARCHIVED = "active", "candidate", "retired", "archived"
-RESERVED = ("best", "all", "none")
+RESERVED = ("best", "all", "none", "frozen")
 _NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 _NAME_BYTES = 128  # in UTF-8: names are parts of names of folders, which have 255 at most
 # Ours in `tasks`, `tests`, `archive` and `shared`, whole or under way; we touch nothing else there.
@@ -55,6 +55,7 @@ _FOLDERS = ("tasks", "tests", "archive", "shared", "log", "learning", "used")
 # Protocols of a run's figures.
 _GIVEN, _PROTOTYPE = "oracle/task_given", "per_sample/prototype"
 _REFERENCES = ("per_sample/frozen_features", "per_sample/zero_shot")
+_NO_CHANGE = {"given": 0.0, "per_sample": 0.0}  # of a task's figures, by another's change
 _DAMAGE = (tarfile.TarError, lzma.LZMAError)  # of a packed file
 
 
@@ -91,7 +92,8 @@ class Version:
     `fallen`, and what was `unchecked`. `origin` says where
     arrays are from that were not trained here. `replaces` are the ids of other tasks' versions in
     whose place it answers for their classes. `restored_as` is the state that an archived version
-    comes back with.
+    comes back with. `manifest_sha256` is the hash of the file `manifest/metadata` in its folder,
+    which has those of all its arrays; "" of versions that releases before took in.
     """
 
     id: int
@@ -109,6 +111,7 @@ class Version:
     restored_as: str = ""
     origin: str = ""
     replaces: tuple[int, ...] = ()
+    manifest_sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,9 @@ class LibraryState:
     came in. `figures` are those of the active tasks when they were last accepted, in percent, and
     `confusion` by version's id to which versions' tasks its test images were given then, each by
     itself: `[one][other]` images. `numbers` has the highest number that a version of a name ever
-    had; none is given again. `changes` is the number of the last record of the log.
+    had; none is given again. `owners` has by every name, also former ones, the id of the first
+    version of the task that had it last; -1 where that is not known. `changes` is the number of the
+    last record of the log.
     """
 
     config: Mapping[str, JSON]
@@ -133,6 +138,7 @@ class LibraryState:
     figures: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     confusion: Mapping[int, Mapping[int, int]] = dataclasses.field(default_factory=dict)
     numbers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    owners: Mapping[str, int] = dataclasses.field(default_factory=dict)
     changes: int = 0
 
     @property
@@ -296,6 +302,11 @@ def holds_library(root: str | Path) -> bool:
     return os.path.lexists(paths.local(root, "library") / STATE_FILE)
 
 
+def hash_of_manifest(path: Path) -> str:
+    """Return the hex SHA-256 of the manifest in a version's folder."""
+    return hashlib.sha256((path / "manifest" / "metadata").read_bytes()).hexdigest()
+
+
 def now() -> str:
     """Return this moment as UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -353,6 +364,13 @@ class LibraryReader:
         kept = self.root / "shared" / f"{state.shared_from:03d}"
         return kept if kept.is_dir() else self.tasks / kept.name
 
+    def size(self, version: Version) -> int:
+        """Return the bytes that a version takes now: of an archived one, those of its archive."""
+        if version.state == ARCHIVED:
+            with contextlib.suppress(OSError):  # its archive is gone
+                return self.archive(version).stat().st_size
+        return version.bytes
+
     def archived_hashes(self, version: Version) -> dict[str, str]:
         """Return the hex SHA-256 of each array of an archived version, by "item/leaf".
 
@@ -365,6 +383,16 @@ class LibraryReader:
         # of the disk, of tar, of xz, of JSON, and members or keys that are not there
         except (OSError, EOFError, LookupError, ValueError, AttributeError, *_DAMAGE):
             return {}
+
+    def manifest_of(self, version: Version) -> TaskManifest:
+        """Return a version's manifest. Raises UserError where it is missing, damaged or another."""
+        path = self.path(version)
+        manifest = self.load_manifest(path)
+        if version.manifest_sha256 not in ("", hash_of_manifest(path)):
+            raise UserError(
+                f"{path}: the manifest is another than the library took in (its SHA-256 differs)"
+            )
+        return manifest
 
     def load_manifest(self, path: Path) -> TaskManifest:
         """Return the manifest in a version's folder. Raises UserError where it is missing or
@@ -383,7 +411,7 @@ class LibraryReader:
             except (OSError, ValueError) as error:
                 raise UserError(f"library: {file} can't be read ({error}); restore it") from error
             records.append(formats.upgrade("log", record, file))
-        return records
+        return _filled(records)
 
     def last_used(self, version: Version) -> str:
         """Return when a version was last asked for or last answered, or else when it was made."""
@@ -400,6 +428,29 @@ class LibraryReader:
             folder.mkdir(exist_ok=True)
             for version in versions:
                 (folder / f"{version.id:03d}").touch()
+
+
+def _figures_in(records: Sequence[Mapping[str, JSON]]) -> Mapping[str, JSON]:
+    """Return the figures of the last record that has some."""
+    return next((r["found"]["figures"] for r in records[::-1] if "figures" in r["found"]), {})
+
+
+def _filled(records: Sequence[Mapping[str, JSON]]) -> list[dict[str, JSON]]:
+    """Return records of the log with all that was measured, which `_shortened` left out."""
+    out: list[dict[str, JSON]] = []
+    known: Mapping[str, JSON] = {}
+    for record in records:
+        found = dict(record["found"])
+        if "figures" in found:
+            whole, gone, without = (found.pop(key) for key in ("whole", "gone", "without"))
+            if not whole:
+                kept = {id_: row for id_, row in known.items() if id_ not in gone}
+                found["figures"] = kept | found["figures"]
+            same = {id_: _NO_CHANGE for id_ in found["figures"] if id_ not in without}
+            found["backward"] = same | found["backward"]
+            known = found["figures"]
+        out.append({**record, "found": found})
+    return out
 
 
 def _state_of_run(root: Path) -> LibraryState:
@@ -452,6 +503,7 @@ def _state_of_run(root: Path) -> LibraryState:
                 learned=_figures(manifest, task),
                 seconds=float(manifest.seconds.get("train", 0.0)),
                 bytes=files.of(path).size(path),
+                manifest_sha256=hash_of_manifest(path),
             ),
         )
     return LibraryState(
@@ -467,6 +519,7 @@ def _state_of_run(root: Path) -> LibraryState:
             for task in there
         },
         numbers=dict.fromkeys(tasks, 1),
+        owners={name: version.id for name, (version,) in tasks.items()},
     )
 
 
@@ -564,7 +617,7 @@ class LibraryFolder(LibraryReader):
             "when": now(),
             "command": command,
             "note": note,
-            "found": dict(found or {}),
+            "found": self._shortened(found or {}, old),
             "state_before": old.sha256 if old else None,
             "state_after": new.sha256,
         }
@@ -581,6 +634,27 @@ class LibraryFolder(LibraryReader):
         with contextlib.suppress(OSError):
             self.recover(new)
         return new
+
+    def _shortened(self, found: Mapping[str, JSON], old: LibraryState | None) -> dict[str, JSON]:
+        """Return what was measured as a record keeps it: what changed since the record before.
+
+        With the figures of all tasks in each record, a log would grow with their number squared.
+        """
+        if "figures" not in found:
+            return dict(found)
+        try:
+            known, whole = _figures_in(self.log(old)) if old else {}, False
+        except UserError:  # a record is damaged; whoever goes on reads from this one
+            known, whole = {}, True
+        figures, backward = found["figures"], found["backward"]
+        return {
+            **found,
+            "whole": whole,
+            "figures": {id_: row for id_, row in figures.items() if known.get(id_) != row},
+            "gone": [id_ for id_ in known if id_ not in figures],
+            "backward": {id_: row for id_, row in backward.items() if any(row.values())},
+            "without": [id_ for id_ in figures if id_ not in backward],
+        }
 
     def take_in(self, finished: Path, version: Version) -> None:
         """Copy a finished task's folder to where the version's is; no state names it yet."""
@@ -601,13 +675,16 @@ class LibraryFolder(LibraryReader):
     def keep_shared(self, state: LibraryState, version: Version) -> None:
         """Copy the part that all tasks share out of `version`, if it is from there and goes away.
 
-        Versions that are archived will ask for it too.
+        Versions that are archived will ask for it too. Of a damaged version there may be nothing to
+        copy: other versions have it.
         """
-        if version.id != state.shared_from or version.state == ARCHIVED:
+        parts = [self.path(version) / part for part in ("shared", "manifest")]
+        gone = version.state == ARCHIVED or not all(part.is_dir() for part in parts)
+        if version.id != state.shared_from or gone:
             return
         with self._replacing(self.root / "shared" / f"{version.id:03d}") as partial:
-            for part in ("shared", "manifest"):
-                shutil.copytree(self.path(version) / part, partial / part)
+            for part in parts:
+                shutil.copytree(part, partial / part.name)
 
     def pack(self, version: Version) -> str:
         """Write a version's folder as an archive; return the archive's hex SHA-256."""
