@@ -326,8 +326,13 @@ def test_a_curve_is_of_one_task_whatever_it_is_called(library_, tmp_path, monkey
     shutil.copytree(library_, root)
     opened = Library(root)
     opened.rename(NAMES[0], "other")
-    opened.rename("t2", NAMES[0])
     state = opened.state()
+    again = {"t2": NAMES[0]}  # another task's name by now, as earlier releases let it be
+    named = {
+        field: {again.get(name, name): found for name, found in getattr(state, field).items()}
+        for field in ("tasks", "figures")
+    }
+    state = dataclasses.replace(state, **named)
 
     def curves(title, places, series, *_, hollow):
         drawn.append((places, series, hollow))
