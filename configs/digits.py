@@ -8,6 +8,7 @@ images held out of training (`validation=0.25`), never on test images. Another m
 """
 
 from soft_jax.config import DEFAULTS, config_dict, parse_argument
+from soft_jax.experiment import settings as settings_lib
 
 # What would have no effect, or another one, with another method.
 SOFT_TF = {
@@ -35,4 +36,4 @@ def get_config(argument=None):
     }
     if given.get("method", DEFAULTS["method"]) == DEFAULTS["method"]:
         digits |= SOFT_TF
-    return config_dict(**digits | given)
+    return config_dict(**settings_lib.beside(given, digits))

@@ -6,6 +6,7 @@ A larger backbone by argument, library:backbone=vit_b16.
 """
 
 from soft_jax.config import config_dict, parse_argument
+from soft_jax.experiment import settings as settings_lib
 
 
 def get_config(argument=None):
@@ -24,4 +25,4 @@ def get_config(argument=None):
         "prototype_features": 500,
         "eval_batch_size": 80,
     }
-    return config_dict(**settings | parse_argument(argument))
+    return config_dict(**settings_lib.beside(parse_argument(argument), settings))

@@ -14,6 +14,7 @@ from soft_jax.config import (
     parse_argument,
 )
 from soft_jax.errors import UserError
+from soft_jax.experiment import settings as settings_lib
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -82,6 +83,24 @@ def test_variants():
         1.0,
     )
     assert get_config("digits").dataset == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("digits", "scenario=file,scenario_file=t.json"),
+        ("digits", "scenario=increments"),
+        ("digits", "mask_towers=text,text_mask_layers=3"),
+        ("library", "method=adapter"),
+        ("library", "method=dualprompt"),
+    ],
+)
+def test_a_config_sets_nothing_that_a_choice_of_the_users_leaves_without_effect(name, argument):
+    config, given = get_config(name, argument), parse_argument(argument)
+    settings_lib.check(config)
+    assert {key: getattr(config, key) for key in given} == given
+    with pytest.raises(UserError, match="tasks: 5 has no effect with scenario 'file'"):
+        settings_lib.check(get_config(name, "scenario=file,scenario_file=t.json,tasks=5"))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,15 @@ def drop_unused(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in unused}
 
 
+def beside(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a user has `given`, and a config file's `own` settings that have an effect then.
+
+    Both are some of a `Config`'s fields.
+    """
+    settings = {**own, **given}
+    return {**drop_unused(settings), **given}
+
+
 def used_settings(config: Config) -> dict[str, Any]:
     """Return the settings that make a run what it is, with the method in its one spelling."""
     unused = _unused(config)
