@@ -91,9 +91,11 @@ def find_config(name: str) -> str:
             raise UserError(unknown("config", path, ours))
         return str(ours[path]) + colon + argument
     file = paths.local(path, "file")
-    if not file.is_file():
+    if not os.path.lexists(file):
         there = sorted(str(other) for other in file.parent.glob("*.py"))
         raise UserError(unknown("config", str(file), [*ours, *there]))
+    if not file.is_file() or file.suffix != ".py":
+        raise UserError(f"{paths.shown(file)} is no config; a config is a file of Python, NAME.py")
     return str(file) + colon + argument
 
 
@@ -109,7 +111,7 @@ def train(argv: Sequence[str]) -> int:
         )
         return 0
     given = _read_flags(argv, TRAIN_FLAGS)
-    workdir = given.values["workdir"] and paths.place(given.values["workdir"], "--workdir")
+    workdir = given.values["workdir"] and _workdir(given.values["workdir"])
     distributed = given.values["distributed"]
     if given.values["seeds"] is not None:
         return _train_seeds(argv, given, workdir)
@@ -185,6 +187,13 @@ def _train_seeds(argv: Sequence[str], given: "_Flags", workdir: Place | None) ->
 def _jobs(text: str | None) -> int | None:
     """Return how many runs are asked for side by side; None where the host's devices say it."""
     return None if text is None else whole_number(text, "--jobs")
+
+
+def _workdir(text: str) -> Place:
+    """Return the folder that runs are written to. Raises UserError where it can be none."""
+    folder = paths.place(text, "--workdir")
+    paths.check_writable(folder, "--workdir", paths.FOLDER)
+    return folder
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:
@@ -576,8 +585,7 @@ def _writer(arguments: argparse.Namespace) -> _Text | _Json | _Csv:
 def table(arguments: argparse.Namespace) -> int:
     """Run what is missing of a table and print it; the exit status is 1 where a row failed."""
     seeds, jobs = whole_number(arguments.seeds, "--seeds"), _jobs(arguments.jobs)
-    workdir = paths.place(arguments.workdir, "--workdir")
-    output = _output(arguments.output)
+    workdir, output = _workdir(arguments.workdir), _output(arguments.output)
     from soft_jax.paper import rows as rows_lib
 
     benchmark = arguments.benchmark or rows_lib.default_benchmark(arguments.table)
@@ -601,9 +609,10 @@ def table(arguments: argparse.Namespace) -> int:
     logging.set_verbosity(logging.ERROR)
     request = tables.Request(arguments.table, benchmark, overrides, seeds, workdir, jobs)
     tables.plan(request, rows)  # what is wrong with all rows is told before anything is written
+    picture = output.with_suffix(".png") if output else workdir / "layers.png"
+    paths.check_writable(picture, "--output" if output else "--workdir", paths.FILE)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
-    picture = output.with_suffix(".png") if output else workdir / "layers.png"
     text, whole = tables.make(request, rows, _command(arguments, overrides), picture)
     if sys.stdout.isatty():
         printing.draw(text, Console())
@@ -619,8 +628,7 @@ def _output(text: str | None) -> Place | None:
     if not text:
         return None
     file = paths.place(text, "--output")
-    if file.is_dir():
-        raise UserError(f"--output: {paths.shown(file)} is a folder; name a file in it")
+    paths.check_writable(file, "--output", paths.FILE)
     there = file.read_text("utf-8", "replace") if file.is_file() else ""
     if there and not re.match(r"# .*\n\nMade by `", there):
         raise UserError(
@@ -659,7 +667,7 @@ def sweep(argv: Sequence[str]) -> int:
         )
         return 0
     given = _read_flags(argv, SWEEP_FLAGS)
-    workdir = paths.place(given.values["workdir"] or "runs/sweeps", "--workdir")
+    workdir = _workdir(given.values["workdir"] or "runs/sweeps")
     output, jobs = _output(given.values["output"]), _jobs(given.values["jobs"])
     from absl import logging
     from rich.console import Console
@@ -668,12 +676,12 @@ def sweep(argv: Sequence[str]) -> int:
 
     logging.set_verbosity(logging.ERROR)
     protocol = given.values["protocol"]
-    if not given.config.validation:
-        share = sweep_lib.VALIDATION_SHARE
-        print(f"validation={share}: a sweep needs it, and the config has none", file=sys.stderr)
     points = sweep_lib.plan(given.config, given.values["set"] or [], protocol, workdir)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
+    if not given.config.validation:
+        share = sweep_lib.VALIDATION_SHARE
+        print(f"validation={share}: a sweep needs it, and the config has none", file=sys.stderr)
     results = sweep_lib.run(points, protocol, Console(), jobs)
     commands = (
         shlex.join(["soft-jax", "sweep", *argv]),

@@ -15,8 +15,9 @@ Place = Path | BucketPath  # where something is: on a disk, or in a bucket
 
 # "gs:/bucket" too: that is what `Path` makes of "gs://bucket". One letter would be a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+FILE, FOLDER = "a file", "a folder"
 _KINDS = {
-    stat.S_ISDIR: "a folder",
+    stat.S_ISDIR: FOLDER,
     stat.S_ISFIFO: "a named pipe (FIFO)",
     stat.S_ISSOCK: "a socket",
     stat.S_ISCHR: "a device",
@@ -91,8 +92,35 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """
     if isinstance(path, BucketPath):
         return path.read_bytes()
-    mode = os.stat(path).st_mode
-    for is_kind, kind in _KINDS.items():
-        if is_kind(mode):
-            raise OSError(f"it is {kind}, not a file")
+    if (kind := kind_of(path)) != FILE:
+        raise OSError(f"it is {kind}, not a file")
     return Path(path).read_bytes()
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """Say what a path on a disk is, a link followed: `FILE`, `FOLDER`, or "a device" and others.
+
+    Raises OSError where it is not there or can't be looked at.
+    """
+    mode = os.stat(path).st_mode
+    return next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), FILE)
+
+
+def check_writable(path: Place, field: str, kind: str) -> None:
+    """Raise UserError naming `field` where another thing than a `kind` is at `path`.
+
+    `kind` is `FILE` or `FOLDER`, what is going to be written. It is asked before what takes long: a
+    pipe would be waited for afterwards, without end.
+    """
+    try:
+        if isinstance(path, BucketPath):
+            there = FOLDER if kind == FILE and path.is_dir() else kind
+        else:
+            there = kind_of(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{field}: {shown(path)} can't be written ({error.strerror})") from error
+    if there != kind:
+        other = "name a file in it" if there == FOLDER else f"name {kind}, or one that is not there"
+        raise UserError(f"{field}: {shown(path)} is {there}; {other}")

@@ -76,6 +76,14 @@ def test_configs_are_found_by_name(tmp_path, monkeypatch):
         message = f"config '{wrong}' is unknown; did you mean '{nearest}'?"
         with pytest.raises(UserError, match=re.escape(message)):
             commands.find_config(wrong)
+    os.mkfifo("fifo")
+    os.mkfifo("fifo.py")
+    Path("photo.png").touch()
+    Path("folder.py").mkdir()
+    for other in ("./fifo", "fifo.py:tasks=3", "./photo.png", "folder.py", "/dev/zero"):
+        shown = str(Path(other.partition(":")[0]))
+        with pytest.raises(UserError, match=f"^{re.escape(shown)} is no config; a config is a fi"):
+            commands.find_config(other)
 
 
 def test_an_installed_package_finds_its_own_configs(tmp_path, monkeypatch):

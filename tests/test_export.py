@@ -708,7 +708,9 @@ def test_what_is_no_plain_vit_is_refused(run_of, tmp_path, capsys):
     assert "'peft' is for lora" in refused(run, 1, out, "--format=peft")
     (tmp_path / "file").write_text("mine")
     assert "is not empty" in refused(run, 1, tmp_path, "--format=timm")
-    assert "is not a folder" in refused(run, 1, tmp_path / "file", "--format=timm")
+    assert "is a file; name a folder" in refused(run, 1, tmp_path / "file", "--format=timm")
+    below = refused(run, 1, tmp_path / "file/out", "--format=timm")
+    assert below.startswith(f"error: OUT: {tmp_path}/file/out can't be written (Not a directory)")
     assert (tmp_path / "file").read_text() == "mine"
     assert "holds no run" in refused(tmp_path, 1, out, "--format=timm")
     for method, message in (("adapter", "bottleneck"), ("clip+softtf", "of a CLIP")):

@@ -276,7 +276,7 @@ def test_a_report_replaces_itself_alone(library_, tmp_path, capsys, monkeypatch)
         html_report.write(library_, tmp_path)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name, message in (("pipe", "is no page that"), ("loop", r"can't be read \(Too many")):
+    for name, message in (("pipe", "is a named pipe"), ("loop", r"can't be written \(Too many")):
         with pytest.raises(UserError, match=message):
             html_report.write(library_, tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"read \(Permission den"):

@@ -179,6 +179,14 @@ def test_a_share_that_nobody_asked_for_is_said(world):
     assert "0.1 of each class's training images" in printed.out
 
 
+@pytest.mark.parametrize(
+    "flags", [["--set=epoch=1"], ["--set=epochs=0"], ["--set=epochs=1", "--output=."]]
+)
+def test_that_share_is_not_said_of_a_sweep_that_is_refused(flags, capsys):
+    assert command_line.main(["sweep", *flags]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_one_protocol_for_all_is_named_once(world):
     outcomes = [[manifest(**{PROMPT: 30, VOTE: right})] for right in (1, 2)]
     _, printed = swept("--set=epochs=1,2", f"--protocol={VOTE}", outcomes=outcomes, **world)

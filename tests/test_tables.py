@@ -655,11 +655,19 @@ def test_an_output_replaces_no_text_that_is_not_a_table_of_ours(tmp_path, capsys
     """That is told before anything runs, hours before the table."""
     mine = tmp_path / "results.md"
     mine.write_text("# Results\n\nBy hand.\n\nMade by `soft-jax table 7`.\n")
-    for output, problem in ((mine, "is there and holds no table"), (tmp_path, "is a folder")):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    problems = {mine: "is there and holds no table", tmp_path: "is a folder; name a file in it"}
+    problems |= {pipe: "is a named pipe (FIFO); name a file, or one that is not there"}
+    for output, problem in problems.items():
         arguments = ["table", "7", f"--workdir={tmp_path / 'runs'}", f"--output={output}"]
-        assert command_line.main(arguments) == 1
-        assert capsys.readouterr().err.startswith(f"error: --output: {output} {problem}")
-    assert list(tmp_path.iterdir()) == [mine]
+        for more in ((), ("--list",)):
+            assert command_line.main([*arguments, *more]) == 1
+            assert capsys.readouterr().err.startswith(f"error: --output: {output} {problem}")
+    (tmp_path / "layers.png").mkdir()  # where the picture would be
+    arguments = ["table", "layers", f"--output={tmp_path / 'layers.md'}"]
+    assert command_line.main(arguments) == 1
+    assert f"--output: {tmp_path / 'layers.png'} is a folder" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == sorted([mine, pipe, tmp_path / "layers.png"])
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -13,7 +13,6 @@ import html
 import io
 import os
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -497,9 +496,8 @@ def page(title: str, lead: Markup, sections: Sequence[Section], footer: str) -> 
 
 def check_output(file: Path) -> None:
     """Raise UserError where a page can't be written to `file`, or would replace something else."""
+    paths.check_writable(file, "--output", paths.FILE)
     try:
-        if file.is_dir():
-            raise UserError(f"--output: {paths.shown(file)} is a folder; name a file in it")
         if not file.parent.is_dir():
             raise UserError(
                 f"--output: {paths.shown(file.parent)} is no folder; make it, or name another file"
@@ -519,8 +517,6 @@ def check_output(file: Path) -> None:
 
 def _is_ours(file: Path) -> bool:
     """Whether a file is a page of ours, or empty. Raises OSError where it can't be read."""
-    if not stat.S_ISREG(file.stat().st_mode):  # a pipe, which would be waited for, or a device
-        return False
     with open(file, "rb") as opened:
         start = opened.read(2000).decode("utf-8", "replace")
     return not start or bool(_OURS.search(start))

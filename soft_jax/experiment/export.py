@@ -272,8 +272,9 @@ def _no_place(method: str, what: str) -> str:
 
 
 def _check_free(folder: Path) -> None:
+    paths.check_writable(folder, "OUT", paths.FOLDER)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        kind = "is not empty" if folder.is_dir() else "is not a folder"
+        kind = "is not empty" if folder.is_dir() else "is a link to nothing"
         raise UserError(f"OUT: {paths.shown(folder)} {kind}; name one that is not there yet")
 
 
