@@ -26,6 +26,7 @@ from soft_jax.config import (
     from_config_dict,
     parse_argument,
     unknown,
+    unknown_value,
 )
 from soft_jax.errors import UserError
 from soft_jax.paths import Place
@@ -590,7 +591,7 @@ def table(arguments: argparse.Namespace) -> int:
 
     benchmark = arguments.benchmark or rows_lib.default_benchmark(arguments.table)
     if benchmark not in rows_lib.BENCHMARKS:
-        raise UserError(f"--benchmark: {unknown('benchmark', benchmark, rows_lib.BENCHMARKS)}")
+        raise UserError(unknown_value("--benchmark", benchmark, rows_lib.BENCHMARKS))
     rows = rows_lib.rows_of(arguments.table, benchmark)
     numbers = rows_lib.chosen(arguments.rows, len(rows))
     if arguments.list:

@@ -137,7 +137,7 @@ class Config:
             _check_type(field.name, getattr(self, field.name), field.type)
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
-                raise UserError(f"{name}: {value!r} is unknown; known are {', '.join(known)}")
+                raise UserError(unknown_value(name, value, known))
         for least, names in _LEAST.items():
             for name in names:
                 if getattr(self, name) < least:
@@ -234,6 +234,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"{what} {_short(name)} is unknown; {hint}"
+
+
+def unknown_value(field: str, value: str, known: Iterable[str]) -> str:
+    """Say that `field` has no such value, with the nearest that it has, and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(value), known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{field}: {_short(value)} is unknown; {hint}known are {', '.join(known)}"
 
 
 def config_dict(**settings: Any) -> "ml_collections.ConfigDict":

@@ -136,7 +136,12 @@ def test_bad_arguments(argument, message):
     [
         ({"density": 0.0}, "density: 0.0 is not a share above 0"),
         ({"rank": 0}, "rank: 0 is below 1"),
-        ({"dtype": "float16"}, "dtype: 'float16' is unknown"),
+        ({"dtype": "float16"}, "'float16' is unknown; did you mean 'bfloat16'. known are float32"),
+        (
+            {"optimizer": "adan"},
+            "optimizer: 'adan' is unknown; did you mean 'adam'. known are adam",
+        ),
+        ({"schedule": "cosin"}, "did you mean 'cosine'. known are constant, cosine"),
         ({"tasks": 0}, "tasks: 0 is below 1"),
         ({"tasks": True}, "tasks: True is not of the type int"),
         ({"seed": 2**31}, "seed: 2147483648 is not below"),

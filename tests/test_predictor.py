@@ -307,6 +307,8 @@ def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatc
         UserError, match="task_id: 'keys' is unknown; known are none, prompt, gradient, prototype"
     ):
         Predictor.load(workdir, task_id="keys")
+    with pytest.raises(UserError, match="'protoype' is unknown; did you mean 'prototype'. known"):
+        Predictor.load(workdir, task_id="protoype")
     with pytest.raises(UserError, match="tasks: 7 is not in .*; there are 0, 1, 2, 3, 4"):
         Predictor.load(workdir, tasks=[0, 7])
     with pytest.raises(UserError, match="workdir: .* holds no run"):

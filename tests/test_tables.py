@@ -614,8 +614,8 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
     [
         (
             ("12",),
-            "table: '12' is unknown; known are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, methods, layers, "
-            "weights, clip",
+            "table: '12' is unknown; did you mean '2'? known are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "
+            "11, methods, layers, weights, clip",
         ),
         (("10", "--benchmark=c100_10"), "table: Table 10 has no figures for c100_10"),
         (("7", "--rows=11"), "--rows: '11': rows are numbered 1 to 10"),
@@ -627,7 +627,8 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
             ("2", "--rows=3", "--set=backbone=vit_ti8_32"),
             "backbone: the row 'DualPrompt, pre-trained by SAM' is about vit_b16_sam",
         ),
-        (("9" * 5000,), f"table: '{'9' * 80}' is unknown"),
+        (("9" * 5000,), f"table: '{'9' * 79}... is unknown"),
+        (("layrs",), "table: 'layrs' is unknown; did you mean 'layers'? known are 1, 2, 3"),
         (("7", "--seeds=999999999"), "--seeds: 999999999 is above 1000, the most runs of one"),
         (("7", "--seeds=0"), "--seeds: '0' is not a whole number from 1 on"),
         (("7", "--jobs=0"), "--jobs: '0' is not a whole number from 1 on"),

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from soft_jax import paths
-from soft_jax.config import Config
+from soft_jax.config import Config, unknown_value
 from soft_jax.errors import UserError
 
 
@@ -210,8 +210,7 @@ SCENARIOS: dict[str, type[ScenarioRule]] = {
 def check(config: Config) -> None:
     """Raise UserError for an unknown scenario, or one whose file is not named."""
     if config.scenario not in SCENARIOS:
-        known = ", ".join(SCENARIOS)
-        raise UserError(f"scenario: {config.scenario!r} is unknown; known are {known}")
+        raise UserError(unknown_value("scenario", config.scenario, SCENARIOS))
     if "scenario_file" in SCENARIOS[config.scenario].settings and not config.scenario_file:
         raise UserError("scenario_file: scenario 'file' needs the file that lists the tasks")
 

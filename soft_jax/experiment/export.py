@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from soft_jax import distributed, paths, pytrees
-from soft_jax.config import Config, from_settings
+from soft_jax.config import Config, from_settings, unknown_value
 from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.experiment import gate
@@ -115,7 +115,7 @@ def export(
     folder = paths.local(out, "OUT")
     _check_free(folder)
     if format not in FORMATS:
-        raise UserError(f"format: {format!r} is unknown; known are {', '.join(FORMATS)}")
+        raise UserError(unknown_value("format", format, FORMATS))
     plain = load(workdir, task, format, without_prompts, backbone_path)
     _write(folder, _files(plain, format))
     vit, count = plain.method.architecture, len(plain.class_names)

@@ -17,7 +17,7 @@ import numpy as np
 
 from soft_jax import distributed, paths, pytrees
 from soft_jax.buckets import BucketPath
-from soft_jax.config import Config, from_settings
+from soft_jax.config import Config, from_settings, unknown_value
 from soft_jax.data import images as images_lib
 from soft_jax.errors import UserError
 from soft_jax.inference import assembly, engine, rules, zero_shot
@@ -114,7 +114,7 @@ class Predictor:
         """
         options = rules.options()
         if task_id is not None and task_id not in options:
-            raise UserError(f"task_id: {task_id!r} is unknown; known are {', '.join(options)}")
+            raise UserError(unknown_value("task_id", task_id, options))
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
         root = paths.place(workdir, "workdir")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from soft_jax import pytrees
-from soft_jax.config import Config
+from soft_jax.config import Config, unknown_value
 from soft_jax.errors import UserError
 from soft_jax.methods import prompts
 from soft_jax.models.protocol import Architecture, Prefix, check_layers
@@ -210,10 +210,7 @@ class DualPrompt(PromptHost):
     def check(cls, config: Config) -> None:
         """Raise UserError for a layer that has both prompts, or an unknown layout."""
         if config.prefix_layout not in prompts.LAYOUTS:
-            raise UserError(
-                f"prefix_layout: {config.prefix_layout!r} is unknown; known are "
-                f"{', '.join(prompts.LAYOUTS)}"
-            )
+            raise UserError(unknown_value("prefix_layout", config.prefix_layout, prompts.LAYOUTS))
         if both := set(config.e_prompt_layers) & set(config.g_prompt_layers):
             raise UserError(
                 f"e_prompt_layers and g_prompt_layers both name layer {min(both)}; "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from soft_jax import pytrees
-from soft_jax.config import Config
+from soft_jax.config import Config, unknown_value
 from soft_jax.errors import UserError
 from soft_jax.methods.reparametrization import (
     Draw,
@@ -84,7 +84,7 @@ class SoftMask(Reparametrization):
         super().check(config)
         for name, known in (("mask_init", MASK_INITS), ("mask_storage", packing.STORED_AS)):
             if (value := getattr(config, name)) not in known:
-                raise UserError(f"{name}: {value!r} is unknown; known are {', '.join(known)}")
+                raise UserError(unknown_value(name, value, known))
 
     def init(self, key: jax.Array, backbone: pytrees.Tree) -> pytrees.Tree:
         """Draw a task's masks, float32, shaped as the kernels."""

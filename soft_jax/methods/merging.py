@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from soft_jax import pytrees
+from soft_jax.config import unknown_value
 from soft_jax.errors import UserError
 
 # The share of a task's entries that is kept, where none is given: the papers' own.
@@ -52,7 +53,7 @@ def check(method: str, weights: Sequence[float], density: float | None, count: i
     Raises UserError for a method, weights or a density that mean nothing.
     """
     if method not in METHODS:
-        raise UserError(f"method: {method!r} is unknown; known are {', '.join(METHODS)}")
+        raise UserError(unknown_value("method", method, METHODS))
     if len(weights) != count or not all(0 < weight < np.inf for weight in weights):
         raise UserError(
             f"weights: {', '.join(f'{weight:g}' for weight in weights)}; give a number above 0 "

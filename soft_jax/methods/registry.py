@@ -8,7 +8,7 @@ write its class in a module of its kind, and its line here.
 import dataclasses
 from collections.abc import Sequence
 
-from soft_jax.config import Config
+from soft_jax.config import Config, unknown_value
 from soft_jax.errors import UserError
 from soft_jax.methods.clip_hosts import SharedImagePrompt, TaskImagePrompt
 from soft_jax.methods.hosts import L2P, DualPrompt, PromptHost
@@ -118,7 +118,7 @@ def parse(method: str) -> Parts:
     names, alone = method.split("+"), stand_alone()
     known = {*alone, *HOSTS, *STRATEGIES, *REPARAMETRIZATIONS}
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"method: {unknown[0]!r} is unknown; known are {', '.join(sorted(known))}")
+        raise UserError(unknown_value("method", unknown[0], sorted(known)))
     if (len(names) > 1 and set(names) & set(alone)) or len(set(names)) < len(names):
         raise UserError(
             f"method: {method!r}: {', '.join(alone)} stand alone, and a part is named once"

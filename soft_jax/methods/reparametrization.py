@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from soft_jax import pytrees
-from soft_jax.config import Config
+from soft_jax.config import Config, unknown_value
 from soft_jax.errors import UserError
 from soft_jax.methods import prompts
 from soft_jax.models.protocol import Architecture, check_layers
@@ -62,10 +62,8 @@ class Reparametrization:
         """Raise UserError for settings that don't go together."""
         towers = config.mask_towers.split("+")
         if not set(towers) <= set(_LAYERS) or len(set(towers)) < len(towers):
-            raise UserError(
-                f"mask_towers: {config.mask_towers!r} is unknown; known are vision, text, "
-                "vision+text"
-            )
+            known = (*_LAYERS, "+".join(_LAYERS))
+            raise UserError(unknown_value("mask_towers", config.mask_towers, known))
 
     @classmethod
     def check_backbone(cls, config: Config, architecture: Architecture) -> None:
@@ -134,8 +132,8 @@ def _check_modules(config: Config, architecture: Architecture, splits_qkv: bool)
     modules = config.target_modules.split("+")
     for module in modules:
         if module not in architecture.modules:
-            known = ", ".join(architecture.modules)
-            raise UserError(f"target_modules: {module!r} is unknown; join any of {known} with '+'")
+            message = unknown_value("target_modules", module, architecture.modules)
+            raise UserError(f"{message}, joined by '+'")
     if "qv" in modules and not splits_qkv:
         raise UserError(
             "target_modules: 'qv' is for lora, which treats q, k and v apart; take 'qkv'"

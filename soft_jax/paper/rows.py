@@ -42,7 +42,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from soft_jax.config import Config, parse_argument
+from soft_jax.config import Config, parse_argument, unknown_value
 from soft_jax.errors import UserError
 from soft_jax.evaluation.published import has_figures, published_rows, row_name
 
@@ -299,10 +299,7 @@ def rows_of(table: str, benchmark: str) -> list[Row]:
         ]
     known = {str(row["table"]) for row in published_rows()}
     if table not in known:
-        raise UserError(
-            f"table: {table[:80]!r} is unknown; known are "
-            f"{', '.join([*sorted(known, key=int), *OWN])}"
-        )
+        raise UserError(unknown_value("table", table, [*sorted(known, key=int), *OWN]))
     rows: dict[str, Row] = {}
     for row in published_rows():
         if str(row["table"]) == table and has_figures(row, benchmark):
@@ -381,7 +378,7 @@ def settings_of(row: Row, benchmark: str, overrides: Settings, seed: int) -> dic
             f"table: the row {row.name!r} is not run here: it adds a whole network with every task"
         )
     if benchmark not in BENCHMARKS:
-        raise UserError(f"benchmark: {benchmark!r} is unknown; known are {', '.join(BENCHMARKS)}")
+        raise UserError(unknown_value("benchmark", benchmark, BENCHMARKS))
     if "tasks" in row.settings and overrides.get("scenario", "equal") != "equal":
         raise UserError(
             f"scenario: the row {row.name!r} is about {row.settings['tasks']} task(s), an equal "
