@@ -7,7 +7,6 @@ this module imports nothing that takes time.
 
 import dataclasses
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import ml_collections
 
 DTYPES = ("float32", "bfloat16")
+LONGEST = 64  # times the short side of an image: a thinner one, resized, would fill memory
 # Settings that are one of a few words, whatever the method.
 CHOICES = {
     "dtype": DTYPES,
@@ -150,10 +150,20 @@ class Config:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        if min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
-            raise UserError(
-                f"shots: {self.shots!r} are not different numbers of images, each 0 (all) or more"
-            )
+        for most, names in _MOST.items():
+            for name in names:
+                if getattr(self, name) > most:
+                    raise UserError(
+                        f"{name}: {getattr(self, name)!r} is above {most}, the most that is taken: "
+                        "what is made for more fills any memory"
+                    )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == tuple[int, ...] and len(set(value)) < len(value):
+                twice = next(number for number in value if value.count(number) > 1)
+                raise UserError(f"{field.name}: {_short(value)} names {twice} twice")
+        if min(self.shots) < 0:
+            raise UserError(f"shots: {_short(self.shots)} are not numbers of images, or 0 for all")
         if not 0 < self.density <= 1:
             raise UserError(f"density: {self.density} is not a share above 0 and at most 1")
         if not 0 <= self.validation < 1:
@@ -164,6 +174,11 @@ class Config:
                 raise UserError(f"{name}: {(low, high)} is not a range above 0")
         if self.crop_scale[1] > 1:
             raise UserError(f"crop_scale: {self.crop_scale} reaches above 1, the whole image")
+        if self.crop_ratio[0] * LONGEST < 1 or self.crop_ratio[1] > LONGEST:
+            raise UserError(
+                f"crop_ratio: {self.crop_ratio} reaches beyond 1/{LONGEST} to {LONGEST}, the "
+                "thinnest images that are read"
+            )
 
     @property
     def benchmark(self) -> str:
@@ -214,6 +229,26 @@ _LEAST = {
     ),
     -1: ("class_order_seed", "first_weight_decay"),
 }
+# The most of each number that the length of an array grows with; what is above is a slip. Without a
+# bound it filled the machine's memory, or XLA ended or hung the program where no size holds it.
+_MOST = {
+    # Images of so many pixels have 65,536 patches of 16: 16 GiB of attention for each head.
+    4096: ("image_size",),
+    # Of so many features, Σ φφᵀ has 2 GiB while it is summed.
+    2**14: (
+        "prototype_features",
+        "rank",
+        "pool_size",
+        "top_k",
+        "e_prompt_length",
+        "g_prompt_length",
+        "image_prompt_length",
+        "text_context_length",
+    ),
+    # So many images of 32 × 32 pixels have 3 GiB.
+    2**20: ("batch_size", "eval_batch_size", "buffer_size"),
+}
+SIZES = tuple(name for names in _MOST.values() for name in names)  # what takes memory
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
 
 
@@ -311,9 +346,9 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     if not _has_type(value, kind):
         raise UserError(f"{name}: {_short(value)} is not {_type_name(kind)}")
     for number in value if isinstance(value, tuple) else (value,):
-        # Of integers, those are not finite either that no float holds.
+        # Nor is what float32 does not hold, in which everything is computed; of integers too.
         if isinstance(number, int | float) and not -_LARGEST <= number <= _LARGEST:
-            raise UserError(f"{name}: {_short(value)} is not finite")
+            raise UserError(f"{name}: {_short(value)} is not finite in float32")
 
 
 def _has_type(value: Any, kind: Any) -> bool:
@@ -365,7 +400,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
 
 
 _SHOWN = 80  # signs of a value that a message shows
-_LARGEST = sys.float_info.max
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 _LISTS = {tuple[int, ...]: int, tuple[float, float]: float}  # types of several numbers: of one
 _MOST_NUMBERS = 10_000  # in one list: more is a slip, and would fill memory before it is found
 

@@ -6,6 +6,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from soft_jax.config import (
+    DEFAULTS,
+    SIZES,
     Config,
     check_flag,
     config_dict,
@@ -149,6 +151,20 @@ def test_bad_arguments(argument, message):
         ({"prototype_features": 2**31}, "prototype_features: 2147483648 is not below"),
         ({"shots": (7, 10**20)}, "shots: 100000000000000000000 is not below"),
         ({"e_prompt_length": 0}, "e_prompt_length: 0 is below 1"),
+        *(
+            ({name: (8, 7, 7)}, rf"{name}: \(8, 7, 7\) names 7 twice")
+            for name, value in DEFAULTS.items()
+            if isinstance(value, tuple) and type(value[0]) is int
+        ),
+        *(({name: 2**31 - 1}, f"^{name}: 2147483647 is above .*, the most") for name in SIZES),
+        *(
+            ({name: 1e39}, rf"{name}: 1e\+39 is not finite in float32")
+            for name, value in DEFAULTS.items()
+            if type(value) is float
+        ),
+        ({"image_size": 100_000}, "image_size: 100000 is above 4096, the most that is taken"),
+        ({"crop_ratio": (1e-30, 1)}, "crop_ratio: .* reaches beyond 1/64 to 64, the thinnest"),
+        ({"crop_ratio": (1, 65)}, r"crop_ratio: \(1, 65\) reaches beyond 1/64 to 64"),
         ({"mask_layers": ()}, r"mask_layers: \(\) is not one or more whole numbers"),
         ({"mask_layers": (10.0,)}, r"mask_layers: \(10.0,\) is not one or more whole numbers"),
         ({"e_prompt_layers": "abc"}, "e_prompt_layers: 'abc' is not one or more whole numbers"),
@@ -239,6 +255,10 @@ def flags_of(name, text):
 def test_flags_that_can_not_be_read_say_how_they_are_written(name, text, message):
     with pytest.raises(UserError, match=message):
         check_flag(name, text)
+
+
+def test_the_bounds_themselves_are_taken():
+    Config(image_size=4096, prototype_features=2**14, buffer_size=2**20, crop_ratio=(1 / 64, 64))
 
 
 def test_an_unknown_setting_names_the_nearest():

@@ -182,13 +182,14 @@ def test_too_little_memory_says_what_to_do(digits, tmp_path, monkeypatch, error)
         raise error
 
     monkeypatch.setattr(loop, "train_task", full)
-    config = Config(dataset="digits", tasks=2, method="head")
-    with pytest.raises(
-        UserError,
-        match=r"^batch_size: th(e devices have|is machine has) too little memory "
-        r"\(.*Out of memory\)\. Take",
-    ):
-        loop.run(config, tmp_path, Console(quiet=True))
+    for above, named in (({}, "batch_size"), ({"image_size": 16}, "image_size")):
+        config = Config(dataset="digits", tasks=2, method="head", **above)
+        with pytest.raises(
+            UserError,
+            match=r"^memory: th(e devices have|is machine has) too little \(.*Out of memory\)\. "
+            f"Take a lower .* in another workdir dtype=bfloat16 or a lower {named}\\. Fini",
+        ):
+            loop.run(config, tmp_path / named, Console(quiet=True))
 
 
 def test_sigterm_saves_at_once(small):

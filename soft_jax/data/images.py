@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from soft_jax import paths as paths_lib
 from soft_jax.buckets import BucketPath
+from soft_jax.config import LONGEST
 from soft_jax.data.augmentation import tested_geometry
 from soft_jax.errors import UserError
 from soft_jax.paths import Place
@@ -31,7 +32,6 @@ _NOT_PICTURES = (
     "FITS",
     "PDF",
 )  # that Pillow opens, by name only or through another program
-_LONGEST = 64  # times the short side: resized, a thinner image would fill memory
 # Pillow's modes of more than 8 bits a channel, which it would clip without a word
 _DEEP = ("I", "F")
 # Pixels that all threads together hold decoded at once; Pillow takes up to 8 bytes for one.
@@ -115,9 +115,9 @@ def decode(file: BinaryIO, then: Then = unchanged) -> np.ndarray:
 
 
 def _check_shape(width: int, height: int) -> None:
-    if max(height, width) > _LONGEST * min(height, width):
+    if max(height, width) > LONGEST * min(height, width):
         raise ValueError(
-            f"{width} × {height} pixels, expected sides of at most {_LONGEST} to 1; cut it first"
+            f"{width} × {height} pixels, expected sides of at most {LONGEST} to 1; cut it first"
         )
 
 

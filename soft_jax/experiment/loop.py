@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from soft_jax import distributed, pytrees
-from soft_jax.config import Config
+from soft_jax.config import DEFAULTS, SIZES, Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.evaluation import evaluate, predictions, report
@@ -70,12 +70,12 @@ def run(
         stop_at_signals() as stop,
         closing(Store(workdir)) as store,
         display or Display(console) as shown,
+        _memory_named(config),
     ):
         shown.begin("loading the backbone and the images")
         prepared = prepare(config, store, console, stop, None, dataset, hooks, start)
         tell = functools.partial(console.print, markup=False, highlight=False)
-        opened = trackers_lib.opened(config, store.root, store.record, tell)
-        with opened as trackers, _memory_named():
+        with trackers_lib.opened(config, store.root, store.record, tell) as trackers:
             run = dataclasses.replace(prepared, log=trackers.curves, display=shown)
             manifests = _run_tasks(run, trackers, figures)
     if figures and not run.start.alone:
@@ -353,8 +353,11 @@ def evaluate_stage(
 
 
 @contextmanager
-def _memory_named() -> Iterator[None]:
-    """Say what to do about too little memory, in the place of XLA's or NumPy's account of it."""
+def _memory_named(config: Config) -> Iterator[None]:
+    """Say what to do about too little memory, in the place of XLA's or NumPy's account of it.
+
+    Which setting took it is not known: those of `config` above their defaults are named.
+    """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -363,10 +366,11 @@ def _memory_named() -> Iterator[None]:
             raise
         where = "this machine has" if on_host else "the devices have"
         first, *_ = str(error).splitlines() or ["no more"]
+        large = [name for name in SIZES if getattr(config, name) > DEFAULTS[name]]
         raise UserError(
-            f"batch_size: {where} too little memory ({first}). "
-            "Take a lower eval_batch_size or weights_cache_mb, which may change in a run; or in "
-            "another workdir a lower batch_size or dtype=bfloat16. Finished tasks are as they were"
+            f"memory: {where} too little ({first}). Take a lower eval_batch_size or "
+            "weights_cache_mb, which may change in a run; or in another workdir dtype=bfloat16 or "
+            f"a lower {', '.join(large) or 'batch_size'}. Finished tasks are as they were"
         ) from error
 
 
