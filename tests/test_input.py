@@ -288,6 +288,15 @@ def test_pipes_and_devices_are_refused_and_never_opened(odd_files):
             assert {"pipe": "named pipe"}.get(kind, kind) in message.split("it is a ")[1]
 
 
+def test_a_text_file_is_no_image_and_no_message_names_an_address(folder):
+    text = folder / "train/cat/1.png"
+    text.write_text("no image")
+    told = "1.png can't be read.* \\(UnidentifiedImageError: no image that Pillow can read\\)"
+    for use in (images.read, lambda _: sources.load("folder", str(folder))):
+        with pytest.raises(UserError, match=told):
+            use(text)
+
+
 def test_a_pipe_that_takes_the_place_of_a_training_image(folder):
     """After the set was loaded."""
     write(folder / "train/cat/3.png", size=(9, 8))  # another shape: files

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from soft_jax import paths as paths_lib
 from soft_jax.buckets import BucketPath
@@ -106,7 +106,11 @@ def decode(file: BinaryIO, then: Then = unchanged) -> np.ndarray:
         Exception: whatever Pillow's decoders do: OSError, SyntaxError, ValueError, struct.error
             and more.
     """
-    with Image.open(file) as image:
+    try:
+        opened = Image.open(file)
+    except UnidentifiedImageError:  # whose own words name the object by its address
+        raise UnidentifiedImageError("no image that Pillow can read") from None
+    with opened as image:
         _check_shape(*image.size)
         with _budget.hold(image.width * image.height):
             grey16 = _has_16_bits(image)
