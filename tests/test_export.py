@@ -741,4 +741,5 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(run_of, tmp_path, capsys, m
     assert main(["export", str(run), "1", str(tmp_path / "out"), "--format=timm"]) == 1
     error = capsys.readouterr().err
     assert "OUT: " in error and "can't be written" in error and error.count("\n") == 1
+    assert "; make room or mend the disk, or name another folder, and give the same" in error
     assert not list(tmp_path.iterdir())

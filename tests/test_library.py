@@ -11,10 +11,12 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import threading
 import zlib
 from contextlib import closing
@@ -37,7 +39,7 @@ from soft_jax.inference import assembly, engine
 from soft_jax.inference.predictor import Predictor
 from soft_jax.methods.method import Method
 from soft_jax.models import backbones
-from soft_jax.store import checkpoint, formats
+from soft_jax.store import archives, checkpoint, formats
 from soft_jax.store.folder import Store
 from soft_jax.store.library import (
     ACTIVE,
@@ -373,7 +375,8 @@ def test_an_archived_version_comes_back_to_the_bit_and_as_what_it_was(root):
         assert folder.size(version) == folder.archive(version).stat().st_size < version.bytes
     with pytest.raises(UserError, match="t1@2 is archived; restore it first"):
         opened.activate("t1", 2)
-    with pytest.raises(UserError, match="rollback: t1 has no version that was active and is not"):
+    nothing = "rollback: t1 has no version that was active and is not archived; soft-jax restore "
+    with pytest.raises(UserError, match=f"{nothing}.* t1@3 unpacks one that is archived"):
         opened.rollback("t1")
     for _ in range(3):
         opened.restore("t1")
@@ -447,6 +450,75 @@ def test_refresh_takes_in_what_came_and_compiles_nothing(three, tmp_path, task_i
     assert not compiled
     assert predictor.task_names == ("t1", "t2", "t3")
     jax.tree.map(np.testing.assert_array_equal, now, other)
+
+
+def old_archive(folder: Path, file: Path) -> None:
+    """Write an archive as releases before format 5 of a library did."""
+    with tarfile.open(file, "w:xz") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.add(path, path.relative_to(folder.parent).as_posix(), recursive=False)
+
+
+def test_an_archive_takes_no_space_for_what_masks_have_in_common(tmp_path, rng):
+    """Of the 32 bits of a fresh mask's entries, 17.4 are random."""
+    masks = {name: rng.uniform(0.99, 1, (300, 200)).astype(np.float32) for name in "ab"}
+    others = {
+        "zero": np.zeros(5, np.float32),
+        "one": np.float32(1),
+        "codes": rng.integers(0, 9, 999).astype(np.int8),
+        "half": rng.normal(size=(7, 3)).astype(np.float16),
+    }
+    folder = tmp_path / "007"
+    checkpoint.save(folder, {"adapter": jax.tree.map(jax.numpy.asarray, masks | others)}, {})
+    for pack in (archives.pack, old_archive):
+        pack(folder, tmp_path / pack.__name__)
+        back = tmp_path / f"{pack.__name__}d"
+        archives.unpack((tmp_path / pack.__name__).read_bytes(), back)
+        assert digest(back) == digest(folder)
+    with tarfile.open(tmp_path / "pack") as archive:
+        regrouped = [Path(name).parent.name for name in archive.getnames() if "planes" in name]
+    assert set(regrouped) == masks.keys() | others.keys()
+    new, old = ((tmp_path / name).stat().st_size / 480_000 for name in ("pack", "old_archive"))
+    assert new < 0.58 and old > 0.7
+    # Files that would not be written so again stay as they are.
+    damaged = folder / "adapter/a/.zarray"
+    damaged.write_text(damaged.read_text() + " ")
+    archives.pack(folder, tmp_path / "pack")
+    archives.unpack((tmp_path / "pack").read_bytes(), tmp_path / "again")
+    assert digest(tmp_path / "again") == digest(folder)
+
+
+def with_archive(root: Path, version: int, raw: bytes) -> None:
+    """Put an archive in the place of a version's, as a library of format 4 has it."""
+    (root / f"archive/{version:03d}.tar.xz").write_bytes(raw)
+    state = json.loads((root / "library.json").read_text())
+    for found in state["tasks"].values():
+        for entry in found:
+            if entry["id"] == version:
+                entry["archive_sha256"] = hashlib.sha256(raw).hexdigest()
+    (root / "library.json").write_text(json.dumps(state | {"format": 4}))
+
+
+def test_an_archive_of_a_release_before_is_restored_unless_it_was_damaged(root, tmp_path):
+    opened, reader = Library(root), LibraryReader(root)
+    t0, t2 = (opened.state().active[name] for name in ("t0", "t2"))
+    before = digest(reader.path(t0))
+    old_archive(reader.path(t0), tmp_path / "t0")
+    opened.archive("t0")
+    with_archive(root, t0.id, (tmp_path / "t0").read_bytes())
+    opened.restore("t0")
+    assert digest(reader.path(t0)) == before
+    damage(root, t2, "adapter")
+    old_archive(reader.path(t2), tmp_path / "t2")
+    damage(root, t2, "adapter")  # the same bit: it is whole again
+    opened.archive("t2")
+    with_archive(root, t2.id, (tmp_path / "t2").read_bytes())
+    with pytest.raises(UserError, match=r"002.tar.xz holds is damaged \(.*array adapter/"):
+        opened.restore("t2")
+    assert shape_of(reader.read())["t2"] == {1: ARCHIVED}
+    assert {path.name for path in (root / "tasks").iterdir()} == {"000", "001", "003", "004"}
+    opened.remove("t2")
+    assert not list((root / "archive").iterdir())
 
 
 def test_a_call_that_has_begun_goes_on_with_what_it_began_with(root):
@@ -620,6 +692,22 @@ def damage(root: Path, version, item: str) -> None:
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
+
+
+def test_a_version_of_a_newer_release_is_not_called_damaged(root):
+    opened = Library(root)
+    file = LibraryReader(root).path(opened.state().active["t1"]) / "manifest/metadata"
+    data = json.loads(file.read_text())
+    del data["manifest_sha256"]
+    data |= {"format": 99, "written_by": "9.1"}
+    file.write_text(json.dumps(data | {"manifest_sha256": checkpoint._digest(data)}))
+    newer = "t1@2 is of a newer release: .*written by soft_jax 9.1.*: upgrade this program, or"
+    why = opened.check().unchecked["t1"]
+    assert re.match(f"{newer} go back .* or predict without it, with --tasks=t0,t2", why)
+    assert "damaged" not in why
+    for act in (lambda: Predictor.load(root), lambda: opened.archive("t1")):
+        with pytest.raises(UserError, match=newer):
+            act()
 
 
 @pytest.mark.parametrize("item", ["adapter", "shared", "statistics", "manifest"])

@@ -285,7 +285,11 @@ def test_versions(say, root):
     assert [v.state for v in Library(root).state().tasks["low"]] == [RETIRED, ACTIVE]
     status, out, _ = say("rollback", "low")
     assert status == 0 and out.endswith("low@1 is active\n")
-    assert say("rollback", "low")[2].startswith("error: rollback: low has no version before low@1")
+    nothing = "error: rollback: low has no version before low@1 that was active and is not archived"
+    assert say("rollback", "low")[2] == (
+        f"{nothing}; soft-jax activate {root} low@2 makes that one the active one\n"
+    )
+    assert say("rollback", "high")[2].endswith("; there is no other; soft-jax learn makes one\n")
     status, out, _ = say("archive", "low")
     assert out.startswith("low@1 is archived: ") and "000.tar.xz" in out
     assert "low@1 is there again" in say("restore", "low")[1]

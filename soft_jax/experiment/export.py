@@ -318,7 +318,10 @@ def _write(folder: Path, files: Mapping[str, Content]) -> None:
                 file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         os.replace(partial, folder)
     except (OSError, safetensors.SafetensorError) as error:  # the latter for a full disk, too
-        raise UserError(f"OUT: {paths.shown(folder)} can't be written ({error})") from error
+        raise UserError(
+            f"OUT: {paths.shown(folder)} can't be written ({error}); make room or mend the disk, "
+            "or name another folder, and give the same command again"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)

@@ -538,6 +538,7 @@ class Library:
                 before = f" before {name}@{upto}" if active else ""
                 raise UserError(
                     f"rollback: {name} has no version{before} that was active and is not archived"
+                    f"; {self._instead(name, versions)}"
                 )
             name, version = earlier[-1]
             tried, backbone = old.activated(name, version), _backbone(old)
@@ -547,6 +548,17 @@ class Library:
             new = _with_figures(tried, name, verdict)
             folder.commit(old, new, command, gate_lib.note_of(verdict), found)
         return new.active[name], verdict
+
+    def _instead(self, name: str, versions: Sequence[Version]) -> str:
+        """Return what can be done where there is no version to go back to."""
+        for state, command, why in (
+            (RETIRED, "activate", "makes that one the active one"),
+            (CANDIDATE, "activate", "makes the candidate the active one"),
+            (ARCHIVED, "restore", "unpacks one that is archived"),
+        ):
+            if found := [version for version in versions if version.state == state]:
+                return f"soft-jax {command} {self.root} {name}@{found[-1].number} {why}"
+        return "there is no other; soft-jax learn makes one"
 
     def archive(self, name: str, number: int | None = None, command: str = "archive") -> Version:
         """Pack a version small; it is loaded no more, and `restore` brings it back to the bit.

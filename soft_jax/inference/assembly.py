@@ -26,7 +26,7 @@ from soft_jax.inference.rules import TaskIdentityRule
 from soft_jax.methods import registry
 from soft_jax.methods.method import Adapter, Method, Shared
 from soft_jax.models import backbones
-from soft_jax.store import checkpoint
+from soft_jax.store import checkpoint, formats
 from soft_jax.store.library import ARCHIVED, LibraryReader, LibraryState, Version
 from soft_jax.store.records import TaskManifest
 
@@ -377,21 +377,24 @@ def load_own(
 def _naming(
     reader: LibraryReader, state: LibraryState, name: str, version: Version
 ) -> Iterator[None]:
-    """Say which version is damaged, and what can be done."""
+    """Say which version is damaged, or of a newer release, and what can be done."""
     try:
         yield
     except UserError as error:
         earlier = any(v.number < version.number for v in state.tasks.get(name, ()))
         others = ",".join(task for task in state.active if task != name)
+        newer = isinstance(error, formats.NewerFormat)
         ways = [
-            "restore its folder from a copy",
+            *([] if newer else ["restore its folder from a copy"]),
             *([f"go back with soft-jax rollback {reader.root} {name}"] if earlier else []),
             *([f"predict without it, with --tasks={others}"] if others else []),
         ]
-        why = str(error).removesuffix(f"; {checkpoint.ADVICE}")
-        raise UserError(
-            f"{name}@{version.number} is damaged ({why}); {', or '.join(ways)}"
-        ) from error
+        why, called = str(error).removesuffix(f"; {checkpoint.ADVICE}"), f"{name}@{version.number}"
+        if newer:
+            said = f"{called} is of a newer release: {', or '.join([why, *ways])}"
+        else:
+            said = f"{called} is damaged ({why}); {', or '.join(ways)}"
+        raise UserError(said) from error
 
 
 def _method_of_version(config: Config, backbone: backbones.Backbone, version: Version) -> Method:

@@ -25,6 +25,10 @@ from soft_jax.store import records
 Data = dict[str, Any]
 
 
+class NewerFormat(UserError):
+    """What a newer release wrote, which this one can't read."""
+
+
 # Settings that were renamed after format 0.
 _RENAMED = {
     "mask_weights": "target_modules",
@@ -188,6 +192,13 @@ def library_3_to_4(old: Data) -> Data:
     return old | {"tasks": tasks, "owners": dict.fromkeys(old["numbers"], -1) | owners}
 
 
+def library_4_to_5(old: Data) -> Data:
+    """Change nothing: archives are read as they were written, and releases before can't read new
+    ones, in which the bytes of arrays are in another order.
+    """
+    return old
+
+
 def log_0_to_1(old: Data) -> Data:
     """Say that nothing was kept of what was measured."""
     return old | {"found": {}}
@@ -212,7 +223,13 @@ MIGRATIONS: dict[str, tuple[Callable[[Data], Data], ...]] = {
     "run": (config_0_to_1,),
     "task": (task_manifest_0_to_1, task_manifest_1_to_2),
     "training": (training_0_to_1,),
-    "library": (library_0_to_1, library_1_to_2, library_2_to_3, library_3_to_4),
+    "library": (
+        library_0_to_1,
+        library_1_to_2,
+        library_2_to_3,
+        library_3_to_4,
+        library_4_to_5,
+    ),
     "log": (log_0_to_1, log_1_to_2, log_2_to_3),
     "transfer": (),
     "seeds": (),
@@ -252,7 +269,7 @@ def upgrade(kind: str, data: Any, where: Any) -> Data:
     try:
         found = number(data)
         if found > latest:
-            raise UserError(
+            raise NewerFormat(
                 f"it has format {found}, written by soft_jax {data.get('written_by', '(unknown)')};"
                 f" this is soft_jax {soft_jax.__version__}, which reads formats up to {latest}: "
                 "upgrade this program"
@@ -261,7 +278,7 @@ def upgrade(kind: str, data: Any, where: Any) -> Data:
         for migrate in MIGRATIONS[kind][found:]:
             data = migrate(data)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:  # a value of another type
         raise UserError(
             f"{where}: it is not what its format says ({type(error).__name__}: {error}); restore it"

@@ -23,11 +23,9 @@ import dataclasses
 import hashlib
 import io
 import json
-import lzma
 import os
 import re
 import shutil
-import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -38,7 +36,7 @@ import numpy as np
 
 from soft_jax import paths
 from soft_jax.errors import UserError
-from soft_jax.store import checkpoint, disk_lock, files, formats
+from soft_jax.store import archives, checkpoint, disk_lock, files, formats
 from soft_jax.store.folder import Reader
 from soft_jax.store.records import TaskManifest
 
@@ -56,7 +54,6 @@ _FOLDERS = ("tasks", "tests", "archive", "shared", "log", "learning", "used")
 _GIVEN, _PROTOTYPE = "oracle/task_given", "per_sample/prototype"
 _REFERENCES = ("per_sample/frozen_features", "per_sample/zero_shot")
 _NO_CHANGE = {"given": 0.0, "per_sample": 0.0}  # of a task's figures, by another's change
-_DAMAGE = (tarfile.TarError, lzma.LZMAError)  # of a packed file
 
 
 def check_name(name: str) -> None:
@@ -376,13 +373,7 @@ class LibraryReader:
 
         Empty where the archive can't be read.
         """
-        name = f"{version.id:03d}/manifest/metadata"
-        try:
-            with tarfile.open(self.archive(version), "r:xz") as archive:
-                return json.loads(archive.extractfile(name).read())["sha256"]
-        # of the disk, of tar, of xz, of JSON, and members or keys that are not there
-        except (OSError, EOFError, LookupError, ValueError, AttributeError, *_DAMAGE):
-            return {}
+        return archives.hashes(self.archive(version), self.path(version).name)
 
     def manifest_of(self, version: Version) -> TaskManifest:
         """Return a version's manifest. Raises UserError where it is missing, damaged or another."""
@@ -689,16 +680,15 @@ class LibraryFolder(LibraryReader):
     def pack(self, version: Version) -> str:
         """Write a version's folder as an archive; return the archive's hex SHA-256."""
         with self._replacing(self.archive(version)) as partial:
-            with tarfile.open(partial, "w:xz") as archive:
-                for file in sorted(self.path(version).rglob("*")):
-                    archive.add(file, file.relative_to(self.tasks).as_posix(), recursive=False)
+            archives.pack(self.path(version), partial)
             digest = hashlib.sha256(partial.read_bytes()).hexdigest()
         return digest
 
     def unpack(self, version: Version) -> None:
         """Write an archived version's folder again, to the bit.
 
-        Raises UserError where the archive is missing, or not what was written.
+        Raises UserError where the archive is missing, or not what was written; and where an array
+        is not what was saved: releases before archived damaged versions too.
         """
         file = self.archive(version)
         try:
@@ -709,13 +699,15 @@ class LibraryFolder(LibraryReader):
             raise UserError(
                 f"library: {file} is not what was archived (its SHA-256 differs); restore it"
             )
-        with (
-            self._replacing(self.path(version)) as partial,
-            tarfile.open(fileobj=io.BytesIO(raw), mode="r:xz") as archive,
-        ):
-            for member in archive.getmembers():
-                member.name = member.name.partition("/")[2]  # without the version's folder
-                archive.extract(member, partial, filter="data")
+        with self._replacing(self.path(version)) as partial:
+            archives.unpack(raw, partial)
+            try:
+                checkpoint.verify(partial)
+            except UserError as error:
+                raise UserError(
+                    f"library: what {file} holds is damaged ({error}); take the file from a copy "
+                    "of the library, or remove the version"
+                ) from error
 
     @contextlib.contextmanager
     def _replacing(self, target: Path) -> Iterator[Path]:
@@ -732,7 +724,7 @@ class LibraryFolder(LibraryReader):
                 _remove(target)
                 os.replace(partial, target)
                 files.sync_folder(target.parent)
-            except (OSError, shutil.Error):
+            except Exception:
                 with contextlib.suppress(OSError):
                     _remove(partial)
                 raise
