@@ -221,6 +221,15 @@ class Programs:
         }
         return step.lower(self._state, self.params, batch | self._fixed(), self.key)
 
+    def groups(self, name: str) -> int:
+        """Return in how many groups of images a program runs: more than one in some steps."""
+        if not name.startswith("step"):
+            return 1
+        size = self.architecture.image_size
+        images = self._array((self.batch, size, size, 3), jnp.float32)
+        config = self._step_config(False).on(self.mesh)
+        return self.batch // config.images_at_once(self.params, images)
+
     def _init(self) -> jax.stages.Lowered:
         init = train_step.compile_init(self._step_config(True), self.mesh)
         return init.lower(self.adapter, self.shared)
@@ -383,8 +392,8 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
-_WHILE = re.compile(r"\bwhile\(.*body=%?([\w.-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_WHILE = re.compile(r"\bwhile\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -403,9 +412,13 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 def cycles(text: str) -> int:
     """Return the cycles that the compiler forecasts for the entry computation of a program.
 
-    A loop counts as often as the compiler knows it to run, and once where it does not know.
+    A loop that counts from 0 to a constant counts that often, any other once.
     """
     found, entry = computations(text)
+
+    def trips(condition: str) -> int:
+        bound = _BOUND.findall("\n".join(found[condition]))
+        return int(bound[0]) if len(bound) == 1 else 1
 
     def of(name: str) -> int:
         total = 0
@@ -413,8 +426,7 @@ def cycles(text: str) -> int:
             if own := _CYCLES.search(line):
                 total += int(own[1])
             elif loop_ := _WHILE.search(line):
-                trips = _TRIPS.search(line)
-                total += of(loop_[1]) * (int(trips[1]) if trips else 1)
+                total += of(loop_[2]) * trips(loop_[1])
             elif re.search(r"\b(call|conditional)\(", line):
                 total += max(map(of, _CALLED.findall(line)), default=0)
         return total
@@ -444,9 +456,10 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def forecast(lowered: jax.stages.Lowered) -> dict:
+def forecast(lowered: jax.stages.Lowered, groups: int = 1) -> dict:
     """Compile a program, and return what the compiler says of it.
 
+    It counts the operations of a loop once, so those of a program in `groups` are multiplied.
     Where it needs too much memory, only `needs` (text) and `seconds` are there. Other errors of the
     compiler are raised.
     """
@@ -463,7 +476,7 @@ def forecast(lowered: jax.stages.Lowered) -> dict:
     return {
         "memory": arguments + results - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         # -1 where the compiler does not know.
-        "operations": max((compiled.cost_analysis() or {}).get("flops", 0.0), 0.0),
+        "operations": max((compiled.cost_analysis() or {}).get("flops", 0.0), 0.0) * groups,
         "cycles": cycles(text),
         "collectives": collectives(text),
         "seconds": time.monotonic() - start,
@@ -534,7 +547,8 @@ def _compile_all(arguments, kept, slice_name, backbone, dtype, wanted) -> list[s
         if wanted and not name.startswith(wanted):
             continue
         try:
-            found = kept.get(f"{of}, {arguments.images} images, {name}", lower(), programs)
+            title = f"{of}, {arguments.images} images, {name}"
+            found = kept.get(title, lower(), programs, programs.groups(name))
         except Exception as error:  # whatever it is, the others are compiled all the same
             failed.append(f"{of}, {name}")
             print(f"| {name} | does not compile: {str(error).splitlines()[0]} | | | | |")
@@ -550,13 +564,13 @@ class Results:
         self.path = path
         self.found = json.loads(path.read_text()) if path and path.exists() else {}
 
-    def get(self, name: str, lowered: jax.stages.Lowered, programs: Programs) -> dict:
+    def get(self, name: str, lowered: jax.stages.Lowered, programs: Programs, groups: int) -> dict:
         """Return the forecast of a program: the one kept, if it is the same program by now."""
         versions = f"{jax.__version__} {os.environ['TPU_LIBRARY_PATH']}"
         program = hashlib.sha256((versions + lowered.as_text()).encode()).hexdigest()
         if self.found.get(name, {}).get("program") != program:
             about = {"program": program, "gradients": programs.trained_bytes}
-            self.found[name] = about | forecast(lowered)
+            self.found[name] = about | forecast(lowered, groups)
             if self.path:
                 part = self.path.with_suffix(".part")
                 part.write_text(json.dumps(self.found, indent=1))

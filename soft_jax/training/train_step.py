@@ -27,7 +27,9 @@ class StepConfig:
 
     With `cache_queries` a batch brings its q(x) along; else it is that of the augmented images.
     With `scheduled` it brings its `rates` (`Rates`) along, which then stand in the place of
-    `learning_rate`; `optimizer` is "adam" or "sgd".
+    `learning_rate`; `optimizer` is "adam" or "sgd". `score_bytes` is the room for a layer's scores
+    of attention, in float32: a batch with larger ones is worked off in groups of images, where its
+    loss is a sum over images. None: all at once.
     """
 
     method: Method
@@ -38,6 +40,30 @@ class StepConfig:
     cache_queries: bool = False
     optimizer: str = "adam"
     scheduled: bool = False
+    score_bytes: int | None = None
+
+    def on(self, mesh: Mesh) -> "StepConfig":
+        """Return this for steps over `mesh`."""
+        # Of ViT-B/16, 24 images fit, and 128 do not: their scores and shares then go through a
+        # TPU's main memory at every product, and its compiler forecasts twice the cycles an image
+        # (benchmarks/README.md). Several devices would add their gradients up at each group.
+        alone = mesh.size == 1 and mesh.devices.flat[0].platform == "tpu"
+        return dataclasses.replace(self, score_bytes=48 * 2**20) if alone else self
+
+    def images_at_once(self, backbone: pytrees.Tree, images: jax.Array) -> int:
+        """Return into groups of how many images a batch `[B, H, W, 3]` is to be split, at most B.
+
+        Groups are alike, so a B without a divisor of at least half of what fits stays whole.
+        """
+        method, count = self.method, len(images)
+        # A strategy's loss and a pool's selection are the whole batch's, and a text encoder would
+        # run for each group.
+        if not self.score_bytes or method.strategy or method.host.pools or method.host.reads_text:
+            return count
+        tokens = jax.eval_shape(method.architecture.embed, backbone, images).shape[1]
+        fit = self.score_bytes // (4 * method.architecture.heads * tokens**2)
+        sizes = [size for size in range(max(1, fit // 2), fit + 1) if count % size == 0]
+        return count if count <= fit else max(sizes, default=count)
 
     def transformation(self) -> optax.GradientTransformation:
         """Return Adam(0.9, 0.999, eps 1e-8), or SGD with momentum 0.9 as PyTorch has it.
@@ -107,10 +133,13 @@ def loss_fn(
     backbone: pytrees.Tree,
     batch: Batch,
     step_config: StepConfig,
+    place: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss: cross entropy over the task's classes minus λ·cos(q(x), k).
 
-    Both are means over the images of weight 1 (Soft-TF, section 3).
+    Both are means over the images of weight 1 (Soft-TF, section 3). With `place`, `batch` is a
+    group out of a larger one, and they are its share of that one's means: `place` has each image's
+    position in the larger batch, int `[B]`, and that batch's sum of weights.
 
     k is the task's key, and for L2P each of the pool's keys that the batch selects (Wang et al.,
     2022, eq. 5); a method without keys has no such term, one with a memory adds its own.
@@ -121,7 +150,8 @@ def loss_fn(
     step_config says so. The second result names the terms.
     """
     method, weights = step_config.method, batch["weights"]
-    images, total = batch["images"], weights.sum()
+    images = batch["images"]
+    positions, total = place or (jnp.arange(len(weights)), weights.sum())
 
     def mean(x):
         return jnp.sum(jnp.where(weights > 0, x * weights, 0)) / total
@@ -143,7 +173,7 @@ def loss_fn(
         # know that.
         selected = host.select_together(host.select(to_pool), weights)
         pulled += jnp.take_along_axis(to_pool, selected, axis=1).sum(axis=1)
-    sources = host.sources(jnp.arange(len(weights)), total.astype(int))
+    sources = host.sources(positions, total.astype(int))
     shared = method.with_own_classes(backbone, adapter, shared, batch["class_mask"])
     tokens = method.trunk(backbone, shared, images, selected)
     logits = method.logits(backbone, adapter, shared, tokens, sources)
@@ -163,6 +193,38 @@ def loss_fn(
     return loss, terms | {"logits": logits} | ({} if query is None else {"query": query})
 
 
+def _by_groups(
+    trainable: dict[str, pytrees.Tree],
+    backbone: pytrees.Tree,
+    batch: Batch,
+    step_config: StepConfig,
+    size: int,
+) -> tuple[pytrees.Tree, dict[str, jax.Array]]:
+    """Return what `jax.grad(loss_fn)` does, from groups of `size` images, one after the other."""
+    count, total = len(batch["weights"]), batch["weights"].sum()
+    names = [name for name in ("images", "labels", "weights", "query") if name in batch]
+    rows = {name: batch[name] for name in names} | {"positions": jnp.arange(count)}
+    groups = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), rows)
+
+    def part(group):
+        place = (group["positions"], total)
+        grads, terms = jax.grad(loss_fn, has_aux=True)(
+            trainable, backbone, {**batch, **group}, step_config, place
+        )
+        by_image = {name: terms.pop(name) for name in ("logits", "query") if name in terms}
+        return (grads, terms), by_image
+
+    def add(sums, group):
+        now, by_image = part(group)
+        return jax.tree.map(jnp.add, sums, now), by_image
+
+    shapes, _ = jax.eval_shape(part, jax.tree.map(lambda x: x[0], groups))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, terms), by_image = jax.lax.scan(add, nothing, groups)
+    whole = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), by_image)
+    return grads, terms | whole
+
+
 def gradients(
     trainable: dict[str, pytrees.Tree],
     backbone: pytrees.Tree,
@@ -178,7 +240,11 @@ def gradients(
     task, then leaves it as it is, to the bit. Clipping divides by norm + 1e-6, as PyTorch's
     `clip_grad_norm_` does (Optax divides by the norm alone).
     """
-    grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, step_config)
+    size = step_config.images_at_once(backbone, batch["images"])
+    if size < len(batch["weights"]):
+        grads, terms = _by_groups(trainable, backbone, batch, step_config, size)
+    else:
+        grads, terms = jax.grad(loss_fn, has_aux=True)(trainable, backbone, batch, step_config)
     method = step_config.method
     frozen = method.host.freeze(grads["shared"], batch["freeze_g_prompt"])
     grads = grads | {"shared": frozen}
@@ -307,7 +373,7 @@ def compile_step(step_config: StepConfig, mesh: Mesh) -> Any:
     batch |= dict.fromkeys(step_config.method.columns, rows)
     batch |= {"query": rows} if step_config.cache_queries else {}
     batch |= {"rates": whole} if step_config.scheduled else {}
-    step = functools.partial(train_step, step_config=step_config)
+    step = functools.partial(train_step, step_config=step_config.on(mesh))
     return jax.jit(
         step, donate_argnums=0, in_shardings=(whole, whole, batch, whole), out_shardings=whole
     )
@@ -319,7 +385,7 @@ def compile_steps(step_config: StepConfig, mesh: Mesh) -> Any:
 
     Every device holds the whole pool and works on its rows of each batch.
     """
-    steps = functools.partial(train_steps, step_config=step_config, sharding=by_row(mesh))
+    steps = functools.partial(train_steps, step_config=step_config.on(mesh), sharding=by_row(mesh))
     return jax.jit(
         steps, donate_argnums=0, in_shardings=replicated(mesh), out_shardings=replicated(mesh)
     )
