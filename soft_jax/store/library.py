@@ -325,7 +325,7 @@ class LibraryReader:
                 raise UserError(f"library: there is none in {self.root}, and no run")
             return _state_of_run(self.root)
         try:
-            data = json.loads(file.read_bytes())
+            data = json.loads(paths.read_bytes(file))
         except (OSError, ValueError) as error:
             raise UserError(f"library: {file} can't be read ({error}); restore it") from error
         return LibraryState.from_json(formats.upgrade("library", data, file), file)
@@ -398,7 +398,7 @@ class LibraryReader:
         for number in range(1, state.changes + 1):
             file = self.root / "log" / f"{number:06d}.json"
             try:
-                record = json.loads(file.read_bytes())
+                record = json.loads(paths.read_bytes(file))
             except (OSError, ValueError) as error:
                 raise UserError(f"library: {file} can't be read ({error}); restore it") from error
             records.append(formats.upgrade("log", record, file))
