@@ -81,6 +81,15 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     rename = _add(subparsers, "rename", "give a task another name", rename_)
     rename.add_argument("task", help="the name that it has")
     rename.add_argument("to", help="the name that it gets")
+    move = _add(subparsers, "move-data", "say where images are that were moved", move_data_)
+    move.description = (
+        "Say that images are in the folder TO now that were in FROM when tasks were learned. It is "
+        "taken where the test images there are those that each version was learned with, by their "
+        "hashes."
+    )
+    move.add_argument("old", metavar="FROM", help="the folder where they were, as show has it")
+    move.add_argument("new", metavar="TO", help="the folder where they are")
+    move.add_argument("--task", help="a task, or a version such as birds@2, alone; default: all")
     remove = _add(subparsers, "remove", "remove a task or a version for ever", remove_)
     remove.add_argument("task", help="a task with all its versions, or a version such as birds@2")
     remove.add_argument("--yes", action="store_true", help="needed; what is removed is gone")
@@ -573,6 +582,14 @@ def rename_(arguments: argparse.Namespace) -> int:
     """Give a task another name."""
     _open(arguments).rename(arguments.task, arguments.to, _command(arguments))
     print(f"{arguments.task} is {arguments.to} now")
+    return 0
+
+
+def move_data_(arguments: argparse.Namespace) -> int:
+    """Say where images are now."""
+    opened = _open(arguments)
+    names = opened.move_data(arguments.old, arguments.new, arguments.task, _command(arguments))
+    print(f"The images of {', '.join(names)} are in {paths.shown(arguments.new)} now")
     return 0
 
 

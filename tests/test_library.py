@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 
+from soft_jax.__main__ import main
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
@@ -669,6 +670,58 @@ def test_test_images_that_are_gone_are_said(root, monkeypatch):
     assert verdict.unchecked == dict.fromkeys(("t0", "t1", "t2"), "dataset: it is not there")
     verdict = Library(root).activate("t1", 3, Gate(1.0, 50.0))
     assert verdict.fallen == ("t1: it could not be evaluated, which is below 50%",)
+
+
+def test_images_that_were_moved_are_found_where_one_says(root, tmp_path, monkeypatch, capsys):
+    """Where they are the same, by the hashes of the test images."""
+
+    def load(name, data_dir="", *_):
+        if data_dir and not Path(data_dir).is_dir():
+            raise UserError(f"data_dir: there is no {data_dir}")
+        return letters(int((Path(data_dir) / "seed").read_text()) if data_dir else 0)
+
+    monkeypatch.setattr(sources, "load", load)
+    here, there, other = (tmp_path / name for name in ("here", "there", "other"))
+    for folder, seed in ((here, "3"), (other, "4")):
+        folder.mkdir()
+        (folder / "seed").write_text(seed)
+    opened = Library(root)
+
+    def photos(*classes):
+        return dataclasses.replace(of(*classes), data_dir=str(here))
+
+    opened.learn("t3", photos(6, 7), gate=OPEN_GATE, keep_test_images=True)
+    opened.learn("t4", photos(8, 9), gate=OPEN_GATE)
+    opened.archive("t3")
+    opened.learn("t0", photos(10), extend=True, gate=OPEN_GATE)  # of two places
+    here.rename(there)
+    assert opened.check(100.0).unchecked.keys() == {"t0", "t4"}
+    before = opened.state()
+    for words, message in (
+        ([here, other], "t0@2: its test images in .*letters are others than .* Nothing is changed"),
+        ([here, other, "--task=t4"], "t4@1: its test images .* Nothing is changed"),
+        ([here, tmp_path / "gone"], "TO: there is no folder "),
+        ([other, there], "FROM: .*other is not where images were; they were in letters"),
+        ([here, there, "--task=t1"], "FROM: .*here is not where images were; they were in letters"),
+        ([here, there, "--task=t9"], "there is no 't9' in this library"),
+        (["", there], "FROM:  is not where images were"),
+    ):
+        assert main(["move-data", str(root), *map(str, words)]) == 1
+        assert re.match(f"error: .*{message}", capsys.readouterr().err)
+    assert opened.state() == before
+    monkeypatch.chdir(tmp_path)
+    assert main(["move-data", str(root), "here", "there", "--task=t4"]) == 0
+    assert capsys.readouterr().out == "The images of t4@1 are in there now\n"
+    assert main(["move-data", str(root), str(here), str(there)]) == 0
+    assert "The images of t0@2, t3@1 are in " in capsys.readouterr().out
+    assert opened.log()[-1]["note"] == "t0@2, t3@1"
+    check_whole(root)
+    assert opened.check(100.0).passed
+    opened.restore("t3")
+    for name in ("t3", "t4", "t0"):
+        parts = opened.state().version(name).data
+        assert [part["data_dir"] for part in parts if part["data_dir"]] == [str(there)]
+    opened.learn("t4", of(11), extend=True)  # its older images are read from there
 
 
 def test_kept_test_images_that_are_damaged_are_said(root):

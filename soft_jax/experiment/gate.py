@@ -85,6 +85,18 @@ def tested_images(
     if "kept_sha256" in version.test:
         images, labels = reader.load_tests(version)
         return images, places[labels]
+    dataset = test_set(state, version, whole)
+    size = predictor.model.method.architecture.image_size
+    count = len(dataset.test.labels)
+    return dataset.test.prepared(np.arange(count), size), places[dataset.test.labels]
+
+
+def test_set(
+    state: LibraryState, version: Version, whole: dict[Data, tuple[sources.Dataset, str]]
+) -> sources.Dataset:
+    """Return the data set of a version's classes, read from where its images are; `whole` and the
+    UserError are those of `tested_images`.
+    """
     names = [state.classes[class_] for class_ in version.classes]
     parts = [Data.from_json(part) for part in version.data]
     where = " and ".join(part.where for part in parts)
@@ -101,9 +113,7 @@ def tested_images(
     theirs = version.test["dataset_sha256" if of_run else "sha256"]
     if theirs != (whole[key][1] if of_run else hash_of(dataset)):
         raise UserError(f"its test images in {where} are others than it was learned with")
-    size = predictor.model.method.architecture.image_size
-    count = len(dataset.test.labels)
-    return dataset.test.prepared(np.arange(count), size), places[dataset.test.labels]
+    return dataset
 
 
 def accuracies(

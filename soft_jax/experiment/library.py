@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,7 +26,7 @@ from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
-from soft_jax.experiment import cost, data_spec, imported, loop, merged, transfer
+from soft_jax.experiment import cost, data_spec, imported, loop, merged, moved, transfer
 from soft_jax.experiment import gate as gate_lib
 from soft_jax.experiment import library_planning as planning
 from soft_jax.experiment import settings as settings_lib
@@ -626,6 +627,36 @@ class Library:
                 old, tasks=renamed, figures=figures, numbers=numbers, owners=owners
             )
             folder.commit(old, new, command)
+
+    def move_data(
+        self,
+        old: str | PathLike,
+        new: str | PathLike,
+        task: str | None = None,
+        command: str = "move-data",
+    ) -> list[str]:
+        """Say that images are in the folder `new` now that were in `old`, of all versions.
+
+        Args:
+            old: the folder where they were, or the name of a data set that had no folder given.
+            new: the folder where they are.
+            task: the only task whose images were moved, or the only version, such as "birds@2";
+                None: those of all.
+            command: how the log calls it.
+
+        Returns:
+            The versions, as "birds@2".
+
+        Raises:
+            UserError: no version has images in `old`, or the test images in `new` are others than
+                one was learned with, by their hashes; nothing is changed then.
+        """
+        folder_now = paths.local(new, "TO")
+        with self._held() as folder:
+            state = folder.read()
+            after, names = moved.moved(state, os.fspath(old), folder_now, task)
+            folder.commit(state, after, command, ", ".join(names))
+        return names
 
     def remove(self, name: str, number: int | None = None, command: str = "remove") -> None:
         """Remove a version, or a task with all its versions, for ever; the log keeps the record."""
