@@ -6,15 +6,26 @@ drawn by the seed; q(x) of the bundled backbone, no masks. After each task the s
 far classify the test images of all classes so far. Prints three Markdown tables; percentages are
 the mean over the seeds, with ± their standard deviation.
 
+With --choose, tables on training images alone instead, of the two constants by which λ is chosen:
+accuracy on the last 100 images of each class, in the seed's order, which no --images up to 400
+train on, as the mean over the seeds, images a class and tasks of --after. The pair of the highest
+mean wins; of equal ones that of the larger cap, then of the larger tolerance: the least shrinkage.
+The pair in use stays where the 95% interval over the seeds of what the winner gains on it holds 0.
+
+With --stages, one table instead: after which of the tasks of --after the chosen λ is furthest below
+the best on test images, and how far below it the λ is that is best on the images held out.
+
 With --half, one table instead: after the last task, by the statistics as they are and rounded to
 float16, each array times a power of two that brings its largest entry near float16's. q(x) is then
 of the first images of each class, as many as are asked for.
 """
 
 import argparse
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +41,14 @@ BATCH = 256  # images
 HELD_OUT = 5  # one image of so many is held out, as by RanPAC
 SHARPNESSES = np.geomspace(1, 300, 25)
 BINS = 15  # of the expected calibration error
+VALIDATION = 100  # images a class that are held out, by --choose and --stages
+SLACKS = (0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
+CAPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+QUANTILE = 4.303  # of Student's t with two degrees of freedom, 97.5%: for three seeds
 
 Split = tuple[np.ndarray, np.ndarray]  # q(x) [N, dim] and labels [N]
 Row = dict[str, float]
+Figures = dict[str, Any]  # of a stage: lists by λ of `RIDGES`, and the number of its tasks
 
 
 def main() -> None:
@@ -46,12 +62,20 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=2000)
     parser.add_argument("--queries", help="a file that keeps q(x) for the next time, .npz")
     parser.add_argument("--half", action="store_true", help="compare with half precision")
+    parser.add_argument("--choose", action="store_true", help="compare the rule's constants")
+    parser.add_argument("--stages", action="store_true", help="look at single stages")
+    parser.add_argument("--after", type=int, nargs="+", default=range(1, TASKS + 1))
+    parser.add_argument("--figures", help="a file that keeps those of --choose and --stages, .json")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(arguments.queries or Path(folder) / "queries.npz")
         limit = max(arguments.images) if arguments.half else 0
         train, test = queries(file, arguments.data_dir, limit)
+        if arguments.choose or arguments.stages:
+            found = kept_figures(arguments, train, test)
+            print(constants(found) if arguments.choose else single_stages(found))
+            return
         figures = halves if arguments.half else measure
         rows = {
             count: [
@@ -133,6 +157,170 @@ def measure(seed: int, count: int, features: int, train: Split, test: Split) -> 
     scores = test_features @ found.weights(best).astype(np.float32)
     row["held out"] = percent(scores.argmax(axis=1) == test[1])
     return row
+
+
+def kept_figures(
+    arguments: argparse.Namespace, train: Split, test: Split
+) -> dict[int, list[list[Figures]]]:
+    """Return `by_stage` of all images a class and seeds; `--figures` keeps each for the next time."""
+    file = Path(arguments.figures) if arguments.figures else None
+    kept = json.loads(file.read_text()) if file and file.exists() else {}
+    found: dict[int, list[list[Figures]]] = {}
+    for count in arguments.images:
+        for seed in arguments.seeds:
+            key = f"{arguments.features} {count} {seed} {list(arguments.after)}"
+            if key not in kept:
+                kept[key] = by_stage(seed, count, arguments.features, arguments.after, train, test)
+                if file:
+                    file.write_text(json.dumps(kept))
+            found.setdefault(count, []).append(kept[key])
+    return found
+
+
+def by_stage(
+    seed: int, count: int, features: int, after: Iterable[int], train: Split, test: Split
+) -> list[Figures]:
+    """Return the figures of each stage `after` so many tasks, each a list by λ of `RIDGES`.
+
+    "error" and "fitted" are the `validation_error`; "validation" and "test" are accuracies on the
+    images held out (none where `count` leaves too few) and on test images, in percent; "differ" is
+    the percentage of test images of which this λ and the best one have one right and one wrong,
+    "images" their number. Classes, training images and features are those of `measure`.
+    """
+    rng = np.random.default_rng(seed)
+    num_classes = int(train[1].max()) + 1
+    order = rng.permutation(num_classes).reshape(TASKS, -1)
+    images = [rng.permutation(np.flatnonzero(train[1] == c)) for c in range(num_classes)]
+    projection = prototypes.projection(seed, train[0].shape[1], features)
+    sums = prototypes.Sums(num_classes, projection)
+    last = np.concatenate([own[count:][-VALIDATION:] for own in images])
+    splits = {"test": test}
+    if len(last) == num_classes * VALIDATION:
+        splits["validation"] = train[0][last], train[1][last]
+    expanded = {
+        name: (random_features(query, projection), labels)
+        for name, (query, labels) in splits.items()
+    }
+    stages = []
+    for task, classes in enumerate(order):
+        own = np.concatenate([images[c][:count] for c in classes])
+        sums.add(classes, prototypes.statistics(train[0][own], train[1][own], classes, projection))
+        if task + 1 not in after:
+            continue
+        found, seen = sums.decompose(), order[: task + 1].ravel()
+        error, fitted = zip(*found.validation_errors().values(), strict=True)
+        stage: Figures = {"tasks": task + 1, "error": error, "fitted": fitted}
+        for name, (phi, labels) in expanded.items():
+            of_seen = np.isin(labels, seen)
+            right = [
+                seen[scores[:, seen].argmax(axis=1)] == labels[of_seen]
+                for scores in by_ridge(found, phi[of_seen])
+            ]
+            stage[name] = [percent(r) for r in right]
+            if name == "test":
+                best = right[int(np.argmax(stage[name]))]
+                stage["images"], stage["differ"] = len(best), [percent(r != best) for r in right]
+        stages.append(stage)
+    return stages
+
+
+def index_chosen(stage: Figures, slack: float, cap: float) -> int:
+    """Return which of `RIDGES` is chosen by these constants."""
+    errors = dict(
+        zip(prototypes.RIDGES, zip(stage["error"], stage["fitted"], strict=True), strict=True)
+    )
+    return prototypes.RIDGES.index(prototypes.smallest_ridge(errors, slack, cap))
+
+
+def constants(found: dict[int, list[list[Figures]]]) -> str:
+    """Return the tables of --choose as Markdown; they hold no figure of a test image."""
+    by_pair = {  # [images a class, seeds], mean over the stages
+        (cap, slack): np.array(
+            [
+                [
+                    np.mean([s["validation"][index_chosen(s, slack, cap)] for s in stages])
+                    for stages in seeds
+                ]
+                for seeds in found.values()
+            ]
+        )
+        for cap in CAPS
+        for slack in SLACKS
+    }
+    winner = max(by_pair, key=lambda pair: (round(float(by_pair[pair].mean()), 6), *pair))
+    present = (prototypes.MOST_FITTED, prototypes.SLACK)
+    best = np.array(
+        [
+            [np.mean([max(s["validation"]) for s in stages]) for stages in seeds]
+            for seeds in found.values()
+        ]
+    )
+    head = ["fitted at most", *(f"{100 * slack:g}%" for slack in SLACKS)]
+    lines = [head, ["---"] * len(head)]
+    for cap in CAPS:
+        lines.append([f"{cap:g}", *(f"{by_pair[cap, slack].mean():.2f}" for slack in SLACKS)])
+    head = ["images a class", *(str(count) for count in found)]
+    sizes = [head, ["---"] * len(head)]
+    for name, values in (
+        ("best λ of each stage in hindsight", best),
+        (f"winner: {name_of(winner)}", by_pair[winner]),
+        (f"in use: {name_of(present)}", by_pair[present]),
+    ):
+        sizes.append([name, *(f"{value:.2f}" for value in values.mean(axis=1))])
+    gain = (by_pair[winner] - by_pair[present]).mean(axis=0)
+    interval = QUANTILE * np.std(gain, ddof=1) / np.sqrt(len(gain))
+    grid, by_size = ("\n".join(f"| {' | '.join(line)} |" for line in t) for t in (lines, sizes))
+    return (
+        f"{grid}\n\n{by_size}\n\n"
+        f"The winner gains {gain.mean():.3f} ± {interval:.3f} points, 95% over {len(gain)} seeds."
+    )
+
+
+def name_of(pair: tuple[float, float]) -> str:
+    """Return a pair of constants in words."""
+    return f"{100 * pair[1]:g}%, at most {pair[0]:g}"
+
+
+def single_stages(found: dict[int, list[list[Figures]]]) -> str:
+    """Return the table of --stages as Markdown.
+
+    "Validated" is the λ of each stage that is best on the images held out. The standard error is
+    that of the difference of two accuracies on the same images.
+    """
+    head = ["images a class", "mean: chosen", "validated"]
+    head += ["worst mean over the seeds: chosen", "validated"]
+    head += ["worst of all stages: chosen", "its standard error", "validated"]
+    lines = [head, ["---"] * len(head)]
+    for count, seeds in found.items():
+        gaps = np.array([[shortfall(stage) for stage in stages] for stages in seeds])
+        chosen, error, validated = np.moveaxis(gaps, -1, 0)  # each [seeds, stages]
+        seed, place = np.unravel_index(chosen.argmax(), chosen.shape)
+        tasks, means = [stage["tasks"] for stage in seeds[0]], chosen.mean(axis=0)
+        line = [
+            f"{chosen.mean():.2f}",
+            f"{validated.mean():.2f}",
+            f"{means.max():.2f}, {tasks[int(means.argmax())]} tasks",
+            f"{validated.mean(axis=0).max():.2f}",
+            f"{chosen.max():.2f}, {tasks[place]} tasks",
+            f"{error[seed, place]:.2f}",
+            f"{validated.max():.2f}",
+        ]
+        lines.append([str(count), *line])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shortfall(stage: Figures) -> tuple[float, float, float]:
+    """Return how far the chosen λ is below the best on test images, that difference's standard
+    error, and how far the λ is below that is best on the images held out; in points.
+    """
+    test = stage["test"]
+    chosen = index_chosen(stage, prototypes.SLACK, prototypes.MOST_FITTED)
+    gap, differ = max(test) - test[chosen], stage["differ"][chosen]
+    error = 100 * np.sqrt((differ / 100 - (gap / 100) ** 2) / stage["images"])
+    validated = np.nan  # too few images are left to hold out
+    if "validation" in stage:
+        validated = max(test) - test[int(np.argmax(stage["validation"]))]
+    return gap, error, validated
 
 
 HALVES = {

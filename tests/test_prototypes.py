@@ -260,3 +260,15 @@ def test_tasks_without_counts_keep_their_ridge(wide, old):
     fresh, _ = overlapping(1, 5)
     scores = features(fresh, wide) @ np.asarray(solved(parts, wide, CLASSES).weights)
     np.testing.assert_allclose(scores, features(fresh, wide) @ expected, atol=2e-2)
+
+
+def test_larger_constants_never_shrink_more():
+    """And a λ that fits too much is no choice, however small its error."""
+    errors = {0.01: (0.5, 0.9), 0.1: (1.04, 0.45), 1.0: (1.01, 0.3), 10.0: (1.0, 0.2)}
+    chosen = {
+        (slack, cap): prototypes.smallest_ridge(errors, slack, cap)
+        for slack in (0, 0.02, 0.05)
+        for cap in (0.1, 0.25, 0.4, 0.5, 1)
+    }
+    assert [chosen[slack, 0.5] for slack in (0, 0.02, 0.05)] == [10.0, 1.0, 0.1]
+    assert [chosen[0.05, cap] for cap in (0.1, 0.25, 0.4, 0.5, 1)] == [10.0, 10.0, 1.0, 0.1, 0.01]

@@ -150,20 +150,30 @@ class Decomposition(NamedTuple):
         free = (self.images - rank + left.sum()) / self.images
         return error / free**2, 1 - free
 
-    def best_ridge(self) -> float:
-        """Choose λ by `validation_error`; it is `RIDGE` where `images` is None.
+    def validation_errors(self) -> dict[float, tuple[float, float]]:
+        """Return the `validation_error` of each of `RIDGES`."""
+        return {ridge: self.validation_error(ridge) for ridge in RIDGES}
 
-        It is the smallest of those `RIDGES` that fit at most `MOST_FITTED`, and whose error is at
-        most `SLACK` above the least among them; the largest of all where all fit more.
-        """
-        if self.images is None:
-            return RIDGE
-        found = {ridge: self.validation_error(ridge) for ridge in RIDGES}
-        errors = {ridge: error for ridge, (error, fit) in found.items() if fit <= MOST_FITTED}
-        if not errors:
-            return RIDGES[-1]
-        enough = (1 + SLACK) * min(errors.values())
-        return min(ridge for ridge, error in errors.items() if error <= enough)
+    def best_ridge(self) -> float:
+        """Choose λ by `smallest_ridge`; it is `RIDGE` where `images` is None."""
+        return RIDGE if self.images is None else smallest_ridge(self.validation_errors())
+
+
+def smallest_ridge(
+    errors: Mapping[float, tuple[float, float]],
+    slack: float = SLACK,
+    most_fitted: float = MOST_FITTED,
+) -> float:
+    """Choose λ from the `validation_error` of each λ.
+
+    It is the smallest of those that fit at most `most_fitted`, and whose error is at most `slack`
+    above the least among them; the largest of all where all fit more.
+    """
+    allowed = {ridge: error for ridge, (error, fit) in errors.items() if fit <= most_fitted}
+    if not allowed:
+        return max(errors)
+    enough = (1 + slack) * min(allowed.values())
+    return min(ridge for ridge, error in allowed.items() if error <= enough)
 
 
 class Sums:
