@@ -162,7 +162,7 @@ def measure(seed: int, count: int, features: int, train: Split, test: Split) -> 
 def kept_figures(
     arguments: argparse.Namespace, train: Split, test: Split
 ) -> dict[int, list[list[Figures]]]:
-    """Return `by_stage` of all images a class and seeds; `--figures` keeps each for the next time."""
+    """Return `by_stage` of all images a class and seeds, which `--figures` keeps for next time."""
     file = Path(arguments.figures) if arguments.figures else None
     kept = json.loads(file.read_text()) if file and file.exists() else {}
     found: dict[int, list[list[Figures]]] = {}
