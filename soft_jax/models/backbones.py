@@ -29,6 +29,7 @@ import numpy as np
 from soft_jax import cache, paths, pytrees
 from soft_jax.buckets import BucketPath
 from soft_jax.cache import CACHE
+from soft_jax.config import unknown_value
 from soft_jax.errors import Stopped, UserError
 from soft_jax.models import clip_checkpoints, clip_config, timm_config, vit_checkpoints
 from soft_jax.models.arrays import BadArray, from_safetensors
@@ -241,9 +242,8 @@ def locate(name: str, path: str = "", stop: threading.Event | None = None) -> Pl
 
 def _unknown(name: str) -> str:
     return (
-        f"backbone: {name!r} is unknown; known are {', '.join(BACKBONES)} and, with backbone_path, "
-        "timm's names of plain Vision Transformers, such as vit_small_patch16_224, and any name "
-        "for a CLIP"
+        f"{unknown_value('backbone', name, BACKBONES)} and, with backbone_path, timm's names of "
+        "plain Vision Transformers, such as vit_small_patch16_224, and any name for a CLIP"
     )
 
 
