@@ -28,6 +28,7 @@ from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import Gate
 from soft_jax.experiment.library import Library
 from soft_jax.experiment.run import prepare
+from soft_jax.inference import explain
 from soft_jax.models import backbones
 from soft_jax.store.folder import Store
 from soft_jax.store.library import LibraryReader
@@ -282,6 +283,13 @@ def test_a_report_replaces_itself_alone(library_, tmp_path, capsys, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"read \(Permission den"):
         patch.setattr(html, "open", _refused, raising=False)
         html_report.write(library_, file)
+    with monkeypatch.context() as patch:  # as on a disk that can only be read
+        patch.setattr(os, "access", lambda path, mode: False)
+        patch.setattr(html_report, "page", None)
+        patch.setattr(explain, "load", None)
+        for words in (["report", str(library_)], ["explain", str(library_), "x.png"]):
+            assert main([*words, f"--output={tmp_path / 'new.html'}"]) == 1
+            assert "new.html can't be written" in capsys.readouterr().err
     with pytest.raises(UserError, match="is no folder; make it"):
         html_report.write(library_, tmp_path / "none" / "x.html")
     with pytest.raises(UserError, match="there is none in"):

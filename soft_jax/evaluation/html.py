@@ -502,6 +502,11 @@ def check_output(file: Path) -> None:
             raise UserError(
                 f"--output: {paths.shown(file.parent)} is no folder; make it, or name another file"
             )
+        if not os.access(file.parent, os.W_OK):
+            raise UserError(
+                f"--output: {paths.shown(file)} can't be written, as nothing can in that folder; "
+                "name another file with --output=FILE"
+            )
         replaceable = not os.path.lexists(file) or _is_ours(file)
     except OSError as error:
         raise UserError(
