@@ -25,11 +25,12 @@ from soft_jax.methods import prompts
 RIDGES = tuple(10.0 ** (step / 2) for step in range(-10, 5))  # what λ is chosen from: 1e-5 to 1e2
 RIDGE = 1e-4  # where a task has no "counts", as tasks stored before λ was chosen
 # The smallest λ is taken whose squared error is at most this much above the least, as a share: the
-# largest score, which decides, stays right at smaller λ than squared error asks for. From 0.015 to
-# 0.05 it hardly changes the accuracy on training images left out one by one (CIFAR-100).
+# largest score, which decides, stays right at smaller λ than squared error asks for. On training
+# images held out (CIFAR-100) 2% and 3% are alike, and 0.2 points of accuracy better than 0.
 SLACK = 0.02
 # Degrees of freedom, as a share of the images, beyond which too few are left to estimate an error.
-# With few images, cross validation is now and then least where a regression fits all of them.
+# With few images, cross validation is now and then least where a regression fits all of them. From
+# 0.5 to 0.9 there is no difference on those images; 0.3 with 5% is 0.1 better, within noise.
 MOST_FITTED = 0.5
 # Eigenvalues below this share of their mean are noise: the sums are stored in float32.
 SMALLEST = 1e-6
