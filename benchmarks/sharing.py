@@ -105,6 +105,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder, closing(Store(Path(folder) / "run")) as store:
         kept = Path(arguments.learned or folder)
+        kept.mkdir(parents=True, exist_ok=True)
         run = prepared(arguments.data_dir, store)
         bank, shared, learned = TaskBank(run), run.initial_shared(), list[Learned]()
         for count in sorted(arguments.tasks):
