@@ -2,8 +2,10 @@
 ViT-Ti/8 at 32 pixels.
 
 `python launch.py` runs it in a few minutes on two cores, with nothing to download. It stands for no
-published row: masks are on every kernel of the upper half of the network. Settings were chosen on
-images held out of training (`validation=0.25`), never on test images. Another method by argument,
+published row: masks are on every kernel of all layers. Settings were chosen on images held out of
+training (`validation=0.25`), never on test images. With the task given, 3 epochs at this learning
+rate named 96.9% of those right, 5 at the paper's 0.03 as many, and a classifier fitted to frozen
+features 96.6% (with the G-prompt in layer 1 alone). Another method by argument,
 `digits:method=head`, has its own defaults.
 """
 
@@ -12,10 +14,9 @@ from soft_jax.experiment import settings as settings_lib
 
 # What would have no effect, or another one, with another method.
 SOFT_TF = {
-    "mask_layers": (7, 8, 9, 10, 11, 12),
+    "mask_layers": tuple(range(1, 13)),
     "target_modules": "qkv+proj+mlp",
-    "g_prompt_layers": (7,),  # so that nothing below it is trained
-    "learning_rate": 0.1,
+    "learning_rate": 0.05,
     "cache_queries": True,  # the query of each crop is a third of a training step
 }
 

@@ -1,8 +1,8 @@
 """A library of tasks that grows: soft-jax learn LIBRARY NAME IMAGES
 
 Soft-TF without prompts on the bundled ViT-Ti/8 at 32 pixels: masks on every kernel of the upper
-half of the network, as in the embedded default. Tasks and images are named when they are learned.
-A larger backbone by argument, library:backbone=vit_b16.
+half of the network, below which images pass once for all tasks. Tasks and images are named when
+they are learned. A larger backbone by argument, library:backbone=vit_b16.
 """
 
 from soft_jax.config import config_dict, parse_argument
