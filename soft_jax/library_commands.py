@@ -288,6 +288,7 @@ def _number(text: str, flag: str) -> float:
 def _to_learn(arguments: argparse.Namespace) -> "tuple[Library, Data, Config | None]":
     """Return the library, the images, and the settings where they are given or it is new."""
     root = paths.local(arguments.library, "library")
+    paths.check_writable(root, "library", paths.FOLDER)
     classes = [name.strip() for name in (arguments.classes or "").split(",") if name.strip()]
     from soft_jax.store import library
 

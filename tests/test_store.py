@@ -178,6 +178,10 @@ def test_damaged_manifest(opened, sharding):
     file.write_text(text[:50])
     with pytest.raises(UserError, match="000: the manifest can't be read"):
         load(opened, sharding)
+    file.unlink()
+    os.mkfifo(file)  # a pipe is not waited for
+    with pytest.raises(UserError, match="000: the manifest can't be read"):
+        load(opened, sharding)
 
 
 def test_another_method_or_shape(opened, sharding):

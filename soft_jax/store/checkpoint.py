@@ -19,7 +19,7 @@ import tensorstore as ts
 from absl import logging as absl_logging
 from jax.sharding import Sharding
 
-from soft_jax import distributed, pytrees
+from soft_jax import distributed, paths, pytrees
 from soft_jax.errors import UserError
 from soft_jax.paths import Place
 from soft_jax.store import files
@@ -116,7 +116,7 @@ def load_manifest(path: Place) -> dict[str, Any]:
     a report reads one manifest a task. Raises UserError when it is missing or damaged.
     """
     try:
-        manifest = json.loads((path / "manifest" / "metadata").read_bytes())
+        manifest = json.loads(paths.read_bytes(path / "manifest" / "metadata"))
         expected = manifest.pop("manifest_sha256")
     except Exception as error:  # missing files, bad JSON, bad UTF-8: all mean the same
         raise UserError(

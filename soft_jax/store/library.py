@@ -301,7 +301,7 @@ def holds_library(root: str | Path) -> bool:
 
 def hash_of_manifest(path: Path) -> str:
     """Return the hex SHA-256 of the manifest in a version's folder."""
-    return hashlib.sha256((path / "manifest" / "metadata").read_bytes()).hexdigest()
+    return hashlib.sha256(paths.read_bytes(path / "manifest" / "metadata")).hexdigest()
 
 
 def now() -> str:
@@ -342,7 +342,7 @@ class LibraryReader:
         """Return what `keep_tests` kept. Raises UserError where it is not that any more."""
         file = self.tests(version)
         try:
-            raw = file.read_bytes()
+            raw = paths.read_bytes(file)
         except OSError as error:
             raise UserError(f"{file} can't be read ({error}); restore it") from error
         if hashlib.sha256(raw).hexdigest() != version.test["kept_sha256"]:
@@ -692,7 +692,7 @@ class LibraryFolder(LibraryReader):
         """
         file = self.archive(version)
         try:
-            raw = file.read_bytes()
+            raw = paths.read_bytes(file)
         except OSError as error:
             raise UserError(f"library: {file} can't be read ({error}); restore it") from error
         if hashlib.sha256(raw).hexdigest() != version.archive_sha256:
