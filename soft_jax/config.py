@@ -260,7 +260,14 @@ def from_settings(settings: Mapping[str, Any]) -> Config:
     for name in settings:
         if name not in DEFAULTS:
             raise UserError(unknown("setting", name, DEFAULTS))
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    return Config(**{name: _as_tuple(name, value) for name, value in settings.items()})
+
+
+def _as_tuple(name: str, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    # A layer that was named twice was taken once, in runs that older releases stored.
+    return tuple(dict.fromkeys(value) if name.endswith("layers") else value)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

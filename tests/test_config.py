@@ -202,6 +202,12 @@ def test_values_out_of_range_by_argument(argument, message):
         from_settings(settings)
 
 
+def test_layers_that_a_stored_run_names_twice_are_read_once():
+    assert from_settings({"mask_layers": [4, 3, 3], "crop_scale": [1.0, 1.0]}) == Config(
+        mask_layers=(4, 3), crop_scale=(1.0, 1.0)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

