@@ -1,6 +1,7 @@
 """Every test runs on four simulated devices, with strict dtypes and ranks; warnings are errors."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -146,6 +147,15 @@ def found_instead(backbone, images):
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def _keep_verbosity():
+    """Undo what a command that a test gives says of logging: it would hold for the next test."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -224,7 +224,7 @@ def test_all_that_is_installed_is_listed():
         (["train", "digits"], 1, "error: unexpected argument 'digits'; flags are --config, "),
         (["train", "--config=digits:density=0.5"], 1, "density: 0.5 has no effect with method"),
         (["train", "--config=digits:method=sotftf"], 1, "method: 'sotftf' is unknown"),
-        (["table", "7", "--benchmark=c100"], 1, "--benchmark: benchmark 'c100' is unknown"),
+        (["table", "7", "--benchmark=c100"], 1, "--benchmark: 'c100' is unknown"),
         (["table", "77", "--list"], 1, "table: '77' is unknown"),
         (["predict", "nowhere", "a.png"], 1, "workdir: nowhere holds no run"),
     ],
