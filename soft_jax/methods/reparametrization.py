@@ -15,7 +15,6 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from soft_jax import pytrees
 from soft_jax.config import Config, unknown_value
@@ -165,16 +164,13 @@ def draw_for(
     """
     kernels = pytrees.flatten(pytrees.select(backbone, paths))
     keys = jax.random.split(key, len(kernels))
+    by_shape: dict[tuple[int, ...], dict[str, jax.Array]] = {}
+    for k, (path, kernel) in zip(keys, kernels.items(), strict=True):
+        by_shape.setdefault(kernel.shape, {})[path] = k
+    drawn: dict[str, jax.Array] = {}
     # Those of one shape together: a generator for each kernel takes XLA seconds to compile. The
     # numbers are the same.
-    numbers: dict[tuple[int, ...], list[int]] = {}
-    for number, kernel in enumerate(kernels.values()):
-        numbers.setdefault(kernel.shape, []).append(number)
-    drawn = {
-        number: array
-        for shape, same in numbers.items()
-        for number, array in zip(
-            same, jax.vmap(lambda k, shape=shape: draw(k, shape))(keys[np.array(same)]), strict=True
-        )
-    }
-    return pytrees.unflatten({path: drawn[number] for number, path in enumerate(kernels)})
+    for shape, own in by_shape.items():
+        same = jnp.stack(list(own.values()))
+        drawn |= zip(own, jax.vmap(lambda k, shape=shape: draw(k, shape))(same), strict=True)
+    return pytrees.unflatten({path: drawn[path] for path in kernels})

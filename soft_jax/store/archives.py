@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-PLANES = "planes"  # stands for the files of an array's numbers, beside what describes them
+_PLANES = "planes"  # stands for the files of an array's numbers, beside what describes them
 _ARRAY = ".zarray"
-DAMAGE = (tarfile.TarError, lzma.LZMAError)  # of an archive
+_DAMAGE = (tarfile.TarError, lzma.LZMAError)  # of an archive
 
 
 def pack(folder: Path, target: Path) -> None:
@@ -32,7 +32,7 @@ def pack(folder: Path, target: Path) -> None:
             archive.add(file, name.as_posix(), recursive=False)
             # Comes before the array's other files, which are named by numbers.
             if file.name == _ARRAY and (planes := _planes(file.parent)) is not None:
-                entry = tarfile.TarInfo(name.with_name(PLANES).as_posix())
+                entry = tarfile.TarInfo(name.with_name(_PLANES).as_posix())
                 entry.size = len(planes)
                 archive.addfile(entry, io.BytesIO(planes))
                 regrouped.add(file.parent)
@@ -46,7 +46,7 @@ def unpack(raw: bytes, folder: Path) -> None:
         for member in archive:
             member.name = member.name.partition("/")[2]  # without the version's folder
             path = folder / member.name
-            if path.name != PLANES:
+            if path.name != _PLANES:
                 archive.extract(member, folder, filter="data")
                 continue
             described = (path.parent / _ARRAY).read_bytes()
@@ -63,7 +63,7 @@ def hashes(file: Path, folder: str) -> dict[str, str]:
         with tarfile.open(file, "r:xz") as archive:
             return json.loads(archive.extractfile(f"{folder}/manifest/metadata").read())["sha256"]
     # of the disk, of tar, of xz, of JSON, and members or keys that are not there
-    except (OSError, EOFError, LookupError, ValueError, AttributeError, *DAMAGE):
+    except (OSError, EOFError, LookupError, ValueError, AttributeError, *_DAMAGE):
         return {}
 
 
