@@ -1,9 +1,9 @@
 """What a training step costs, against the published PyTorch code and the device's own limit:
 python -m benchmarks.training
 
-DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12], the tenth of ten tasks' worth
-of classes; the images are random. The published code runs in its own interpreter, which needs
-PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
+DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12] (or of --mask-layers, ours
+alone), the tenth of ten tasks' worth of classes; the images are random. The published code runs in
+its own interpreter, which needs PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
 
     python -m benchmarks.training --published=CHECKOUT --torch=/path/to/its/python
     python -m benchmarks.training --backbone=vit_b16 --steps=1 --rounds=3 --published=CHECKOUT
@@ -31,7 +31,7 @@ from absl import logging
 from benchmarks import published
 from benchmarks.inference import compare, high_water, random_backbone
 from soft_jax import distributed
-from soft_jax.config import Config
+from soft_jax.config import Config, parse_argument
 from soft_jax.data import batches
 from soft_jax.experiment.run import step_config_of
 from soft_jax.methods import registry
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--steps", type=int, default=16, help="of a measurement")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mask-layers", default="10-12", help="without --published")
     parser.add_argument("--published", help="a checkout of ihaeyong/Soft-TF")
     parser.add_argument(
         "--torch", default="python3", help="the interpreter that has its requirements"
@@ -150,6 +151,7 @@ class Steps:
             backbone=arguments.backbone,
             dtype=arguments.dtype,
             target_modules="qkv+proj+mlp",
+            **parse_argument(f"mask_layers={arguments.mask_layers}"),
             cache_queries=cache_queries,
             batch_size=arguments.batch,
         )

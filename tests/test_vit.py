@@ -1,5 +1,6 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from soft_jax import pytrees
 from soft_jax.models.protocol import Preprocessing
+from soft_jax.models.transformer import Dense
 from soft_jax.models.vit import ViT
 from tests.conftest import TINY
 
@@ -23,6 +25,44 @@ def test_parts_make_the_whole(backbone, rng):
     np.testing.assert_allclose(
         vit.apply(params, tokens, method="pool"), vit.apply(params, images), atol=1e-5
     )
+
+
+def test_layers_are_the_same_function_in_each_backend_s_form():
+    """In float64, with the kernel's gradient; a TPU's program keeps images apart, a CPU's does not.
+
+    Each form costs the other backend dearly (benchmarks/README.md).
+    """
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel, bias = (rng.normal(size=shape) for shape in ((2, 3, 4), (4, 6), (6,)))
+
+        def total(x, kernel, bias):
+            layer = Dense(6, dtype=np.float64)
+            out = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+            return (jnp.tanh(out) ** 2).sum()
+
+        def total_by_flax(x, kernel, bias):
+            out = nn.Dense(6, param_dtype=np.float64).apply(
+                {"params": {"kernel": kernel, "bias": bias}}, x
+            )
+            return (jnp.tanh(out) ** 2).sum()
+
+        gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+        expected = jax.value_and_grad(total_by_flax, (0, 1, 2))(x, kernel, bias)
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-14),
+            gradients(x, kernel, bias),
+            expected,
+        )
+        traced = gradients.trace(x, kernel, bias)
+        for platform, inputs in (
+            ("cpu", "<6x4xf64>, tensor<4x6"),
+            ("tpu", "<2x3x4xf64>, tensor<4x6"),
+        ):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            products = [line for line in text.splitlines() if "dot_general" in line]
+            assert len(products) == 3
+            assert inputs in products[0]
 
 
 def test_prefix_acts_only_through_attention(backbone, rng):

@@ -67,12 +67,30 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None =
     return jnp.einsum("bhqk,bhkd->bhqd", shares, v).transpose(0, 2, 1, 3)
 
 
-class ThreeProducts(nn.Dense):
-    """`nn.Dense`, computed as a product for each third of its columns.
+@jax.jit  # so that it is traced once for all layers of a size
+def _product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Return x kernel + bias `[B, N, out]` of tokens `x` `[B, N, in]`."""
 
-    Whoever splits the result in three again gets those products themselves: XLA takes a split of a
-    joined array away. Told apart by heads from one product instead, q, k and v are copied on a TPU.
-    """
+    def of_images(x, kernel, bias):
+        return x @ kernel + bias[None, None]
+
+    def of_rows(x, kernel, bias):
+        out = x.reshape(-1, x.shape[-1]) @ kernel + bias[None]
+        return out.reshape(*x.shape[:-1], -1)
+
+    # The kernel's gradient multiplies tokens by the output's gradient. XLA's CPU compiler transposes
+    # the latter by a loop over single numbers, unless all images' tokens are one matrix: that loop
+    # was a third of a step of all layers. On a TPU, making one matrix copies every token
+    # (benchmarks/README.md).
+    return jax.lax.platform_dependent(x, kernel, bias, cpu=of_rows, default=of_images)
+
+
+class Dense(nn.Dense):
+    """`nn.Dense` of tokens, in the form that suits the backend."""
+
+    def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        """Return `_product` of tokens and parameters that have one dtype."""
+        return _product(x, kernel, bias)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,9 +98,20 @@ class ThreeProducts(nn.Dense):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        x, kernel, bias = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return self.product(*self.promote_dtype(x, kernel, bias, dtype=self.dtype))
+
+
+class ThreeProducts(Dense):
+    """`Dense`, computed as a product for each third of its columns.
+
+    Whoever splits the result in three again gets those products themselves: XLA takes a split of a
+    joined array away. Told apart by heads from one product instead, q, k and v are copied on a TPU.
+    """
+
+    def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        """Return the products by the thirds of `kernel`, joined."""
         thirds = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
-        return jnp.concatenate([x @ columns + own[None, None] for columns, own in thirds], axis=-1)
+        return jnp.concatenate([_product(x, columns, own) for columns, own in thirds], axis=-1)
 
 
 class Attention(nn.Module):
@@ -115,7 +144,7 @@ class Attention(nn.Module):
         if c.causal:  # token i sees the whole prefix and the tokens 0 to i
             visible = jnp.tri(q.shape[1], k.shape[1], k.shape[1] - tokens, dtype=bool)
         out = attend(q, k, v, visible)
-        return nn.Dense(c.dim, dtype=c.dtype, name="proj")(out.reshape(batch, -1, c.dim))
+        return Dense(c.dim, dtype=c.dtype, name="proj")(out.reshape(batch, -1, c.dim))
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -146,8 +175,8 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transform each token of `[B, N, dim]`; the shape stays."""
         c = self.config
-        x = self._adapted("adapter1", nn.Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x))
-        x = nn.Dense(c.dim, dtype=c.dtype, name="fc2")(_ACTIVATIONS[c.activation](x))
+        x = self._adapted("adapter1", Dense(c.mlp_dim, dtype=c.dtype, name="fc1")(x))
+        x = Dense(c.dim, dtype=c.dtype, name="fc2")(_ACTIVATIONS[c.activation](x))
         return self._adapted("adapter2", x)
 
     def _adapted(self, name: str, x: jax.Array) -> jax.Array:
