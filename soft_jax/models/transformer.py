@@ -78,10 +78,10 @@ def _product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         out = x.reshape(-1, x.shape[-1]) @ kernel + bias[None]
         return out.reshape(*x.shape[:-1], -1)
 
-    # The kernel's gradient multiplies tokens by the output's gradient. XLA's CPU compiler transposes
-    # the latter by a loop over single numbers, unless all images' tokens are one matrix: that loop
-    # was a third of a step of all layers. On a TPU, making one matrix copies every token
-    # (benchmarks/README.md).
+    # The kernel's gradient multiplies tokens by the output's gradient. XLA's CPU compiler
+    # transposes the latter by a loop over single numbers, unless all images' tokens are one
+    # matrix: that loop was a third of a step with masks on all layers. On a TPU, making one matrix
+    # copies every token (benchmarks/README.md).
     return jax.lax.platform_dependent(x, kernel, bias, cpu=of_rows, default=of_images)
 
 
