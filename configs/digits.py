@@ -11,6 +11,7 @@ features 96.6% (with the G-prompt in layer 1 alone). Another method by argument,
 
 from soft_jax.config import DEFAULTS, config_dict, parse_argument
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.methods import registry
 
 # What would have no effect, or another one, with another method.
 SOFT_TF = {
@@ -35,6 +36,7 @@ def get_config(argument=None):
         "prototype_features": 500,  # for some 1,400 training images
         "eval_batch_size": 80,  # a task's test images at once: fewer sizes are compiled
     }
-    if given.get("method", DEFAULTS["method"]) == DEFAULTS["method"]:
+    method = registry.parse(given.get("method", DEFAULTS["method"]))
+    if method.name == registry.parse(DEFAULTS["method"]).name:  # in whatever order it is written
         digits |= SOFT_TF
     return config_dict(**settings_lib.beside(given, digits))

@@ -6,6 +6,7 @@ once.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -266,7 +267,29 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
     for flag, texts in given.items():
         if flag != "set" and texts is not None:
             given[flag] = the_only(f"--{flag}", texts)
-    return _Flags(from_config_dict(values.config), name, fields, given)
+    config = from_config_dict(values.config)
+    if overrides:
+        config = _giving_way(config, name, fields)
+    return _Flags(config, name, fields, given)
+
+
+def _giving_way(config: "Config", name: str, fields: Mapping[str, str]) -> "Config":
+    """Return `config` without what its file sets and the flags of `fields` leave no use for.
+
+    What has no effect by the file alone stays, and is refused later.
+    """
+    from soft_jax.experiment import settings
+
+    given = {each for field in fields for each in _fields_of(field)}
+    file, _, argument = name.partition(":")
+    with contextlib.suppress(UserError):  # a file may read its argument by rules of its own
+        given |= parse_argument(argument).keys()
+    useless = settings.without_effect(config) - given
+    if not useless:
+        return config
+    alone = read_config([f"--config={name}"], {"config": ""})
+    useless -= settings.without_effect(alone)
+    return dataclasses.replace(config, **{each: DEFAULTS[each] for each in useless})
 
 
 def read_config(argv: Sequence[str], known: Mapping[str, str]) -> "Config":

@@ -20,6 +20,7 @@ from soft_jax import commands
 from soft_jax.__main__ import main
 from soft_jax.config import DEFAULTS
 from soft_jax.errors import UserError
+from soft_jax.experiment import settings
 from soft_jax.inference import rules
 from soft_jax.inference.predictor import Prediction, Predictor
 from soft_jax.store.folder import Reader
@@ -169,6 +170,39 @@ def test_flags_are_read_twice_in_one_program():
 def test_a_flag_that_is_given_twice_is_refused(flags, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         read_config(*flags)
+
+
+@reads_a_config
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("digits", ["scenario=file", "scenario_file=t.json"]),
+        ("digits", ["method=head"]),
+        ("library", ["method=adapter"]),
+    ],
+)
+def test_a_flag_leaves_nothing_of_the_config_s_own_without_effect(name, flags):
+    config = read_config(f"--config={name}", *(f"--config.{flag}" for flag in flags))
+    settings.check(config)
+    assert all(str(getattr(config, flag.partition("=")[0])) in flag for flag in flags)
+
+
+@reads_a_config
+def test_what_a_user_set_or_a_file_has_in_vain_is_refused(tmp_path):
+    flags = ("--config.scenario=file", "--config.scenario_file=t.json")
+    message = "tasks: 4 has no effect with scenario 'file'"
+    for given in (["--config=digits", "--config.tasks=4"], ["--config=digits:tasks=4"]):
+        with pytest.raises(UserError, match=message):
+            settings.check(read_config(*given, *flags))
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from soft_jax.config import config_dict\n"
+        "def get_config():\n"
+        "    return config_dict(scenario='file', scenario_file='t.json', tasks=4)\n"
+    )
+    with pytest.raises(UserError, match=message):
+        settings.check(read_config(f"--config={own}", "--config.epochs=2"))
+
 
 
 def test_help_for_train_names_its_flags_and_every_setting():

@@ -85,6 +85,8 @@ def test_variants():
         1.0,
     )
     assert get_config("digits").dataset == "digits"
+    other_order = get_config("digits", "method=softtf+dualprompt")
+    assert other_order.mask_layers == get_config("digits").mask_layers
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ A table keeps its runs apart by their used settings, before any file is read. So
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from soft_jax import paths
@@ -63,16 +63,22 @@ def check(config: Config) -> None:
         part.check(config)
     layers = {"e_prompt_layers": "mask_layers", "mask_layers": "e_prompt_layers"}
     unused = _unused(config)
-    for name, where in unused.items():
-        value = getattr(config, name)
-        twin = layers.get(name)
-        if value == DEFAULTS[name] or (
-            twin and twin not in unused and value == getattr(config, twin)
-        ):
+    for name in _set_in_vain(config, unused):
+        value, twin = getattr(config, name), layers.get(name)
+        if twin and twin not in unused and value == getattr(config, twin):
             continue
         raise UserError(
-            f"{name}: {value!r} has no effect with {where}; leave it at {DEFAULTS[name]!r}"
+            f"{name}: {value!r} has no effect with {unused[name]}; leave it at {DEFAULTS[name]!r}"
         )
+
+
+def _set_in_vain(config: Config, unused: Iterable[str]) -> list[str]:
+    return [name for name in unused if getattr(config, name) != DEFAULTS[name]]
+
+
+def without_effect(config: Config) -> set[str]:
+    """Return the settings that are not at their defaults and have no effect beside the others."""
+    return set(_set_in_vain(config, _unused(config)))
 
 
 def drop_unused(settings: Mapping[str, Any]) -> dict[str, Any]:
