@@ -104,7 +104,7 @@ def test_weights_are_made_once_while_they_fit(weights_of, backbone):
     assert cache.order(range(4)) == [1, 2, 0, 3]
     assert (cache.at_once(4), cache.at_once(1)) == (1, 1)
     roomy, _, _ = weights_of(100)
-    assert [roomy.at_once(count) for count in (1, 3, 10, 200)] == [1, 4, 16, 16]
+    assert [roomy.at_once(count) for count in (1, 3, 10, 200)] == [8, 8, 16, 16]
 
 
 def test_a_budget_changes_no_answer(backbone, rng):
