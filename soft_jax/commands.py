@@ -281,7 +281,7 @@ def _giving_way(config: "Config", name: str, fields: Mapping[str, str]) -> "Conf
     from soft_jax.experiment import settings
 
     given = {each for field in fields for each in _fields_of(field)}
-    file, _, argument = name.partition(":")
+    _, _, argument = name.partition(":")
     with contextlib.suppress(UserError):  # a file may read its argument by rules of its own
         given |= parse_argument(argument).keys()
     useless = settings.without_effect(config) - given

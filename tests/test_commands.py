@@ -204,7 +204,6 @@ def test_what_a_user_set_or_a_file_has_in_vain_is_refused(tmp_path):
         settings.check(read_config(f"--config={own}", "--config.epochs=2"))
 
 
-
 def test_help_for_train_names_its_flags_and_every_setting():
     done = python("-m", "soft_jax", "train", "--help")
     assert done.returncode == 0, done.stderr
