@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from soft_jax import pytrees
@@ -63,7 +62,9 @@ def make(
         step_flops=run.step_flops,
         bytes=sizes | {"exemplars": _exemplar_bytes(run, items["memory"])},
         mask_distance_from_one={
-            path: float(jnp.sqrt(jnp.mean((mask - 1) ** 2))) for path, mask in masks.items()
+            # By NumPy: JAX would compile each operation for each shape, for one use.
+            path: float(np.sqrt(np.mean((np.asarray(mask) - 1) ** 2)))
+            for path, mask in masks.items()
         },
         weight_drift=_drift(run, adapter, items["shared"]),
         mask_density={path: _density(mask) for path, mask in masks.items()},
@@ -95,12 +96,12 @@ def _drift(run: Run, adapter: Adapter, shared: Shared) -> dict[str, float]:
     """
     theta = pytrees.flatten(run.params)
     there = pytrees.flatten(run.method.weights(run.params, adapter) | shared.get("weights", {}))
-    norm = jnp.linalg.norm
-    return {
-        path: float(norm(w - theta[path]) / jnp.maximum(norm(theta[path]), 1e-12))
-        for path, w in there.items()
-        if path in theta
-    }
+
+    def drift(ours: jax.Array, frozen: jax.Array) -> float:
+        now, before = (np.asarray(array).reshape(-1) for array in (ours, frozen))
+        return float(np.linalg.norm(now - before) / max(np.linalg.norm(before), 1e-12))
+
+    return {path: drift(w, theta[path]) for path, w in there.items() if path in theta}
 
 
 def _density(mask: jax.Array) -> dict[str, Any]:
