@@ -1,9 +1,9 @@
 """What a training step costs, against the published PyTorch code and the device's own limit:
 python -m benchmarks.training
 
-DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12] (or of --mask-layers, ours
-alone), the tenth of ten tasks' worth of classes; the images are random. The published code runs in
-its own interpreter, which needs PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
+DualPrompt + Soft-TF, masks on q,k,v,proj and the MLP of L[10,11,12], the tenth of ten tasks' worth
+of classes; the images are random. The published code runs in its own interpreter, which needs
+PyTorch, timm 0.6.7, einops, scikit-learn and matplotlib:
 
     python -m benchmarks.training --published=CHECKOUT --torch=/path/to/its/python
     python -m benchmarks.training --backbone=vit_b16 --steps=1 --rounds=3 --published=CHECKOUT
@@ -11,7 +11,7 @@ its own interpreter, which needs PyTorch, timm 0.6.7, einops, scikit-learn and m
 
 Alternatives take turns, a ratio is the median over the rounds. The published steps get images that
 are on the device already; ours crop, resize and flip theirs in the step. Without --published, ours
-in three ways.
+in three ways, with --mask-layers of any layers.
 """
 
 import argparse
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="the published code's: cpu or cuda")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
+    if arguments.published and arguments.mask_layers != "10-12":
+        parser.error("--mask-layers, --published: the published steps have masks on 10-12")
     if arguments.published:
         _against_published(arguments)
     else:

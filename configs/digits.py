@@ -6,7 +6,8 @@ published row: masks are on every kernel of all layers. Settings were chosen on 
 training (`validation=0.25`), never on test images. With the task given, 3 epochs at this learning
 rate named 96.9% of those right, 5 at the paper's 0.03 as many, and a classifier fitted to frozen
 features 96.6% (with the G-prompt in layer 1 alone). Another method by argument,
-`digits:method=head`, has its own defaults.
+`digits:method=head`, has its own defaults; by flag, `--config.method=head`, it has this file's
+settings as far as they have an effect.
 """
 
 from soft_jax.config import DEFAULTS, config_dict, parse_argument

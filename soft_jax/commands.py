@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -220,14 +221,20 @@ def default_workdir(config: Any, method: str, of_seeds: bool = False) -> Path:
 class _Flags:
     """What was read from flags: the config, how it was written, and the values of the others.
 
-    `name` is that of the config's flag, `overrides` are the texts of its fields. `values` has None
-    for a flag that was not given, and a list for `set`.
+    `as_written` is the file's config with the flags' fields, `name` is that of the config's flag,
+    `overrides` are the texts of its fields. `values` has None for a flag that was not given, and a
+    list for `set`.
     """
 
-    config: "Config"
+    as_written: "Config"
     name: str
     overrides: Mapping[str, str]
     values: Mapping[str, Any]
+
+    @functools.cached_property
+    def config(self) -> "Config":
+        """Return the config to run; asked for late, since it takes an import of jax."""
+        return _giving_way(self.as_written, self.name, self.overrides)
 
 
 def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
@@ -267,28 +274,30 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
     for flag, texts in given.items():
         if flag != "set" and texts is not None:
             given[flag] = the_only(f"--{flag}", texts)
-    config = from_config_dict(values.config)
-    if overrides:
-        config = _giving_way(config, name, fields)
-    return _Flags(config, name, fields, given)
+    return _Flags(from_config_dict(values.config), name, fields, given)
 
 
 def _giving_way(config: "Config", name: str, fields: Mapping[str, str]) -> "Config":
-    """Return `config` without what its file sets and the flags of `fields` leave no use for.
+    """Return `config`, its file's own settings at their defaults where flags leave them no effect.
 
-    What has no effect by the file alone stays, and is refused later.
+    `fields` are those that flags set; what the user set, there or in the argument, stays. So does
+    what has no effect in the file alone: it is refused later.
     """
+    if not fields:
+        return config
     from soft_jax.experiment import settings
 
     given = {each for field in fields for each in _fields_of(field)}
     _, _, argument = name.partition(":")
-    with contextlib.suppress(UserError):  # a file may read its argument by rules of its own
-        given |= parse_argument(argument).keys()
-    useless = settings.without_effect(config) - given
+    for item in argument.split(","):
+        with contextlib.suppress(UserError):  # a file may have keys of its own
+            given |= parse_argument(item).keys()
+    useless = settings.without_effect(config).keys() - given
     if not useless:
         return config
-    alone = read_config([f"--config={name}"], {"config": ""})
-    useless -= settings.without_effect(alone)
+    with contextlib.suppress(UserError):  # it may need the flags to be any good
+        alone = _read_flags([f"--config={name}"], {"config": ""}).as_written
+        useless -= settings.without_effect(alone).keys()
     return dataclasses.replace(config, **{each: DEFAULTS[each] for each in useless})
 
 

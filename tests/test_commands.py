@@ -66,6 +66,16 @@ def test_what_needs_no_arrays_imports_none(statement):
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+def test_a_wrong_flag_is_answered_before_jax_is_imported():
+    program = (
+        "import sys\nfrom soft_jax import commands\ntry:\n"
+        "    commands.train(['--config=vit_cil', '--config.epochs=2', '--jobs=2'])\n"
+        "except commands.UserError as error:\n"
+        "    print(error, 'jax' in sys.modules)"
+    )
+    assert python("-c", program).stdout.endswith("or leave it out False\n")
+
+
 def test_configs_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert commands.find_config("vit_cil:tasks=20") == f"{ROOT}/configs/vit_cil.py:tasks=20"
@@ -184,14 +194,22 @@ def test_a_flag_that_is_given_twice_is_refused(flags, message):
 def test_a_flag_leaves_nothing_of_the_config_s_own_without_effect(name, flags):
     config = read_config(f"--config={name}", *(f"--config.{flag}" for flag in flags))
     settings.check(config)
-    assert all(str(getattr(config, flag.partition("=")[0])) in flag for flag in flags)
+    for flag in flags:
+        field, _, value = flag.partition("=")
+        assert getattr(config, field) == value
+    kept = read_config(f"--config={name}")
+    assert (config.epochs, config.eval_batch_size) == (kept.epochs, kept.eval_batch_size)
 
 
 @reads_a_config
 def test_what_a_user_set_or_a_file_has_in_vain_is_refused(tmp_path):
     flags = ("--config.scenario=file", "--config.scenario_file=t.json")
     message = "tasks: 4 has no effect with scenario 'file'"
-    for given in (["--config=digits", "--config.tasks=4"], ["--config=digits:tasks=4"]):
+    for given in (
+        ["--config=digits", "--config.tasks=4"],
+        ["--config=digits:tasks=4"],
+        ["--config=table:table=7,row=5,tasks=4"],
+    ):
         with pytest.raises(UserError, match=message):
             settings.check(read_config(*given, *flags))
     own = tmp_path / "own.py"
@@ -202,6 +220,20 @@ def test_what_a_user_set_or_a_file_has_in_vain_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match=message):
         settings.check(read_config(f"--config={own}", "--config.epochs=2"))
+
+
+@reads_a_config
+def test_a_file_may_need_its_flags(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from soft_jax.config import config_dict\n"
+        "def get_config():\n"
+        "    return config_dict(method='mine', tasks=4)\n"
+    )
+    flags = ("--config.method=head", "--config.scenario=file", "--config.scenario_file=t.json")
+    config = read_config(f"--config={own}", *flags)
+    settings.check(config)
+    assert (config.method, config.tasks) == ("head", DEFAULTS["tasks"])
 
 
 def test_help_for_train_names_its_flags_and_every_setting():

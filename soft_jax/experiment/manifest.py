@@ -61,11 +61,7 @@ def make(
         },
         step_flops=run.step_flops,
         bytes=sizes | {"exemplars": _exemplar_bytes(run, items["memory"])},
-        mask_distance_from_one={
-            # By NumPy: JAX would compile each operation for each shape, for one use.
-            path: float(np.sqrt(np.mean((np.asarray(mask) - 1) ** 2)))
-            for path, mask in masks.items()
-        },
+        mask_distance_from_one={path: _distance_from_one(mask) for path, mask in masks.items()},
         weight_drift=_drift(run, adapter, items["shared"]),
         mask_density={path: _density(mask) for path, mask in masks.items()},
         versions={"python": platform.python_version()}
@@ -94,7 +90,7 @@ def _drift(run: Run, adapter: Adapter, shared: Shared) -> dict[str, float]:
 
     Norms are 2-norms; parameters are those that the weights replace.
     """
-    theta = pytrees.flatten(run.params)
+    theta = pytrees.flatten(run.backbone.params)
     there = pytrees.flatten(run.method.weights(run.params, adapter) | shared.get("weights", {}))
 
     def drift(ours: jax.Array, frozen: jax.Array) -> float:
@@ -102,6 +98,14 @@ def _drift(run: Run, adapter: Adapter, shared: Shared) -> dict[str, float]:
         return float(np.linalg.norm(now - before) / max(np.linalg.norm(before), 1e-12))
 
     return {path: drift(w, theta[path]) for path, w in there.items() if path in theta}
+
+
+# By NumPy: JAX would compile each operation for each shape, for one use.
+
+
+def _distance_from_one(mask: jax.Array) -> float:
+    """Return the root of the mean of (m - 1)²."""
+    return float(np.sqrt(np.mean((np.asarray(mask) - 1) ** 2)))
 
 
 def _density(mask: jax.Array) -> dict[str, Any]:

@@ -16,7 +16,7 @@ A table keeps its runs apart by their used settings, before any file is read. So
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from soft_jax import paths
@@ -50,35 +50,34 @@ def _unused(config: Config) -> dict[str, str]:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for a setting that is no good beside the others, or that has no effect.
-
-    `layers` in a config's argument sets the E-prompt's and the masked layers at once: where one of
-    them is not used, it may be as the other.
-    """
+    """Raise UserError for a setting that is no good beside the others, or that has no effect."""
     parts = registry.parse(config.method)
     for name in ("data_dir", "backbone_path", "scenario_file"):
         paths.place(getattr(config, name), name)  # no URL, also where nothing reads it
     scenarios.check(config)
     for part in parts.classes:
         part.check(config)
-    layers = {"e_prompt_layers": "mask_layers", "mask_layers": "e_prompt_layers"}
-    unused = _unused(config)
-    for name in _set_in_vain(config, unused):
-        value, twin = getattr(config, name), layers.get(name)
-        if twin and twin not in unused and value == getattr(config, twin):
-            continue
+    for name, where in without_effect(config).items():
         raise UserError(
-            f"{name}: {value!r} has no effect with {unused[name]}; leave it at {DEFAULTS[name]!r}"
+            f"{name}: {getattr(config, name)!r} has no effect with {where}; leave it at "
+            f"{DEFAULTS[name]!r}"
         )
 
 
-def _set_in_vain(config: Config, unused: Iterable[str]) -> list[str]:
-    return [name for name in unused if getattr(config, name) != DEFAULTS[name]]
+def without_effect(config: Config) -> dict[str, str]:
+    """Return the settings that are set and have no effect, and what they are useless with.
 
-
-def without_effect(config: Config) -> set[str]:
-    """Return the settings that are not at their defaults and have no effect beside the others."""
-    return set(_set_in_vain(config, _unused(config)))
+    A setting is set where it is not at its default. One of the two lists of layers that is not used
+    may be as the other: `layers` sets both.
+    """
+    layers = {"e_prompt_layers": "mask_layers", "mask_layers": "e_prompt_layers"}
+    unused, found = _unused(config), {}
+    for name, where in unused.items():
+        value, twin = getattr(config, name), layers.get(name)
+        as_twin = twin and twin not in unused and value == getattr(config, twin)
+        if value != DEFAULTS[name] and not as_twin:
+            found[name] = where
+    return found
 
 
 def drop_unused(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from soft_jax.methods.method import Adapter, Method, Shared
 GRADIENT_BYTES = (
     2**30
 )  # of the masked layers' inputs and output gradients that Gradient ID holds at once
-# Tasks whose θ ⊙ m are multiplied with them in one program: at least and at most.
-TASKS_AT_ONCE = (8, 32)
+# Tasks whose θ ⊙ m one program multiplies with them; fewer only where the budget is short.
+FEWEST_TASKS, MOST_TASKS = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +153,12 @@ class TaskWeights:
     def at_once(self, count: int) -> int:
         """Return how many of `count` tasks' weights one product takes.
 
-        It is a power of two, and may be above `count`, so that few programs serve all counts: a
-        program takes longer to compile than its product with a few more. The product copies the
-        weights twice; the copies take at most half the budget, in addition to it.
+        It is a power of two, and may be above `count`, so that few programs serve all counts:
+        compiling another one takes longer than multiplying a few tasks too many. The product copies
+        the weights twice; the copies take at most half the budget, in addition to it.
         """
-        least, most = TASKS_AT_ONCE
-        most = min(most, max(1, self._budget // max(4 * self.bytes_each, 1)))
-        return 2 ** min((max(count, least) - 1).bit_length(), most.bit_length() - 1)
+        most = min(MOST_TASKS, max(1, self._budget // max(4 * self.bytes_each, 1)))
+        return 2 ** min((max(count, FEWEST_TASKS) - 1).bit_length(), most.bit_length() - 1)
 
 
 @dataclasses.dataclass(frozen=True)

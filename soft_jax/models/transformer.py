@@ -75,21 +75,24 @@ def _product(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return x @ kernel + bias[None, None]
 
     def of_rows(x, kernel, bias):
-        out = x.reshape(-1, x.shape[-1]) @ kernel + bias[None]
-        return out.reshape(*x.shape[:-1], -1)
+        out = x.reshape(x.shape[0] * x.shape[1], -1) @ kernel + bias[None]
+        return out.reshape(*x.shape[:2], kernel.shape[1])
 
     # The kernel's gradient multiplies tokens by the output's gradient. XLA's CPU compiler
     # transposes the latter by a loop over single numbers, unless all images' tokens are one
     # matrix: that loop was a third of a step with masks on all layers. On a TPU, making one matrix
-    # copies every token (benchmarks/README.md).
+    # copies every token (benchmarks/README.md). GPUs get the TPUs' form, untried.
     return jax.lax.platform_dependent(x, kernel, bias, cpu=of_rows, default=of_images)
 
 
 class Dense(nn.Dense):
-    """`nn.Dense` of tokens, in the form that suits the backend."""
+    """`nn.Dense` of tokens, with a bias, in the form that suits the backend."""
 
     def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        """Return `_product` of tokens and parameters that have one dtype."""
+        """Return x kernel + bias `[B, N, out]`.
+
+        `x` `[B, N, in]`, `kernel` `[in, out]` and `bias` `[out]` have one dtype.
+        """
         return _product(x, kernel, bias)
 
     @nn.compact
@@ -109,7 +112,7 @@ class ThreeProducts(Dense):
     """
 
     def product(self, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        """Return the products by the thirds of `kernel`, joined."""
+        """Return x kernel + bias `[B, N, out]`, the products by the thirds of `kernel` joined."""
         thirds = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
         return jnp.concatenate([_product(x, columns, own) for columns, own in thirds], axis=-1)
 
