@@ -150,12 +150,9 @@ def found_instead(backbone, images):
 
 
 @pytest.fixture(autouse=True)
-def _keep_verbosity():
-    """Undo what a command that a test gives says of logging: it would hold for the next test."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def _reset_verbosity():
+    """Undo what commands of earlier tests, and of fixtures that several share, say of logging."""
+    logging.getLogger("absl").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module", autouse=True)

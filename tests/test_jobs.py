@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 FAKE = (
     *(sys.executable, "-S", "-E", "-c"),
     "import json, os, signal, sys, time\n"
+    # Also for signals: time.sleep(20) would not see one that comes just before it begins.
     "def until(there):\n"
     "    end = time.monotonic() + 20\n"
     "    while not there() and time.monotonic() < end: time.sleep(0.01)\n"
@@ -113,7 +114,7 @@ def test_a_process_that_tells_much_as_it_ends_is_waited_for(tmp_path):
         "    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         f"open({str(tmp_path / 'began')!r}, 'w')\n"
-        "time.sleep(20)"
+        "until(lambda: False)"
     )
     process = jobs._Process(fakes(tmp_path, code)[0], 0, 1, CPU)
     with contextlib.suppress(KeyError), jobs._all_ended({0: process}):
@@ -205,7 +206,7 @@ def test_sigterm_stops_all_and_the_same_call_begins_them_again(tmp_path):
         "if given['config']['seed'] == 59:\n"
         f"    until(lambda: os.path.exists({run}.replace('59', '60') + '/began'))\n"
         "    os.kill(os.getppid(), signal.SIGTERM)\n"
-        "time.sleep(20)"
+        "until(lambda: False)"
     )
     with pytest.raises(Preempted, match="^Stopped; the same command continues") as stopped:
         list(planned.run(runs, QUIET, jobs=2, program=(*FAKE, first)))
@@ -226,7 +227,7 @@ def test_a_second_ctrl_c_kills_what_does_not_stop(tmp_path):
         "    if ctrl_c: os.kill(os.getppid(), signal.SIGINT)\n"
         "signal.signal(signal.SIGTERM, again)\n"
         "if ctrl_c: os.kill(os.getppid(), signal.SIGINT)\n"
-        "time.sleep(20)"
+        "until(lambda: False)"
     )
     output = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
