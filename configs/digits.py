@@ -38,6 +38,6 @@ def get_config(argument=None):
         "eval_batch_size": 80,  # a task's test images at once: fewer sizes are compiled
     }
     method = registry.parse(given.get("method", DEFAULTS["method"]))
-    if method.name == registry.parse(DEFAULTS["method"]).name:  # in whatever order it is written
+    if method.name == DEFAULTS["method"]:  # in whatever order it is written
         digits |= SOFT_TF
     return config_dict(**settings_lib.beside(given, digits))

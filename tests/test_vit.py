@@ -33,19 +33,15 @@ def test_layers_are_the_same_function_in_each_backend_s_form():
         rng = np.random.default_rng(0)
         x, kernel, bias = (rng.normal(size=shape) for shape in ((2, 3, 4), (4, 6), (6,)))
 
-        def total(x, kernel, bias):
-            layer = Dense(6, dtype=np.float64)
-            out = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
-            return (jnp.tanh(out) ** 2).sum()
+        def gradients_of(layer):
+            def total(x, kernel, bias):
+                out = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+                return (jnp.tanh(out) ** 2).sum()
 
-        def total_by_flax(x, kernel, bias):
-            out = nn.Dense(6, param_dtype=np.float64).apply(
-                {"params": {"kernel": kernel, "bias": bias}}, x
-            )
-            return (jnp.tanh(out) ** 2).sum()
+            return jax.jit(jax.value_and_grad(total, (0, 1, 2)))
 
-        gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
-        expected = jax.value_and_grad(total_by_flax, (0, 1, 2))(x, kernel, bias)
+        gradients = gradients_of(Dense(6, dtype=np.float64))
+        expected = gradients_of(nn.Dense(6, dtype=np.float64))(x, kernel, bias)
         jax.tree.map(
             lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-12),
             gradients(x, kernel, bias),

@@ -14,7 +14,7 @@ from soft_jax import pytrees
 from soft_jax.evaluation import evaluate
 from soft_jax.evaluation.metrics import TEST, VALIDATION
 from soft_jax.experiment.run import Run
-from soft_jax.methods import rehearsal
+from soft_jax.methods import changes, rehearsal
 from soft_jax.methods.method import Adapter, Shared
 from soft_jax.store.records import TaskManifest
 
@@ -90,21 +90,18 @@ def _drift(run: Run, adapter: Adapter, shared: Shared) -> dict[str, float]:
 
     Norms are 2-norms; parameters are those that the weights replace.
     """
-    theta = pytrees.flatten(run.backbone.params)
+    theta = {path: np.asarray(w) for path, w in pytrees.flatten(run.backbone.params).items()}
     there = pytrees.flatten(run.method.weights(run.params, adapter) | shared.get("weights", {}))
-
-    def drift(ours: jax.Array, frozen: jax.Array) -> float:
-        now, before = (np.asarray(array).reshape(-1) for array in (ours, frozen))
-        return float(np.linalg.norm(now - before) / max(np.linalg.norm(before), 1e-12))
-
-    return {path: drift(w, theta[path]) for path, w in there.items() if path in theta}
-
-
-# By NumPy: JAX would compile each operation for each shape, for one use.
+    return {
+        path: changes.relative(np.asarray(w) - theta[path], theta[path])
+        for path, w in there.items()
+        if path in theta
+    }
 
 
 def _distance_from_one(mask: jax.Array) -> float:
     """Return the root of the mean of (m - 1)²."""
+    # By NumPy, as `_drift`: JAX would compile each operation for each shape, for one use.
     return float(np.sqrt(np.mean((np.asarray(mask) - 1) ** 2)))
 
 

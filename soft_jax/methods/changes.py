@@ -55,10 +55,15 @@ def measure(
             continue
         axis = 0 if place.part == "proj" else 1
         parts = (np.split(array, architecture.heads, axis) for array in (change, theta))
-        by_head[place] = np.array([_ratio(_norm(a), _norm(b)) for a, b in zip(*parts, strict=True)])
+        by_head[place] = np.array([relative(a, b) for a, b in zip(*parts, strict=True)])
     if not norms:
         return None
     return Change(_ratio(*np.linalg.norm(norms, axis=0)), by_place, by_head)
+
+
+def relative(change: np.ndarray, theta: np.ndarray) -> float:
+    """Return ‖change‖ / ‖θ‖ of two arrays of one shape; norms are 2-norms."""
+    return _ratio(_norm(change), _norm(theta))
 
 
 def _ratio(change: float, theta: float) -> float:
