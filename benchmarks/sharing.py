@@ -274,7 +274,8 @@ class TestImages:
         self._task = np.repeat(np.arange(len(learned)), counts)
         self._labels = np.concatenate([run.part(TEST, t).labels for t in range(len(learned))])
         self._query = np.concatenate([one.test_query for one in learned])
-        self._tokens = jnp.asarray(np.concatenate([one.test for one in learned]))
+        tokens = jnp.asarray(np.concatenate([one.test for one in learned]))
+        self._tokens = engine.Tokens(tokens, np.arange(len(tokens)))
 
     def _batch(self, model: engine.Model) -> rules.ImageBatch:
         # A task's first class tells which of the model's tasks has it.

@@ -322,12 +322,12 @@ class Programs:
 
     def _grow(self) -> jax.stages.Lowered:
         part = self._tokens(self.batching.sizes[0])
-        return engine._grow.lower(part, self.batching.chunk, self.rows)
+        return engine._grow.lower(part, self.batching.chunk, self.mesh)
 
     def _insert(self) -> jax.stages.Lowered:
         part = self._tokens(self.batching.sizes[0])
         whole = self._tokens(self.batching.chunk)
-        return engine._insert.lower(whole, part, self._array((), jnp.int32), self.rows)
+        return engine._insert.lower(whole, part, self._array((), jnp.int32), self.mesh)
 
     def _take(self) -> jax.stages.Lowered:
         size = self.batching.sizes[0]

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -224,7 +225,7 @@ def test_gradient_id_loads_a_task_once(backbone, rng, monkeypatch, pieces_at_onc
 
     # Inputs and output gradients of an image, float32.
     kernels = pytrees.flatten(model.mean_weights).values()
-    each = tokens.shape[1] * sum(sum(kernel.shape) for kernel in kernels) * 4
+    each = tokens.array.shape[1] * sum(sum(kernel.shape) for kernel in kernels) * 4
     monkeypatch.setattr(engine, "GRADIENT_BYTES", 16 * each * pieces_at_once)
     load, loads = loader(adapters)
     model = dataclasses.replace(model, weights=engine.TaskWeights(method, backbone, load, 0))
@@ -241,16 +242,23 @@ def test_gradient_id_loads_a_task_once(backbone, rng, monkeypatch, pieces_at_onc
     group=strategies.sampled_from([(), (1,), (3,)]),
 )
 @settings(max_examples=20)
-def test_rows_are_taken_to_the_bit(seed, devices, group):
+def test_tokens_are_joined_and_taken_to_the_bit(seed, devices, group):
     rng, batching = np.random.default_rng(seed), engine.Batching(mesh_of(devices), 16)
-    whole = rng.normal(size=(32, 3, 2)).astype(np.float32)
+    count = int(rng.integers(1, batching.chunk + 1))
+    whole = rng.normal(size=(count, 3, 2)).astype(np.float32)
+    pieces = list(batching.pieces(count))
+    tokens = engine.join_tokens(
+        [batching.put(whole[start:stop], size) for start, stop, size in pieces],
+        [stop - start for start, stop, _ in pieces],
+        pieces[0][2] if len(pieces) == 1 else batching.chunk,
+        batching,
+    )
     size = int(rng.choice(batching.sizes))
-    rows = rng.integers(0, 32, (int(rng.integers(1, size + 1)), *group))
-    tokens = jax.device_put(whole, distributed.by_row(batching.mesh))
-    taken = engine.take_rows(tokens, rows, size, batching)
+    images = rng.integers(0, count, (int(rng.integers(1, size + 1)), *group))
+    taken = engine.take_rows(tokens, images, size, batching)
     assert taken.shape == (size, *group, 3, 2)
-    assert taken.sharding.is_equivalent_to(tokens.sharding, taken.ndim)
-    np.testing.assert_array_equal(np.asarray(taken)[: len(rows)], whole[rows])
+    assert taken.sharding.is_equivalent_to(tokens.array.sharding, taken.ndim)
+    np.testing.assert_array_equal(np.asarray(taken)[: len(images)], whole[images])
 
 
 def mesh_of(devices):
@@ -275,13 +283,22 @@ def floats_sent(compiled: str) -> int:
 
 def test_devices_exchange_rows_alone():
     """For 64 of 256 rows, each of 4 devices receives its own share of 16. XLA's own gather gives
-    each device all 64, or all tokens.
+    each device all 64, or all tokens. Joining parts of tokens exchanges nothing.
     """
     batching = engine.Batching(mesh_of(4), 64)
-    like = jax.ShapeDtypeStruct
-    tokens = like((256, 17, 8), np.float32, sharding=distributed.by_row(batching.mesh))
-    index = like((64,), np.int32, sharding=distributed.replicated(batching.mesh))
+    like, by_row = jax.ShapeDtypeStruct, distributed.by_row(batching.mesh)
+    whole = distributed.replicated(batching.mesh)
+    tokens = like((256, 17, 8), np.float32, sharding=by_row)
+    index = like((64,), np.int32, sharding=whole)
     ours = engine._take_scattered.lower(tokens, index, batching.mesh).compile().as_text()
     assert floats_sent(ours) <= 16 * 17 * 8
     plain = jax.jit(lambda tokens, rows: tokens[rows]).lower(tokens, index).compile().as_text()
     assert floats_sent(plain) >= 64 * 17 * 8
+
+    part, start = like((64, 17, 8), np.float32, sharding=by_row), like((), np.int32, sharding=whole)
+    insert = jax.lax.dynamic_update_slice_in_dim
+    plain = jax.jit(functools.partial(insert, axis=0), out_shardings=by_row)
+    assert floats_sent(plain.lower(tokens, part, start).compile().as_text()) >= 64 * 17 * 8
+    grow = engine._grow.lower(part, 256, batching.mesh)
+    for joins in (grow, engine._insert.lower(tokens, part, start, batching.mesh)):
+        assert not COLLECTIVE.search(joins.compile().as_text())

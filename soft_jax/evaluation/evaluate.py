@@ -9,7 +9,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 
 from soft_jax.evaluation import calibration
@@ -183,7 +182,7 @@ def _answer_chunk(
 
 def _tokens(
     model: Model, images: np.ndarray, query: np.ndarray, batches: TestBatches, settings: Settings
-) -> tuple[Array, Array]:
+) -> tuple[engine.Tokens, engine.Tokens]:
     """Return trunk tokens of each image by itself, and as part of its test batch.
 
     The two differ where a batch selects other prompts of a pool than an image by itself; otherwise
@@ -206,7 +205,7 @@ def _tokens(
 
 def _logits(
     batch: ImageBatch,
-    tokens: Array,
+    tokens: engine.Tokens,
     rules: dict[str, TaskIdentityRule],
     ids: dict[str, np.ndarray],
 ) -> dict[str, np.ndarray]:

@@ -206,6 +206,7 @@ class Model:
         return identity.SuperposedText(found[0][0], jnp.stack([moved for _, moved in found]))
 
 
+_SPLIT = PartitionSpec("data")  # by row, as in `distributed.by_row`
 _weights = jax.jit(Method.weights, static_argnums=0)
 _select = jax.jit(Method.select, static_argnums=0)
 
@@ -256,30 +257,35 @@ def _logits(
 
 
 # Small programs of their own: the large ones above then depend on the size of a piece alone.
-# These alone exchange something between devices. A device that meets such a program waits there for
-# the others, so all devices must meet them in one order: two threads that start theirs at the same
-# time would wait for each other forever. A thread holds the lock while it starts one.
-_exchanging = threading.Lock()
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "sharding"))
-def _grow(part: jax.Array, rows: int, sharding: jax.sharding.Sharding) -> jax.Array:
-    grown = jnp.pad(part, ((0, rows - len(part)), *((0, 0) for _ in part.shape[1:])))
-    return jax.lax.with_sharding_constraint(grown, sharding)
+@functools.partial(jax.jit, static_argnames=("rows", "mesh"))
+def _grow(part: jax.Array, rows: int, mesh: Mesh) -> jax.Array:
+    def on_one(part: jax.Array) -> jax.Array:
+        more = rows // mesh.size - len(part)
+        return jnp.pad(part, ((0, more), *((0, 0) for _ in part.shape[1:])))
+
+    return jax.shard_map(on_one, mesh=mesh, in_specs=_SPLIT, out_specs=_SPLIT)(part)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="sharding")
-def _insert(
-    tokens: jax.Array, part: jax.Array, start: jax.Array, sharding: jax.sharding.Sharding
-) -> jax.Array:
-    return jax.lax.with_sharding_constraint(
-        jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=0), sharding
-    )
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+def _insert(tokens: jax.Array, part: jax.Array, start: jax.Array, mesh: Mesh) -> jax.Array:
+    def on_one(tokens: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=0)
+
+    specs = (_SPLIT, _SPLIT, PartitionSpec())
+    return jax.shard_map(on_one, mesh=mesh, in_specs=specs, out_specs=_SPLIT)(tokens, part, start)
 
 
 @jax.jit
 def _take(whole: jax.Array, rows: jax.Array) -> jax.Array:
     return whole[rows]
+
+
+# This one alone exchanges something between devices. A device that meets such a program waits there
+# for the others, so all devices must meet them in one order: two threads that start theirs at the
+# same time would wait for each other forever. A thread holds the lock while it starts one.
+_exchanging = threading.Lock()
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -291,20 +297,34 @@ def _take_scattered(tokens: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array
         taken = jnp.where(own.reshape(*own.shape, 1, 1), taken, 0)
         return jax.lax.psum_scatter(taken, "data", tiled=True)
 
-    split, whole = PartitionSpec("data"), PartitionSpec()
-    return jax.shard_map(on_one, mesh=mesh, in_specs=(split, whole), out_specs=split)(tokens, rows)
+    specs = (_SPLIT, PartitionSpec())
+    return jax.shard_map(on_one, mesh=mesh, in_specs=specs, out_specs=_SPLIT)(tokens, rows)
 
 
-def take_rows(tokens: jax.Array, rows: np.ndarray, size: int, batching: Batching) -> jax.Array:
-    """Return rows of `tokens`, int `[n]` or `[n, S]`, as `[size, (S,) tokens, dim]`.
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Trunk tokens of images, on the devices: each image's where they were computed.
 
-    The result is split over the devices as `tokens` are; behind the first n it holds any rows. Each
-    device brings the rows that it has, and gets its share of the sum with zeros: what is exchanged
-    is the size of the result. (Left to XLA, every device receives all tokens.)
+    `array` `[rows, tokens, dim]` is split over the devices by row. `row` int `[N]` has the row of
+    each of N images; other rows of `array` are padding.
     """
-    whole = distributed.replicated(batching.mesh)
+
+    array: jax.Array
+    row: np.ndarray
+
+
+def take_rows(tokens: Tokens, images: np.ndarray, size: int, batching: Batching) -> jax.Array:
+    """Return the tokens of `images`, int `[n]` or `[n, S]`, as `[size, (S,) tokens, dim]`.
+
+    The result is split over the devices by row; behind the first n it holds any rows. Each device
+    brings the rows that it has, and gets its share of the sum with zeros: what is exchanged is the
+    size of the result. (Left to XLA, every device receives all tokens.)
+    """
+    rows = distributed.to_global(
+        pad(tokens.row[images].astype(np.int32), size), distributed.replicated(batching.mesh)
+    )
     with _exchanging:
-        return _take_scattered(tokens, distributed.to_global(pad(rows, size), whole), batching.mesh)
+        return _take_scattered(tokens.array, rows, batching.mesh)
 
 
 def queries(
@@ -329,13 +349,13 @@ def encode(
     queried: bool,
     prepared: bool = False,
     selected: np.ndarray | None = None,
-) -> tuple[jax.Array, np.ndarray | None]:
+) -> tuple[Tokens, np.ndarray | None]:
     """Compute trunk tokens of uint8 images `[N, H, W, 3]`, and q(x) `[N, dim]` where `queried`.
 
     The images are prepared as test images, here or before.
 
     `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The
-    tokens, `[N rounded up to a fixed size or to whole chunks, tokens, dim]`, stay on the devices.
+    tokens have as many rows as N rounded up to a fixed size or to whole chunks.
     """
     pieces = list(batching.pieces(len(images)))
     total, chunk = sum(size for *_, size in pieces), batching.chunk
@@ -356,29 +376,32 @@ def encode(
         )
         parts.append(part)
         query.append((q, stop - start))
-    tokens = gather_tokens(parts, [start for start, *_ in pieces], rows, batching)
+    tokens = join_tokens(parts, [stop - start for start, stop, _ in pieces], rows, batching)
     return tokens, np.concatenate(
         [distributed.to_host(q)[:count] for q, count in query]
     ) if queried else None
 
 
-def gather_tokens(
-    parts: Sequence[jax.Array], starts: Sequence[int], rows: int, batching: Batching
-) -> jax.Array:
-    """Join parts `[n, tokens, dim]` in one array of `rows` rows, each part from its start on.
+def join_tokens(
+    parts: Sequence[jax.Array], counts: Sequence[int], rows: int, batching: Batching
+) -> Tokens:
+    """Join parts `[n, tokens, dim]`, each of `counts` images and padding, in an array of `rows`.
 
-    Where parts overlap, the later one overwrites the end of the earlier one.
+    Each device joins what it has of the parts, so that nothing is exchanged; the order of the rows
+    is that of the images on one device alone.
     """
-    sharding = distributed.by_row(batching.mesh)
-    with _exchanging:
-        tokens = (
-            jax.device_put(parts[0], sharding)
-            if len(parts[0]) == rows
-            else _grow(parts[0], rows, sharding)
-        )
-        for part, start in zip(parts[1:], starts[1:], strict=True):
-            tokens = _insert(tokens, part, start, sharding)
-    return tokens
+    mesh = batching.mesh
+    tokens = parts[0] if len(parts[0]) == rows else _grow(parts[0], rows, mesh)
+    held = [len(part) // mesh.size for part in parts]  # by each device
+    starts = np.cumsum([0, *held[:-1]]).astype(np.int32)
+    for part, first in zip(parts[1:], starts[1:], strict=True):
+        start = distributed.to_global(first, distributed.replicated(mesh))
+        tokens = _insert(tokens, part, start, mesh)
+    found = []
+    for count, each, start in zip(counts, held, starts, strict=True):
+        device, place = np.divmod(np.arange(count), each)
+        found.append(device * (rows // mesh.size) + start + place)
+    return Tokens(tokens, np.concatenate(found))
 
 
 def key_similarity(model: Model, query: np.ndarray, batching: Batching) -> np.ndarray:
@@ -401,7 +424,7 @@ def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
 
 def alpha_gradients(
     model: Model,
-    tokens: jax.Array,
+    tokens: Tokens,
     rows: np.ndarray,
     weights: np.ndarray,
     prompt_of: np.ndarray,
@@ -420,14 +443,14 @@ def alpha_gradients(
         batching: fixes the sizes; a group counts as a row.
     """
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
-    out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.dtype))
+    out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.array.dtype))
     text = set(model.method.text_kernels)
     widths = [
         sum(kernel.shape)
         for path, kernel in pytrees.flatten(model.mean_weights).items()
         if path not in text
     ]
-    held = rows.shape[1] * tokens.shape[1] * max(sum(widths), 1) * out.dtype.itemsize
+    held = rows.shape[1] * tokens.array.shape[1] * max(sum(widths), 1) * out.dtype.itemsize
     largest = GRADIENT_BYTES // held
     shared = model.shared
     if text:
@@ -489,7 +512,7 @@ def _products(
 
 
 def gradient_id(
-    model: Model, tokens: jax.Array, nearest: np.ndarray, batching: Batching
+    model: Model, tokens: Tokens, nearest: np.ndarray, batching: Batching
 ) -> np.ndarray:
     """Return the Gradient ID of each image by itself, int `[N]`.
 
@@ -506,15 +529,15 @@ def gradient_id(
     return np.asarray(model.tasks)[gradients.argmin(axis=1)]
 
 
-def logits(model: Model, tokens: jax.Array, pairs: np.ndarray, batching: Batching) -> np.ndarray:
+def logits(model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching) -> np.ndarray:
     """Compute logits `[K, classes]`, one row for each row of `pairs`, int `[K, 4]`.
 
-    A row of it is (task, row of `tokens`, position in its batch, size of its batch).
+    A row of it is (task, image of `tokens`, position in its batch, size of its batch).
 
     The last two matter under the interleaved prefix layout only. Images of one task share its
     weights; without masks all do.
     """
-    out = np.empty((len(pairs), model.method.num_classes), at_least_float32(tokens.dtype))
+    out = np.empty((len(pairs), model.method.num_classes), at_least_float32(tokens.array.dtype))
     group = pairs[:, 0] if model.method.reparametrization else np.zeros(len(pairs), int)
     pending: list[tuple[np.ndarray, jax.Array]] = []
     for task in model.weights.order(np.unique(group).tolist()):

@@ -271,8 +271,8 @@ class Predictor:
                 model, blank[:count], batching, rule.needs_query, prepared=True
             )
             for part in parts.values():
-                tokens = engine.gather_tokens([part, part], [0, 0], count, batching)
-            parts |= {count: tokens} if count in batching.sizes else {}
+                engine.join_tokens([part, part], [0, 0], count, batching)
+            parts |= {count: tokens.array} if count in batching.sizes else {}
             for rows in parts:
                 engine.logits(model, tokens, engine.alone(np.full(rows, model.tasks[0])), batching)
                 if rule.needs_query:

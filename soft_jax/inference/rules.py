@@ -82,19 +82,19 @@ class ImageBatch:
     """Some images as rules see them; what several rules ask for is computed once.
 
     `tokens` are what `engine.encode` gave of each image by itself, `batch_tokens` of each as part
-    of its test batch (another selection of a pool's prompts; else the same array). `query` is q(x)
+    of its test batch (another selection of a pool's prompts; else the same object). `query` is q(x)
     `[N, dim]`, `given` int `[N]` the tasks where they are told, `batches` the test batches where
     there are any. `last_in_batch` int `[N]` is the task of the last image in each image's batch,
     where all tasks' test images are batched in a row.
     """
 
     model: Model
-    tokens: jax.Array
+    tokens: engine.Tokens
     query: np.ndarray
     batching: Batching
     given: np.ndarray | None = None
     batches: TestBatches | None = None
-    batch_tokens: jax.Array | None = None
+    batch_tokens: engine.Tokens | None = None
     last_in_batch: np.ndarray | None = None
     cache: dict[Any, np.ndarray] = dataclasses.field(default_factory=dict)
 
