@@ -102,3 +102,14 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         assert ours.dtype == np.float64
         np.testing.assert_allclose(ours, expected, atol=1e-12 * np.abs(expected).max())
     assert np.ptp(expected, axis=1).min() > 1e-3  # tasks differ, so the comparison says something
+
+
+def test_alpha_gradients_multiply_out_one_kernel_at_a_time():
+    """Also where a whole kernel fits in a block: 64 groups' gradients of one take 16 MiB."""
+    groups, width, kernels = 64, 256, 8
+    like = jax.ShapeDtypeStruct
+    half = like((groups, 5, width), np.float32)
+    gradient = {f"{k}/kernel": identity.Factors(half, half) for k in range(kernels)}
+    weights = {str(k): {"kernel": like((width, width), np.float32)} for k in range(kernels)}
+    compiled = identity.alpha_gradients.lower(gradient, (weights,) * 2).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * groups * width**2 * 4

@@ -3,7 +3,7 @@ the published batch vote.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -308,29 +308,32 @@ def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, .
     one product of the masked layers' size, and K inner products.
     """
     kernels = [pytrees.flatten(tree) for tree in weights]
-    return sum(
-        _inner_products(factors, jnp.stack([kernel[path] for kernel in kernels]))
-        for path, factors in gradient.items()
-    )
+    groups, dtype = next((len(g), g.dtype) for _, g in gradient.values())
+    total = jnp.zeros((groups, len(kernels)), dtype)
+    for path, factors in gradient.items():
+        total = _add_inner_products(total, factors, [kernel[path] for kernel in kernels])
+    return total
 
 
-def _inner_products(factors: Factors, kernels: jax.Array) -> jax.Array:
-    """Compute ⟨Σ x ⊗ g, W_k⟩ for kernels W_k `[K, in, out]`: `[G, K]`."""
+def _add_inner_products(
+    total: jax.Array, factors: Factors, kernels: Sequence[jax.Array]
+) -> jax.Array:
+    """Add ⟨Σ x ⊗ g, W_k⟩ for kernels W_k, each `[in, out]`, to `total` `[G, K]`."""
     inputs, gradients = factors
-    (groups, tokens, width), out = inputs.shape, gradients.shape[2]
-    rows = max(1, BLOCK_BYTES // (groups * out * gradients.dtype.itemsize))
-    rows = next(size for size in range(min(rows, width), 0, -1) if width % size == 0)
+    groups, (width, out) = len(inputs), kernels[0].shape
+    most = max(1, BLOCK_BYTES // (groups * out * gradients.dtype.itemsize))
+    # Two blocks at least: XLA takes a loop of one apart, and then multiplies out the gradients of
+    # all kernels at the same time.
+    most = max(1, min(most, width // 2))
+    rows = next(size for size in range(most, 0, -1) if width % size == 0)
 
-    def add(total, block):
-        x, w = block
+    def add(block: jax.Array, total: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_slice_in_dim(inputs, block * rows, rows, axis=2)
         product = jnp.einsum("gnr,gno->gro", x, gradients, precision="highest")
-        return total + jnp.einsum("gro,kro->gk", product, w, precision="highest"), None
+        w = [jax.lax.dynamic_slice_in_dim(kernel, block * rows, rows) for kernel in kernels]
+        return total + jnp.einsum("gro,kro->gk", product, jnp.stack(w), precision="highest")
 
-    blocks = (
-        jnp.moveaxis(inputs.reshape(groups, tokens, -1, rows), 2, 0),
-        jnp.moveaxis(kernels.reshape(len(kernels), -1, rows, out), 1, 0),
-    )
-    return jax.lax.scan(add, jnp.zeros((groups, len(kernels)), gradients.dtype), blocks)[0]
+    return jax.lax.fori_loop(0, width // rows, add, total)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
