@@ -37,9 +37,6 @@ from soft_jax.training.train_step import StepConfig
 # Training images that q(x) is taken of before a signal is looked for; from files, they are held at
 # once.
 READ_AT_ONCE = 1024
-# Training images of a device in a forward pass that takes q(x): a v5e chip is forecast to take 37%
-# fewer cycles for each of 64 than for each of 256 (benchmarks/README.md).
-QUERIES_A_DEVICE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +283,7 @@ class Run:
         """
         # A size of its own: training depends on it, to the bit, and `eval_batch_size` may change in
         # a run.
-        at_once = min(QUERIES_A_DEVICE * self.mesh.size, READ_AT_ONCE)
+        at_once = min(engine.IMAGES_A_DEVICE * self.mesh.size, READ_AT_ONCE)
         batching = engine.Batching(self.mesh, at_once)
         split, size = self.dataset.train.take(rows), self.method.architecture.image_size
         in_memory, out = isinstance(split, sources.InMemoryImages), []

@@ -28,6 +28,9 @@ from soft_jax.methods.method import Adapter, Method, Shared
 GRADIENT_BYTES = (
     2**30
 )  # of the masked layers' inputs and output gradients that Gradient ID holds at once
+# Images of a device in a pass through the frozen layers, where `Batching.sizes` has about as many.
+# A v5e chip is forecast to take 37% fewer cycles for each of 64 than for each of 256.
+IMAGES_A_DEVICE = 64
 # Tasks whose θ ⊙ m one program multiplies with them; fewer only where the budget is short.
 FEWEST_TASKS, MOST_TASKS = 8, 32
 
@@ -58,6 +61,17 @@ class Batching:
         """Return how many images have their tokens in memory at once."""
         return 4 * self.sizes[0]
 
+    @property
+    def frozen(self) -> int:
+        """Return how many images a pass through the frozen layers takes, at most `sizes[0]`.
+
+        It is the largest size of at most `IMAGES_A_DEVICE` images a device, if it is at least half
+        of that and divides a chunk.
+        """
+        most = IMAGES_A_DEVICE * self.mesh.size
+        size = next((size for size in self.sizes if size <= most), self.sizes[-1])
+        return size if 2 * size >= most and self.chunk % size == 0 else self.sizes[0]
+
     def pieces(self, count: int, largest: int | None = None) -> Iterator[tuple[int, int, int]]:
         """Cut `count` rows into (start, stop, padded size) pieces.
 
@@ -79,13 +93,19 @@ class Batching:
         """Pad `rows` with zeros to `size` and split them over the devices."""
         return distributed.to_global(pad(rows, size), distributed.by_row(self.mesh))
 
-    def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Apply `function` to all rows, piece by piece, and join the results.
+    def map(
+        self,
+        function: Callable[[jax.Array], jax.Array],
+        rows: np.ndarray,
+        largest: int | None = None,
+    ) -> np.ndarray:
+        """Apply `function` to all rows, in pieces of at most `largest`, and join the results.
 
         Each row of its results must depend on no other row.
         """
         out = [
-            (function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))
+            (function(self.put(rows[a:b], size)), b - a)
+            for a, b, size in self.pieces(len(rows), largest)
         ]
         return np.concatenate([distributed.to_host(values)[:count] for values, count in out])
 
@@ -339,7 +359,8 @@ def queries(
     The images are prepared as test images, here or before. The result depends on nothing that is
     trained.
     """
-    return batching.map(functools.partial(_query, method, backbone, prepared=prepared), images)
+    query = functools.partial(_query, method, backbone, prepared=prepared)
+    return batching.map(query, images, batching.frozen)
 
 
 def encode(
@@ -357,7 +378,7 @@ def encode(
     `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The
     tokens have as many rows as N rounded up to a fixed size or to whole chunks.
     """
-    pieces = list(batching.pieces(len(images)))
+    pieces = list(batching.pieces(len(images), batching.frozen))
     total, chunk = sum(size for *_, size in pieces), batching.chunk
     rows = next(
         (size for size in reversed(batching.sizes) if size >= total), -(-total // chunk) * chunk

@@ -270,7 +270,7 @@ class Predictor:
             tokens, query = engine.encode(
                 model, blank[:count], batching, rule.needs_query, prepared=True
             )
-            for part in parts.values():
+            for part in parts.values():  # of at most `batching.frozen` images, as they come
                 engine.join_tokens([part, part], [0, 0], count, batching)
             parts |= {count: tokens.array} if count in batching.sizes else {}
             for rows in parts:
