@@ -113,3 +113,19 @@ def test_alpha_gradients_multiply_out_one_kernel_at_a_time():
     weights = {str(k): {"kernel": like((width, width), np.float32)} for k in range(kernels)}
     compiled = identity.alpha_gradients.lower(gradient, (weights,) * 2).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * groups * width**2 * 4
+
+
+def test_bfloat16_factors_lose_nothing_on_the_way(rng):
+    """Their products are added up in float32, with weights in float32."""
+
+    def draw(*shape):
+        return jax.numpy.asarray(rng.normal(size=shape), jax.numpy.bfloat16)
+
+    factors = identity.Factors(draw(4, 5, 8), draw(4, 5, 6))
+    weights = tuple({"kernel": rng.normal(size=(8, 6)).astype(np.float32)} for _ in range(3))
+    found = identity.alpha_gradients({"kernel": factors}, weights)
+    assert found.dtype == np.float32
+    inputs, gradients = (np.asarray(part, np.float64) for part in factors)
+    stacked = np.stack([tree["kernel"] for tree in weights]).astype(np.float64)
+    expected = np.einsum("gni,gno,kio->gk", inputs, gradients, stacked)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -596,7 +596,7 @@ def alone(tasks: np.ndarray) -> np.ndarray:
 
 def at_least_float32(dtype: np.dtype) -> np.dtype:
     """Return the dtype of logits computed in `dtype`."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.promote_types(dtype, jnp.float32)
 
 
 def mask_to_seen(model: Model, logits: np.ndarray) -> np.ndarray:
