@@ -243,11 +243,11 @@ class Programs:
         return self._array((count, side, side, 3), jnp.uint8, True)
 
     def _query(self) -> jax.stages.Lowered:
-        images = self._images(self.batching.frozen, SIDE)
+        images = self._images(self.batching.sizes[0], SIDE)
         return engine._query.lower(self.method, self.params, images, prepared=False)
 
     def _encode(self) -> jax.stages.Lowered:
-        images = self._images(self.batching.frozen, SIDE)
+        images = self._images(self.batching.sizes[0], SIDE)
         return engine._encode.lower(
             self.method, self.params, self.shared, images, None, queried=True, prepared=False
         )
@@ -321,11 +321,11 @@ class Programs:
     # What is exchanged between chips.
 
     def _grow(self) -> jax.stages.Lowered:
-        part = self._tokens(self.batching.frozen)
+        part = self._tokens(self.batching.sizes[0])
         return engine._grow.lower(part, self.batching.chunk, self.mesh)
 
     def _insert(self) -> jax.stages.Lowered:
-        part = self._tokens(self.batching.frozen)
+        part = self._tokens(self.batching.sizes[0])
         whole = self._tokens(self.batching.chunk)
         return engine._insert.lower(whole, part, self._array((), jnp.int32), self.mesh)
 

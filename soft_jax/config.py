@@ -121,7 +121,7 @@ class Config:
     # Evaluation: every protocol that applies to the method is reported.
     # Images of a test batch that batch_vote's Gradient ID looks at, a row for each number; 0: all.
     shots: tuple[int, ...] = (7,)
-    eval_batch_size: int = 256  # of the forward passes; no figure depends on it
+    eval_batch_size: int = 256  # of the forward passes, at most; no figure depends on it
     # Of the devices' memory for tasks' θ ⊙ m; what doesn't fit is read from the workdir again.
     weights_cache_mb: int = 1024
     # Random features M of q(x) for prototype task identity, of which a task keeps 2 M² bytes; 0:

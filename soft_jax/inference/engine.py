@@ -28,8 +28,8 @@ from soft_jax.methods.method import Adapter, Method, Shared
 GRADIENT_BYTES = (
     2**30
 )  # of the masked layers' inputs and output gradients that Gradient ID holds at once
-# Images of a device in a pass through the frozen layers, where `Batching.sizes` has about as many.
-# A v5e chip is forecast to take 37% fewer cycles for each of 64 than for each of 256.
+# Images of a device in a forward pass, about: a v5e chip is forecast to take 37% fewer cycles for
+# each of 64 than for each of 256 in a pass through all layers, and 27% through the last three.
 IMAGES_A_DEVICE = 64
 # Tasks whose θ ⊙ m one program multiplies with them; fewer only where the budget is short.
 FEWEST_TASKS, MOST_TASKS = 8, 32
@@ -37,12 +37,20 @@ FEWEST_TASKS, MOST_TASKS = 8, 32
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How many rows a forward pass takes: `largest`, or a few smaller fixed sizes, over the
-    devices of `mesh`.
+    """How many rows a forward pass takes, over the devices of `mesh`: a few fixed sizes of at most
+    `largest`.
     """
 
     mesh: Mesh
     largest: int
+
+    @property
+    def _quarterings(self) -> int:
+        """Return how often `largest` is quartered until a device has about `IMAGES_A_DEVICE`."""
+        count = 0
+        while self.largest // 4 ** (count + 1) >= IMAGES_A_DEVICE * self.mesh.size // 2:
+            count += 1
+        return count
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -50,27 +58,22 @@ class Batching:
 
         They are multiples of the device count.
         """
-        n, sizes, size = self.mesh.size, [], self.largest
+        n, sizes, size = self.mesh.size, [], self.largest // 4**self._quarterings
         while size > 1:
             sizes.append(-(-size // n) * n)
             size //= 4
         return tuple(dict.fromkeys([*sizes, n]))
 
     @property
-    def chunk(self) -> int:
-        """Return how many images have their tokens in memory at once."""
-        return 4 * self.sizes[0]
+    def rooms(self) -> tuple[int, ...]:
+        """Return for how many images there is room where tokens are held, smallest first."""
+        more = range(1, self._quarterings + 2)
+        return (*reversed(self.sizes), *(self.sizes[0] * 4**power for power in more))
 
     @property
-    def frozen(self) -> int:
-        """Return how many images a pass through the frozen layers takes, at most `sizes[0]`.
-
-        It is the largest size of at most `IMAGES_A_DEVICE` images a device, if it is at least half
-        of that and divides a chunk.
-        """
-        most = IMAGES_A_DEVICE * self.mesh.size
-        size = next((size for size in self.sizes if size <= most), self.sizes[-1])
-        return size if 2 * size >= most and self.chunk % size == 0 else self.sizes[0]
+    def chunk(self) -> int:
+        """Return how many images have their tokens in memory at once: about 4 `largest`."""
+        return self.rooms[-1]
 
     def pieces(self, count: int, largest: int | None = None) -> Iterator[tuple[int, int, int]]:
         """Cut `count` rows into (start, stop, padded size) pieces.
@@ -93,19 +96,13 @@ class Batching:
         """Pad `rows` with zeros to `size` and split them over the devices."""
         return distributed.to_global(pad(rows, size), distributed.by_row(self.mesh))
 
-    def map(
-        self,
-        function: Callable[[jax.Array], jax.Array],
-        rows: np.ndarray,
-        largest: int | None = None,
-    ) -> np.ndarray:
-        """Apply `function` to all rows, in pieces of at most `largest`, and join the results.
+    def map(self, function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
+        """Apply `function` to all rows, piece by piece, and join the results.
 
         Each row of its results must depend on no other row.
         """
         out = [
-            (function(self.put(rows[a:b], size)), b - a)
-            for a, b, size in self.pieces(len(rows), largest)
+            (function(self.put(rows[a:b], size)), b - a) for a, b, size in self.pieces(len(rows))
         ]
         return np.concatenate([distributed.to_host(values)[:count] for values, count in out])
 
@@ -359,8 +356,7 @@ def queries(
     The images are prepared as test images, here or before. The result depends on nothing that is
     trained.
     """
-    query = functools.partial(_query, method, backbone, prepared=prepared)
-    return batching.map(query, images, batching.frozen)
+    return batching.map(functools.partial(_query, method, backbone, prepared=prepared), images)
 
 
 def encode(
@@ -378,11 +374,9 @@ def encode(
     `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The
     tokens have as many rows as N rounded up to a fixed size or to whole chunks.
     """
-    pieces = list(batching.pieces(len(images), batching.frozen))
+    pieces = list(batching.pieces(len(images)))
     total, chunk = sum(size for *_, size in pieces), batching.chunk
-    rows = next(
-        (size for size in reversed(batching.sizes) if size >= total), -(-total // chunk) * chunk
-    )
+    rows = next((room for room in batching.rooms if room >= total), -(-total // chunk) * chunk)
     parts, query = [], []
     for start, stop, size in pieces:
         chosen = None if selected is None else batching.put(selected[start:stop], size)

@@ -264,13 +264,13 @@ class Predictor:
         size = model.method.architecture.image_size
         blank = np.zeros((batching.chunk, size, size, 3), np.uint8)
         parts: dict[int, jax.Array] = {}
-        for count in (*reversed(batching.sizes), batching.chunk):
+        for count in batching.rooms:
             if rule.needs_query:  # for a task that is given
                 engine.encode(model, blank[:count], batching, queried=False, prepared=True)
             tokens, query = engine.encode(
                 model, blank[:count], batching, rule.needs_query, prepared=True
             )
-            for part in parts.values():  # of at most `batching.frozen` images, as they come
+            for part in parts.values():
                 engine.join_tokens([part, part], [0, 0], count, batching)
             parts |= {count: tokens.array} if count in batching.sizes else {}
             for rows in parts:
