@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,11 +277,11 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
     return _Flags(from_config_dict(values.config), name, fields, given)
 
 
-def _giving_way(config: "Config", name: str, fields: Mapping[str, str]) -> "Config":
+def _giving_way(config: "Config", name: str, fields: Iterable[str]) -> "Config":
     """Return `config`, its file's own settings at their defaults where flags leave them no effect.
 
-    `fields` are those that flags set; what the user set, there or in the argument, stays. So does
-    what has no effect in the file alone: it is refused later.
+    `fields` are those that flags or a sweep set; what the user set, there or in the argument,
+    stays. So does what has no effect in the file alone: it is refused later.
     """
     if not fields:
         return config
@@ -709,10 +709,16 @@ def sweep(argv: Sequence[str]) -> int:
 
     logging.set_verbosity(logging.ERROR)
     protocol = given.values["protocol"]
-    points = sweep_lib.plan(given.config, given.values["set"] or [], protocol, workdir)
+    points = sweep_lib.plan(
+        given.as_written,
+        given.values["set"] or [],
+        protocol,
+        workdir,
+        lambda config, names: _giving_way(config, given.name, [*given.overrides, *names]),
+    )
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-    if not given.config.validation:
+    if not given.as_written.validation:
         share = sweep_lib.VALIDATION_SHARE
         print(f"validation={share}: a sweep needs it, and the config has none", file=sys.stderr)
     results = sweep_lib.run(points, protocol, Console(), jobs)

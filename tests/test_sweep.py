@@ -85,6 +85,19 @@ def test_lists_are_written_as_in_a_configs_argument(tmp_path):
     assert layers == [((10, 11, 12),) * 2, ((11, 12),) * 2]
 
 
+def test_a_method_swept_leaves_a_files_own_settings_without_effect(world):
+    """The digits' file sets masks, which a bare head has no use for; what is swept stays."""
+    outcomes = [manifest(**{PROMPT: 50})], [manifest(**{PROTOTYPE: 60})]
+    digits = "--config=digits", "--set=method=dualprompt+softtf,head"
+    status, output = swept(*digits, outcomes=outcomes, **world)
+    assert status == 0, output.err
+    cells = [cell for row in table_rows(output.out) for cell in row]
+    assert {"dualprompt+softtf", "head"} <= set(cells), output.out
+    status, output = swept(*digits, "--set=density=0.5", outcomes=outcomes, **world)
+    assert status != 0
+    assert "density: 0.5 has no effect" in output.err
+
+
 @pytest.mark.parametrize(("share", "taken"), [(0.0, 0.1), (0.3, 0.3)])
 def test_images_are_held_out_whatever_the_config_says(tmp_path, share, taken):
     (point,) = sweep.plan(Config(validation=share), ["epochs=1"], None, tmp_path)

@@ -4,7 +4,7 @@ images held out of training. Test images have no part in it.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -68,14 +68,19 @@ class Result:
 
 
 def plan(
-    config: Config, choices: Sequence[str], protocol: str | None, workdir: Path
+    config: Config,
+    choices: Sequence[str],
+    protocol: str | None,
+    workdir: Path,
+    giving_way: Callable[[Config, Iterable[str]], Config] = lambda config, _: config,
 ) -> list[Point]:
     """Return a sweep's points, the last setting's values changing fastest.
 
     `choices` are texts such as "learning_rate=0.003,0.01", whose values go before `config`'s;
     `protocol` is what the runs will be compared by, None for each run's own best rule. Where
     `config` holds no images out, `VALIDATION_SHARE` of them are. `workdir` holds the runs of all
-    sweeps.
+    sweeps. `giving_way` takes a point's config and the names that the point sets, and returns it
+    without what has no effect beside those and which nobody asked for.
 
     Raises UserError for a choice that can't be read, a value that is no good, two points that are
     the same run, and a protocol that a run does not have.
@@ -91,7 +96,7 @@ def plan(
             settings: dict = {}
             for name, text in texts.items():
                 settings |= parse_argument(f"{name}={text}")
-            of_point = dataclasses.replace(config, **settings)
+            of_point = giving_way(dataclasses.replace(config, **settings), texts)
             settings_lib.check(of_point)
             _check_protocol(of_point, protocol)
         except UserError as error:

@@ -30,6 +30,7 @@ GRADIENT_BYTES = (
 )  # of the masked layers' inputs and output gradients that Gradient ID holds at once
 # Images of a device in a forward pass, about: a v5e chip is forecast to take 37% fewer cycles for
 # each of 64 than for each of 256 in a pass through all layers, and 27% through the last three.
+# Training with `cache_queries` depends on it, to the bit.
 IMAGES_A_DEVICE = 64
 # Tasks whose θ ⊙ m one program multiplies with them; fewer only where the budget is short.
 FEWEST_TASKS, MOST_TASKS = 8, 32
@@ -372,7 +373,7 @@ def encode(
     The images are prepared as test images, here or before.
 
     `selected`, int `[N, top_k]`, names L2P's prompts for each image; None: those nearest to it. The
-    tokens have as many rows as N rounded up to a fixed size or to whole chunks.
+    tokens have as many rows as N rounded up to one of `Batching.rooms` or to whole chunks.
     """
     pieces = list(batching.pieces(len(images)))
     total, chunk = sum(size for *_, size in pieces), batching.chunk
