@@ -430,7 +430,8 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, reparametrization, 
         groups = np.arange(3 * size).reshape(3, size)
         weights = (np.arange(size) < np.array([[size], [size], [(size + 1) // 2]])).astype(float)
         prompt_of = np.array([2, 0, 1])
-        ours = engine.alpha_gradients(model, tokens, groups, weights, prompt_of, batching)
+        held = engine.Tokens(tokens, np.arange(3 * size))
+        ours = engine.alpha_gradients(model, held, groups, weights, prompt_of, batching)
         assert ours.dtype == np.float64
 
         by_task = [jax.jit(method.weights)(params, adapter) for adapter in adapters]
