@@ -95,8 +95,8 @@ PROGRAM = """
     tokens = distributed.local_to_global(whole[8 * index : 8 * index + 8], by_row)
     np.testing.assert_array_equal(distributed.to_host(tokens), whole)
 
-    # Images that the other process holds, too: the second part's last are one device's.
-    batching, images = engine.Batching(mesh, 8), np.array([14, 15, 14, 15, 3, 12, 13])
+    # Images that the other process holds, too: all of them are one device's, two of each part.
+    batching, images = engine.Batching(mesh, 8), np.array([14, 15, 6, 7, 14, 14, 15])
     parts = [batching.put(whole[:8], 8), batching.put(whole[8:], 8)]
     joined = engine.join_tokens(parts, [8, 8], batching.chunk, batching)
     taken = distributed.to_host(engine.take_rows(joined, images, 8, batching))

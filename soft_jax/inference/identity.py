@@ -323,11 +323,10 @@ def _add_inner_products(
     """Add ⟨Σ x ⊗ g, W_k⟩ for kernels W_k, each `[in, out]`, to `total` `[G, K]`."""
     inputs, gradients = factors
     groups, (width, out) = len(inputs), kernels[0].shape
-    most = max(1, BLOCK_BYTES // (groups * out * total.dtype.itemsize))
     # Two blocks at least: XLA takes a loop of one apart, and then multiplies out the gradients of
     # all kernels at the same time.
-    most = max(1, min(most, width // 2))
-    rows = next(size for size in range(most, 0, -1) if width % size == 0)
+    most = min(BLOCK_BYTES // (groups * out * total.dtype.itemsize), width // 2)
+    rows = next(size for size in range(max(1, most), 0, -1) if width % size == 0)
 
     def add(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, w = block
