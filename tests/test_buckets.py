@@ -210,8 +210,9 @@ def test_a_save_that_the_bucket_refuses_loses_nothing(emulator):
         loaded, seconds = store.load_training(0, state, whole)
         assert seconds == 1.0
         np.testing.assert_array_equal(loaded["mask"], state["mask"])
-        left = [name for name in emulator.objects if "000-000002" in name]
-        assert left == ["full/training/000-000002.partial"]
+        # What Orbax had sent may come after the sweep: the mark says that it is no checkpoint.
+        assert "full/training/000-000002.partial" in emulator.objects
+        assert [step for _, step in store._states()] == [1]
         aside = store.set_aside_training()
         assert str(aside) == url("full", "damaged")
         assert store.load_training(0, state, whole) is None
