@@ -1,4 +1,4 @@
-"""Be one of the processes of a tiny run: python -m tests.one_host WORKDIR DEVICES STRIKE [HOSTS]
+"""Be one of the processes of a tiny run: python -m tests.one_host WORKDIR DEVICES STRIKE HOSTS
 
 DEVICES is how many it has. STRIKE is none, or KILL:TASK:STEP or TERM:TASK:STEP: the signal that it
 sends itself after that step; tasks and steps from 0. HOSTS is what --distributed takes. Meshes get
@@ -34,11 +34,10 @@ CONFIG = tiny_config(
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def main(workdir: str, devices: str, strike: str, hosts: str = "") -> int:
+def main(workdir: str, devices: str, strike: str, hosts: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_disable_most_optimizations", True)
-    if hosts:
-        distributed.join(hosts)
+    distributed.join(hosts)
     name, *where = strike.split(":")
 
     def after_step(task, step, values):
