@@ -17,7 +17,7 @@ from soft_jax import distributed, pytrees
 from soft_jax.config import Config, from_settings
 from soft_jax.data import sources
 from soft_jax.experiment.run import step_config_of
-from soft_jax.inference import engine
+from soft_jax.inference import engine, rules
 from soft_jax.inference.predictor import Predictor
 from soft_jax.methods.method import Method
 from soft_jax.store.folder import Reader
@@ -70,8 +70,8 @@ def identities(model: engine.Model, dtype: str, images: np.ndarray) -> tuple[np.
     for start in range(0, len(images), batching.chunk):
         part = images[start : start + batching.chunk]
         tokens, query = engine.encode(model, part, batching, queried=True)
-        nearest = engine.nearest_key(model, engine.key_similarity(model, query, batching))
-        found.append((nearest, engine.gradient_id(model, tokens, nearest, batching)))
+        batch = rules.ImageBatch(model, tokens, query, batching)
+        found.append((batch.nearest, rules.GradientId().identify(batch)))
     return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 

@@ -44,7 +44,7 @@ from soft_jax.methods import registry
 from soft_jax.models import backbones
 from soft_jax.training import train_step
 
-CLASSES, TASKS, SHOTS = 100, 10, 7  # CIFAR-100 as the paper cuts it
+CLASSES, TASKS = 100, 10  # CIFAR-100 as the paper cuts it
 SIDE, POOL = 32, 5000  # pixels and images of a task in memory
 FEATURES = Config().prototype_features
 PACKINGS = ("int8", "int4", "lowrank", "delta1", "delta2", "delta4")
@@ -156,11 +156,9 @@ class Programs:
         table = {"step": self._step, "step_files": self._step_of_files, "init": self._init}
         table |= {"query": self._query, "encode": self._encode, "weights": self._weights}
         table |= {f"logits@{size}": functools.partial(self._logits, size) for size in sizes}
-        groups = self._groups()
         table |= {
-            f"gradient@{groups[0]}x1": functools.partial(self._gradient, groups[0], 1),
-            f"gradient@{groups[1]}x{SHOTS}": functools.partial(self._gradient, groups[1], SHOTS),
-            f"alpha@{groups[0]}x1": functools.partial(self._alpha, groups[0], 1),
+            f"gradient@{self._identified}": self._gradient,
+            f"alpha@{self._identified}": self._alpha,
             "mean": self._mean,
             "keys": self._keys,
             "grow": self._grow,
@@ -274,40 +272,39 @@ class Programs:
             self._array((size, 4), jnp.int32, True),
         )
 
-    def _groups(self) -> tuple[int, int]:
-        """Return the groups of one image, and of a batch's first images, of one Gradient ID."""
-        widths = [sum(kernel.shape) for kernel in jax.tree.leaves(self.weights)]
-        image = self._tokens(1).shape[1] * sum(widths) * 4
-        batches = -(-self.batching.largest // self.config.batch_size)
-        return tuple(
-            next(self.batching.pieces(groups, engine.GRADIENT_BYTES // (images * image)))[2]
-            for groups, images in ((self.batching.largest, 1), (batches, SHOTS))
-        )
-
-    def _factors(self, groups: int, size: int):
-        prompt = self.prompts["prompt"]
+    @property
+    def _identified(self) -> int:
+        """Return the images of one pass of Gradient ID."""
         tokens = self._tokens(1)
+        widths = sum(sum(kernel.shape) for kernel in jax.tree.leaves(self.weights))
+        most = engine.GRADIENT_BYTES // (tokens.shape[1] * widths * tokens.dtype.itemsize)
+        return next(self.batching.pieces(self.batching.largest, most))[2]
+
+    def _entropy(self):
         return (
             self.method,
             self.params,
             self.weights,
-            self._array((groups, *prompt.shape[1:]), prompt.dtype, True),
+            self.prompts["prompt"],
             self.shared,
-            self._array((groups, size, *tokens.shape[1:]), tokens.dtype, True),
-            self._array((groups, size), jnp.float32, True),
+            self._tokens(self._identified),
+            self._array((self._identified, 4), jnp.int32, True),
             self._array((), jnp.int32),
         )
 
-    def _gradient(self, groups: int, size: int) -> jax.stages.Lowered:
-        return identity.entropy_gradients.lower(*self._factors(groups, size))
+    def _factors(self, part: int):
+        method, *arrays = self._entropy()
+        found = jax.eval_shape(functools.partial(identity.entropy_gradients, method), *arrays)
+        return self._split(found[part])
 
-    def _alpha(self, groups: int, size: int) -> jax.stages.Lowered:
-        method, *arrays = self._factors(groups, size)
-        found = jax.eval_shape(functools.partial(identity.entropy_gradients, method), *arrays)[0]
+    def _gradient(self) -> jax.stages.Lowered:
+        return identity.entropy_gradients.lower(*self._entropy())
+
+    def _alpha(self) -> jax.stages.Lowered:
         at_once = engine.TaskWeights(
             self.method, self.params, dict, self.config.weights_cache_mb * 2**20
         ).at_once(TASKS)
-        return identity.alpha_gradients.lower(self._split(found), (self.weights,) * at_once)
+        return identity.alpha_gradients.lower(self._factors(0), (self.weights,) * at_once)
 
     def _mean(self) -> jax.stages.Lowered:
         return identity._add.lower(self.weights, self.weights)
@@ -375,13 +372,10 @@ class Programs:
         return identity.superposed_text.lower(self.method, self.params, *self._text_arguments())
 
     def _alpha_of_text(self) -> jax.stages.Lowered:
-        groups, _ = self._groups()
-        method, *arrays = self._factors(groups, 1)
-        found = jax.eval_shape(functools.partial(identity.entropy_gradients, method), *arrays)[1]
         text = self.shared["head"]["text"]
         tangents = self._array((TASKS, *text.shape), jnp.float32)
         return identity.text_alpha_gradients.lower(
-            self.method, self.params, self.shared, self._split(found), tangents
+            self.method, self.params, self.shared, self._factors(1), tangents
         )
 
 

@@ -304,6 +304,40 @@ def test_a_test_batch_larger_than_a_chunk(world):
         np.testing.assert_array_equal(large.task_ids[protocol], whole.task_ids[protocol])
 
 
+@pytest.mark.parametrize("layout", ["separate", "interleaved"])
+def test_an_images_gradients_are_computed_once_for_all_rules(world, layout, monkeypatch):
+    """Of the same image with the same E-prompt, whichever rule asks; and they are its batch's."""
+    model, _, images, query = world
+    host = dataclasses.replace(model.method.host, prefix_layout=layout)
+    model = dataclasses.replace(model, method=dataclasses.replace(model.method, host=host))
+    asked, alpha_gradients = [], engine.alpha_gradients
+
+    def count(model, tokens, pairs, batching):
+        asked.append(pairs)
+        return alpha_gradients(model, tokens, pairs, batching)
+
+    monkeypatch.setattr(engine, "alpha_gradients", count)
+    answers = answer(model, images, query, 1, run_settings(eval_batch_size=64))
+    pairs = np.concatenate(asked)
+    nearest, batch, place = answers.task_ids[protocols.PER_SAMPLE], *np.divmod(np.arange(COUNT), 8)
+    voted, first = identity.majority(nearest, batch, 3), np.flatnonzero(place < 5)
+    voted_first = identity.majority(nearest[first], batch[first], 3)
+    if layout == "separate":  # its place in a batch changes nothing
+        of_rules = ((nearest, range(COUNT)), (voted, range(COUNT)), (voted_first, first))
+        wanted = {pair for rule in of_rules for pair in zip(*rule, strict=True)}
+        assert len(wanted) < 2 * COUNT + len(first)
+        assert sorted(map(tuple, pairs[:, :2].tolist())) == sorted(wanted)
+    else:
+        places = np.asarray(prompts.prefix_sources(layout, *pairs[:, 2:].T))
+        assert len(np.unique(np.column_stack([pairs[:, :2], places]), axis=0)) == len(pairs)
+    whole = np.stack([voted, np.arange(COUNT), place, np.bincount(batch)[batch]], axis=1)
+    batching = run_settings(eval_batch_size=64).batching
+    tokens, _ = engine.encode(model, images, batching, queried=False)
+    of_images = alpha_gradients(model, tokens, whole, batching)
+    means = [of_images[batch == b].mean(axis=0) for b in range(5)]
+    np.testing.assert_allclose(answers.alpha_gradients[0], means, rtol=1e-4, atol=1e-7)
+
+
 def test_chunks_are_joined(world):
     """More images than are held at once give what one chunk gives."""
     model, _, images, query = world

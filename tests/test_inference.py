@@ -133,15 +133,9 @@ def test_a_budget_changes_no_answer(backbone, rng):
     for budget in (2**30, 0):
         model = model_of(method, backbone, shared, adapters, (0, 1, 3, 4), np.arange(5), budget)
         tokens, query = engine.encode(model, images, batching, queried=True)
-        logits = engine.logits(model, tokens, engine.alone(tasks), batching)
-        rows = np.arange(23)[:, None]
-        answers.append(
-            (
-                query,
-                logits,
-                engine.alpha_gradients(model, tokens, rows, np.ones((23, 1)), tasks, batching),
-            )
-        )
+        pairs = engine.alone(tasks)
+        logits = engine.logits(model, tokens, pairs, batching)
+        answers.append((query, logits, engine.alpha_gradients(model, tokens, pairs, batching)))
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
     np.testing.assert_array_equal(answers[0][1], answers[1][1])
     np.testing.assert_allclose(answers[0][2], answers[1][2], atol=1e-6)
@@ -226,13 +220,12 @@ def test_gradient_id_loads_a_task_once(backbone, rng, monkeypatch, pieces_at_onc
     adapters = [method.init_adapter(jax.random.key(t), backbone) for t in range(5)]
     shared = method.init_shared(jax.random.key(9), backbone)
     images = rng.integers(0, 256, (64, 16, 16, 3)).astype(np.uint8)
-    nearest = rng.integers(0, 5, 64)
+    pairs = engine.alone(rng.integers(0, 5, 64))
     batching = engine.Batching(distributed.data_mesh(), 16)
-    rows, ones = np.arange(64)[:, None], np.ones((64, 1))
 
     model = model_of(method, backbone, shared, adapters, range(5), np.arange(6) % 5)
     tokens, _ = engine.encode(model, images, batching, queried=False)
-    expected = engine.alpha_gradients(model, tokens, rows, ones, nearest, batching)
+    expected = engine.alpha_gradients(model, tokens, pairs, batching)
 
     # Inputs and output gradients of an image, float32.
     kernels = pytrees.flatten(model.mean_weights).values()
@@ -241,7 +234,7 @@ def test_gradient_id_loads_a_task_once(backbone, rng, monkeypatch, pieces_at_onc
     load, loads = loader(adapters)
     model = dataclasses.replace(model, weights=engine.TaskWeights(method, backbone, load, 0))
     for count in (first, later):
-        found = engine.alpha_gradients(model, tokens, rows, ones, nearest, batching)
+        found = engine.alpha_gradients(model, tokens, pairs, batching)
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert len(loads) == count
         loads.clear()

@@ -69,10 +69,9 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
         adapters = [drawn(method.init_adapter, backbone) for _ in range(3)]
         adapters = [a | {"mask": jax.tree.map(lambda m: 1 + m, a["mask"])} for a in adapters]
         shared = drawn(method.init_shared, backbone, deviation=1)
-        groups = 3
-        tokens = jax.jit(method.trunk)(backbone, shared, rng.random((groups * size, 16, 16, 3)))
-        tokens = tokens.reshape(groups, size, 17, 24)
-        weights = (np.arange(size) < np.array([[size], [size], [(size + 1) // 2]])).astype(float)
+        sizes = (size, size, (size + 1) // 2)
+        tokens = jax.jit(method.trunk)(backbone, shared, rng.random((sum(sizes), 16, 16, 3)))
+        starts = np.cumsum(sizes)[:-1]
 
         def entropy(alpha, masks, prompt, kept, backbone, shared):
             mask = jax.tree.map(
@@ -85,34 +84,35 @@ def test_alpha_gradients_are_those_over_explicit_alpha(size, layout, monkeypatch
 
         over_alpha, uniform = jax.jit(jax.grad(entropy)), jnp.full(3, 1 / 3)
         masks = [a["mask"] for a in adapters]
-        kept = [tokens[g, : int(weights[g].sum())] for g in range(groups)]
         expected = np.stack(
             [
                 over_alpha(uniform, masks, a["prompt"], images, backbone, shared)
-                for a, images in zip(adapters, kept, strict=True)
+                for a, images in zip(adapters, np.split(tokens, starts), strict=True)
             ]
         )
         effective = [method.weights(backbone, adapter) for adapter in adapters]
         mean = identity.mean_weights(iter(effective), 3)
         prompt = np.stack([a["prompt"] for a in adapters])
+        pairs = np.array([(g, 0, i, n) for g, n in enumerate(sizes) for i in range(n)])
         gradient, _ = identity.entropy_gradients(
-            method, backbone, mean, prompt, shared, tokens, weights, 3
+            method, backbone, mean, prompt, shared, tokens, pairs, 3
         )
-        ours = identity.alpha_gradients(gradient, tuple(effective))
+        of_images = identity.alpha_gradients(gradient, tuple(effective))
+        ours = np.stack([part.mean(axis=0) for part in np.split(of_images, starts)])
         assert ours.dtype == np.float64
         np.testing.assert_allclose(ours, expected, atol=1e-12 * np.abs(expected).max())
     assert np.ptp(expected, axis=1).min() > 1e-3  # tasks differ, so the comparison says something
 
 
 def test_alpha_gradients_multiply_out_one_kernel_at_a_time():
-    """Also where a whole kernel fits in a block: 64 groups' gradients of one take 16 MiB."""
-    groups, width, kernels = 64, 256, 8
+    """Also where a whole kernel fits in a block: 64 images' gradients of one take 16 MiB."""
+    images, width, kernels = 64, 256, 8
     like = jax.ShapeDtypeStruct
-    half = like((groups, 5, width), np.float32)
+    half = like((images, 5, width), np.float32)
     gradient = {f"{k}/kernel": identity.Factors(half, half) for k in range(kernels)}
     weights = {str(k): {"kernel": like((width, width), np.float32)} for k in range(kernels)}
     compiled = identity.alpha_gradients.lower(gradient, (weights,) * 2).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * groups * width**2 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * images * width**2 * 4
 
 
 def test_bfloat16_factors_lose_nothing_on_the_way(rng):

@@ -20,6 +20,7 @@ from soft_jax.inference.rules import (
     ImageBatch,
     TaskIdentityRule,
     TestBatches,
+    compute_gradients,
     probabilities,
 )
 
@@ -163,6 +164,7 @@ def _answer_chunk(
         batch_tokens=batch_tokens,
         last_in_batch=last_in_batch,
     )
+    compute_gradients(rules, batch)
     ids = {rule.key: rule.identify(batch) for rule in rules}
     shared = batch_tokens is tokens
     asking = {rule.key: rule for rule in rules if rule.needs_network}

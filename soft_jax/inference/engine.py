@@ -76,14 +76,17 @@ class Batching:
         """Return how many images have their tokens in memory at once: about 4 `largest`."""
         return self.rooms[-1]
 
-    def pieces(self, count: int, largest: int | None = None) -> Iterator[tuple[int, int, int]]:
+    def pieces(
+        self, count: int, largest: int | None = None, smallest: int = 0
+    ) -> Iterator[tuple[int, int, int]]:
         """Cut `count` rows into (start, stop, padded size) pieces.
 
-        They are few, and at most half of each is padding.
+        They are few, of sizes from `smallest` to `largest` where there are any, and at most half of
+        each is padding, but of the last where it has the smallest size.
         """
-        sizes = [size for size in self.sizes if largest is None or size <= largest] or self.sizes[
-            -1:
-        ]
+        most = self.sizes[0] if largest is None else largest
+        sizes = [size for size in self.sizes if size <= most] or self.sizes[-1:]
+        sizes = [size for size in sizes if size >= smallest] or sizes[:1]
         start = 0
         while start < count:
             rest = count - start
@@ -439,40 +442,32 @@ def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
 
 
 def alpha_gradients(
-    model: Model,
-    tokens: Tokens,
-    rows: np.ndarray,
-    weights: np.ndarray,
-    prompt_of: np.ndarray,
-    batching: Batching,
+    model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching
 ) -> np.ndarray:
-    """Compute ∂H/∂α_t at uniform α for groups of images: `[G, len(model.tasks)]`.
+    """Compute ∂H/∂α_t at uniform α, `[K, len(model.tasks)]`, one row for each row of `pairs`.
 
-    The columns are in the order of `model.tasks`.
-
-    Args:
-        model: whose tasks replace kernels.
-        tokens: what `encode` returned.
-        rows: int `[G, S]`, the images of each group.
-        weights: `[G, S]`, 0 for padding, which stands at the end of a group.
-        prompt_of: int `[G]`, the task whose E-prompt the group's superposed pass uses.
-        batching: fixes the sizes; a group counts as a row.
+    `pairs`, int `[K, 4]`, are as for `logits`; a pair's task is that whose E-prompt the image's
+    superposed pass uses. The columns are in the order of `model.tasks`, which replace kernels.
     """
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
-    out = np.empty((len(rows), len(tasks)), at_least_float32(tokens.array.dtype))
+    out = np.empty((len(pairs), len(tasks)), at_least_float32(tokens.array.dtype))
     text = set(model.method.text_kernels)
     widths = [
         sum(kernel.shape)
         for path, kernel in pytrees.flatten(model.mean_weights).items()
         if path not in text
     ]
-    held = rows.shape[1] * tokens.array.shape[1] * max(sum(widths), 1) * out.dtype.itemsize
-    largest = GRADIENT_BYTES // held
+    largest = GRADIENT_BYTES // (
+        tokens.array.shape[1] * max(sum(widths), 1) * tokens.array.dtype.itemsize
+    )
     shared = model.shared
     if text:
         superposed = model.superposed_text.text.astype(shared["head"]["text"].dtype)
         shared = shared | {"head": shared["head"] | {"text": superposed}}
-    pieces = list(batching.pieces(len(rows), largest))
+    # A backward pass of one more size takes longer to compile than some padding to compute; a few
+    # images by themselves are not padded.
+    smallest = batching.sizes[:2][-1]
+    pieces = list(batching.pieces(len(pairs), largest, smallest * (len(pairs) >= smallest)))
     while pieces:
         # As many pieces as GRADIENT_BYTES holds, at least one, go through the tasks together: where
         # the cache doesn't hold all tasks, each pass through them loads most of them again.
@@ -483,10 +478,10 @@ def alpha_gradients(
                 model.method,
                 model.backbone,
                 model.mean_weights,
-                _take(model.rows["prompt"], batching.put(prompt_of[start:stop], size)),
+                model.rows["prompt"],
                 shared,
-                take_rows(tokens, rows[start:stop], size, batching),
-                batching.put(weights[start:stop].astype(out.dtype), size),
+                take_rows(tokens, pairs[start:stop, 1], size, batching),
+                batching.put(pairs[start:stop], size),
                 len(tasks),
             )
             for start, stop, size in together
@@ -507,7 +502,7 @@ def alpha_gradients(
 
 
 def _by_text(model: Model, shared: Shared, factors: identity.LogitFactors) -> np.ndarray:
-    """Return the part of ∂H/∂α `[G, tasks]` that goes through the text tower."""
+    """Return the part of ∂H/∂α `[B, tasks]` that goes through the text tower."""
     tangents = model.superposed_text.tangents
     values = identity.text_alpha_gradients(model.method, model.backbone, shared, factors, tangents)
     return distributed.to_host(values)
@@ -516,7 +511,7 @@ def _by_text(model: Model, shared: Shared, factors: identity.LogitFactors) -> np
 def _products(
     model: Model, gradients: list[dict[str, identity.Factors]], tasks: list[int], padded: int
 ) -> list[np.ndarray]:
-    """Compute `identity.alpha_gradients` of each of `gradients`, `[G, len(tasks)]`.
+    """Compute `identity.alpha_gradients` of each of `gradients`, `[B, len(tasks)]`.
 
     There are at most `padded` tasks. This is a function of its own so that no weights outlive their
     use.
@@ -525,24 +520,6 @@ def _products(
     weights += weights[:1] * (padded - len(tasks))
     products = [identity.alpha_gradients(gradient, weights) for gradient in gradients]
     return [distributed.to_host(values)[:, : len(tasks)] for values in products]
-
-
-def gradient_id(
-    model: Model, tokens: Tokens, nearest: np.ndarray, batching: Batching
-) -> np.ndarray:
-    """Return the Gradient ID of each image by itself, int `[N]`.
-
-    It is the task of the most negative ∂H/∂α_t (Soft-TF, section 3).
-
-    The superposed pass of an image uses the E-prompt of its nearest key, `nearest` int `[N]`. With
-    one class a task, C/T = 1 and H is 0 whatever α: the first task is the answer then, as in the
-    published code.
-    """
-    if len(model.tasks) == 1:
-        return np.full(len(nearest), model.tasks[0])
-    rows = np.arange(len(nearest))[:, None]
-    gradients = alpha_gradients(model, tokens, rows, np.ones(rows.shape), nearest, batching)
-    return np.asarray(model.tasks)[gradients.argmin(axis=1)]
 
 
 def logits(model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching) -> np.ndarray:
@@ -581,7 +558,7 @@ def logits(model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching) 
 
 
 def alone(tasks: np.ndarray) -> np.ndarray:
-    """Return `logits`' pairs for images that each form a batch of their own, int `[N, 4]`.
+    """Return pairs for images that each form a batch of their own, int `[N, 4]`.
 
     Image i is answered by the network of task `tasks[i]`.
     """

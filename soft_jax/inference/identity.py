@@ -3,7 +3,7 @@ the published batch vote.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -106,10 +106,10 @@ def entropy_of_top(logits: jax.Array, top: jax.Array) -> jax.Array:
 
 
 class Factors(NamedTuple):
-    """∂H/∂W of a kernel y = xW for G groups of images, not multiplied out: Σ over a group's
-    tokens of x ⊗ ∂H/∂y.
+    """∂H/∂W of a kernel y = xW for B images, not multiplied out: Σ over an image's tokens of
+    x ⊗ ∂H/∂y.
 
-    `inputs` `[G, tokens, in]` and `gradients` `[G, tokens, out]`, of the backbone's dtype: in
+    `inputs` `[B, tokens, in]` and `gradients` `[B, tokens, out]`, of the backbone's dtype: in
     bfloat16, products of them that are added up in float32 are exact and take one pass on a TPU.
     """
 
@@ -118,8 +118,8 @@ class Factors(NamedTuple):
 
 
 class LogitFactors(NamedTuple):
-    """What the logits of G groups of S images have to do with H: `gradients` ∂H/∂ℓ
-    `[G, S, classes]`, and the `features` `[G, S, feature_dim]` that they are made of.
+    """What the logits of B images have to do with H: `gradients` ∂H/∂ℓ `[B, classes]`, and the
+    `features` `[B, feature_dim]` that they are made of.
     """
 
     features: jax.Array
@@ -131,47 +131,41 @@ def entropy_gradients(
     method: Method,
     backbone: pytrees.Tree,
     mean: pytrees.Tree,
-    prompt: jax.Array,
+    rows: jax.Array,
     shared: Shared,
     tokens: jax.Array,
-    weights: jax.Array,
+    pairs: jax.Array,
     tasks: jax.Array,
 ) -> tuple[dict[str, Factors], LogitFactors]:
-    """Compute ∂H/∂(θ ⊙ M) of several groups of images, at the superposed mask M = Σ α_t m_t.
+    """Compute ∂H/∂(θ ⊙ M) of several images, at the superposed mask M = Σ α_t m_t.
 
-    Each group has its own gradients; all are computed in one pass.
+    Each image has its own gradients; all are computed in one pass. Those of the mean of several
+    images' H are the mean of theirs.
 
-    H is the group's mean entropy over the top C/T logits, C classes of the head and T tasks to
-    choose from. At any α, ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves
-    all tasks (`alpha_gradients`).
+    H is the image's entropy over the top C/T logits, C classes of the head and T tasks to choose
+    from. At any α, ∂H/∂α_t = ⟨∂H/∂M, m_t⟩ = ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩: one backward pass serves all
+    tasks (`alpha_gradients`).
 
     Args:
         method: the method, whose tasks replace kernels.
         backbone: frozen parameters.
         mean: θ ⊙ M, the tree of `Method.weights`.
-        prompt: each group's E-prompt, `[G, layers, 2, length, heads, head_dim]`.
+        rows: all tasks' E-prompts, `[P, layers, 2, length, heads, head_dim]`.
         shared: the shared part; where masks are in the text tower, its classifier is
             `superposed_text`'s.
-        tokens: trunk tokens `[G, S, N, dim]`.
-        weights: `[G, S]`, 0 for padding, which stands at the end.
+        tokens: trunk tokens `[B, N, dim]`.
+        pairs: int `[B, 4]`, as `engine.logits` takes them; the task is that whose E-prompt is used.
         tasks: T, int.
 
     Returns:
         The masked kernels' gradients by path, those of the vision tower, and what the text tower's
         are made of.
     """
-    groups, size, count, dim = tokens.shape
-    totals = jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
-    shares = (weights / totals).reshape(-1)
-    positions, sizes = (
-        jnp.broadcast_to(x, weights.shape).reshape(-1)
-        for x in (jnp.arange(size)[None], totals.astype(int))
-    )
-    sources = method.host.sources(positions, sizes)
-    rows = jnp.repeat(prompt, size, axis=0)
+    task, _, position, size = pairs.T
+    host, dtype = method.host, jnp.promote_types(tokens.dtype, jnp.float32)
     prefix = {
-        **method.host.shared_prefix(shared),
-        **method.host.row_prefix(rows, sources),
+        **host.shared_prefix(shared),
+        **host.row_prefix(rows[task], host.sources(position, size)),
     }
     params = pytrees.merge(backbone, mean)
 
@@ -186,41 +180,33 @@ def entropy_gradients(
             return call(*args, **kwargs) + shifts[path]
 
         with nn.intercept_methods(shifted):
-            features = method.features(params, prefix, shared, tokens.reshape(-1, count, dim))
+            features = method.features(params, prefix, shared, tokens)
         logits = method.head(params, shared, features) + logit_shift
-        total = jnp.sum(entropy_of_top(logits, method.num_classes // tasks) * shares)
-        return total, (inputs, features)
+        return jnp.sum(entropy_of_top(logits, method.num_classes // tasks)), (inputs, features)
 
     # A shift of 0 of a layer's output has the output's gradient; that of the kernel itself would be
-    # as large as the kernel, per group.
+    # as large as the kernel, per image.
     layer_of = method.architecture.layer_of
     outs = {
         path: kernel.shape[1]
         for path, kernel in pytrees.flatten(mean).items()
         if layer_of(path) is not None
     }
-    logit_shift = jnp.zeros((groups * size, method.num_classes), shares.dtype)
-    zeros = {
-        path: jnp.zeros((groups * size, 1, out), method.architecture.dtype)
-        for path, out in outs.items()
-    }
-    _, (inputs, _) = jax.eval_shape(entropy, zeros, logit_shift)
-    zeros = {
-        path: jnp.zeros(
-            (groups * size, inputs[path].shape[1], outs[path]), method.architecture.dtype
-        )
-        for path in outs
-    }
+    logit_shift = jnp.zeros((len(tokens), method.num_classes), dtype)
+
+    def zeros(counts: Mapping[str, int]) -> dict[str, jax.Array]:
+        return {
+            path: jnp.zeros((len(tokens), counts[path], out), method.architecture.dtype)
+            for path, out in outs.items()
+        }
+
+    _, (inputs, _) = jax.eval_shape(entropy, zeros(dict.fromkeys(outs, 1)), logit_shift)
+    counts = {path: x.shape[1] for path, x in inputs.items()}
     (gradients, by_logit), (inputs, features) = jax.grad(entropy, (0, 1), has_aux=True)(
-        zeros, logit_shift
+        zeros(counts), logit_shift
     )
-
-    def by_group(rows):
-        return rows.reshape(groups, -1, rows.shape[-1])
-
-    of_kernels = {path: Factors(by_group(inputs[path]), by_group(gradients[path])) for path in outs}
-    features, by_logit = (by_group(rows.astype(shares.dtype)) for rows in (features, by_logit))
-    return of_kernels, LogitFactors(features, by_logit)
+    of_kernels = {path: Factors(inputs[path], gradients[path]) for path in outs}
+    return of_kernels, LogitFactors(features.astype(dtype), by_logit)
 
 
 class SuperposedText(NamedTuple):
@@ -280,29 +266,27 @@ def text_alpha_gradients(
     factors: LogitFactors,
     tangents: jax.Array,
 ) -> jax.Array:
-    """Compute the part of ∂H/∂α_t that goes through the text tower, `[G, T]`.
+    """Compute the part of each image's ∂H/∂α_t that goes through the text tower, `[B, T]`.
 
-    It is Σ ∂H/∂ℓ · ∂ℓ/∂text · ∂text/∂α_t over a group's images and all classes. `tangents`
-    `[T, classes, feature_dim]` are `superposed_text`'s derivatives.
+    It is Σ ∂H/∂ℓ · ∂ℓ/∂text · ∂text/∂α_t over all classes. `tangents` `[T, classes, feature_dim]`
+    are `superposed_text`'s derivatives.
     """
-    features = factors.features.reshape(-1, factors.features.shape[-1])
-    gradients = factors.gradients.reshape(len(features), -1)
 
     def along(tangent):
         def logits(text):
             head = shared["head"] | {"text": text}
-            return method.head(params, shared | {"head": head}, features)
+            return method.head(params, shared | {"head": head}, factors.features)
 
         text = shared["head"]["text"]
         moved = jax.jvp(logits, (text,), (tangent.astype(text.dtype),))[1]
-        return (gradients * moved).sum(axis=1).reshape(len(factors.features), -1).sum(axis=1)
+        return (factors.gradients * moved).sum(axis=1)
 
     return jax.lax.map(along, tangents).T
 
 
 @jax.jit
 def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, ...]) -> jax.Array:
-    """Compute ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each group, for K tasks: `[G, K]`.
+    """Compute ⟨∂H/∂(θ ⊙ M), θ ⊙ m_t⟩ = ∂H/∂α_t of each image, for K tasks: `[B, K]`.
 
     It takes the weights θ ⊙ m_t of those tasks.
 
@@ -320,24 +304,24 @@ def alpha_gradients(gradient: dict[str, Factors], weights: tuple[pytrees.Tree, .
 def _add_inner_products(
     total: jax.Array, factors: Factors, kernels: Sequence[jax.Array]
 ) -> jax.Array:
-    """Add ⟨Σ x ⊗ g, W_k⟩ for kernels W_k, each `[in, out]`, to `total` `[G, K]`."""
+    """Add ⟨Σ x ⊗ g, W_k⟩ for kernels W_k, each `[in, out]`, to `total` `[B, K]`."""
     inputs, gradients = factors
-    groups, (width, out) = len(inputs), kernels[0].shape
+    images, (width, out) = len(inputs), kernels[0].shape
     # Two blocks at least: XLA takes a loop of one apart, and then multiplies out the gradients of
     # all kernels at the same time.
-    most = min(BLOCK_BYTES // (groups * out * total.dtype.itemsize), width // 2)
+    most = min(BLOCK_BYTES // (images * out * total.dtype.itemsize), width // 2)
     rows = next(size for size in range(max(1, most), 0, -1) if width % size == 0)
 
     def add(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, w = block
         product = jnp.einsum(
-            "gnr,gno->gro", x, gradients, precision="highest", preferred_element_type=total.dtype
+            "bnr,bno->bro", x, gradients, precision="highest", preferred_element_type=total.dtype
         )
-        return total + jnp.einsum("gro,kro->gk", product, w, precision="highest"), None
+        return total + jnp.einsum("bro,kro->bk", product, w, precision="highest"), None
 
     # Copied into blocks first: a TPU takes up to six times as many cycles where the loop slices.
     blocks = (
-        jnp.moveaxis(inputs.reshape(groups, -1, width // rows, rows), 2, 0),
+        jnp.moveaxis(inputs.reshape(images, -1, width // rows, rows), 2, 0),
         jnp.stack([kernel.reshape(-1, rows, out) for kernel in kernels], axis=1),
     )
     return jax.lax.scan(add, total, blocks)[0]

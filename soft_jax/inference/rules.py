@@ -35,7 +35,7 @@ and multiply by it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -97,6 +97,7 @@ class ImageBatch:
     batch_tokens: engine.Tokens | None = None
     last_in_batch: np.ndarray | None = None
     cache: dict[Any, np.ndarray] = dataclasses.field(default_factory=dict)
+    gradients: dict[tuple[int, ...], np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -113,6 +114,24 @@ class ImageBatch:
     def alpha_gradients(self) -> dict[int, np.ndarray]:
         """Return the test batches' ∂H/∂α `[batches, seen]` computed so far, by number of shots."""
         return {key[1]: found for key, found in self.cache.items() if key[0] == "alpha_gradients"}
+
+    def gradients_of(self, pairs: np.ndarray, in_batch: bool = False) -> np.ndarray:
+        """Return `engine.alpha_gradients` of `pairs` `[K, 4]`, each computed once: `[K, seen]`.
+
+        With `in_batch`, the tokens are those of each image as part of its test batch.
+        """
+        in_batch &= self.batch_tokens is not None and self.batch_tokens is not self.tokens
+        tokens = self.batch_tokens if in_batch else self.tokens
+        # The place in a batch counts for what it does to the prompt alone.
+        sources = self.model.method.host.sources(*pairs[:, 2:].T)
+        columns = [pairs[:, :2]] if sources is None else [pairs[:, :2], np.asarray(sources)]
+        keys = [(in_batch, *key) for key in np.concatenate(columns, axis=1).tolist()]
+        missing = {key: row for row, key in enumerate(keys) if key not in self.gradients}
+        if missing:
+            asked = pairs[list(missing.values())]
+            found = engine.alpha_gradients(self.model, tokens, asked, self.batching)
+            self.gradients.update(zip(missing, found, strict=True))
+        return np.array([self.gradients[key] for key in keys])
 
     @functools.cached_property
     def key_similarity(self) -> np.ndarray:
@@ -214,6 +233,13 @@ class TaskIdentityRule:
         """Return the task whose network answers for each image, int `[N]`."""
         raise NotImplementedError
 
+    def gradient_pairs(self, images: ImageBatch) -> np.ndarray:
+        """Return of which images the rule asks ∂H/∂α, as `engine.alpha_gradients` takes them.
+
+        Int `[K, 4]`; here none.
+        """
+        return np.empty((0, 4), int)
+
     def task_scores(self, images: ImageBatch) -> np.ndarray:
         """Return what `identify` compares, `[N, len(model.tasks)]`; see `scored_by`."""
         raise NotImplementedError
@@ -304,9 +330,11 @@ class GradientId(TaskIdentityRule):
 
     def task_scores(self, images: ImageBatch) -> np.ndarray:
         """Return ∂H/∂α of each task, each image by itself."""
-        rows = np.arange(images.count)[:, None]
-        model, batching, ones = images.model, images.batching, np.ones(rows.shape)
-        return engine.alpha_gradients(model, images.tokens, rows, ones, images.nearest, batching)
+        return images.gradients_of(engine.alone(images.nearest))
+
+    def gradient_pairs(self, images: ImageBatch) -> np.ndarray:
+        """Return each image by itself, with the E-prompt of its nearest key; see `identify`."""
+        return engine.alone(images.nearest)[: images.count if len(images.model.tasks) > 1 else 0]
 
     @classmethod
     def applies(cls, method: Method | Parts) -> bool:
@@ -314,8 +342,15 @@ class GradientId(TaskIdentityRule):
         return method.replaces_kernels
 
     def identify(self, images: ImageBatch) -> np.ndarray:
-        """Return each image's task by its own gradient."""
-        return engine.gradient_id(images.model, images.tokens, images.nearest, images.batching)
+        """Return each image's task by its own gradient.
+
+        The superposed pass of an image uses the E-prompt of its nearest key. With one class a task,
+        C/T = 1 and H is 0 whatever α: the first task is the answer then, as in the published code.
+        """
+        tasks = np.asarray(images.model.tasks)
+        if len(tasks) == 1:
+            return np.full(images.count, tasks[0])
+        return tasks[self.task_scores(images).argmin(axis=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -608,10 +643,29 @@ class GradientVote(_Vote):
         shots = name.removeprefix("gradient_id_")
         return None if shots == name else f"CIL batch_vote, Gradient ID, {shots} shots *"
 
+    def gradient_pairs(self, images: ImageBatch) -> np.ndarray:
+        """Return the first images of each batch, with the E-prompt that most of them are nearest
+        to.
+        """
+        batches, nearest = images.batches, images.nearest_of_all
+        place = batches.position
+        first = np.flatnonzero(place < (self.shots or batches.size))
+        batch = batches.index[first]
+        voted = identity.majority(nearest[first], batch, len(images.model.rows["key"]))
+        return np.stack([voted, first, place[first], np.bincount(batch)[batch]], axis=1)
+
+    def batch_gradients(self, images: ImageBatch) -> np.ndarray:
+        """Return the mean ∂H/∂α of each batch's first images, `[batches, seen]`."""
+        pairs = self.gradient_pairs(images)
+        starts = np.flatnonzero(pairs[:, 2] == 0)
+        of_images = images.gradients_of(pairs, in_batch=True)
+        counts = pairs[starts, 3, None].astype(of_images.dtype)
+        return np.add.reduceat(of_images, starts) / counts
+
     def identify(self, images: ImageBatch) -> np.ndarray:
         """Return the batch's task for each image."""
         gradients = images.cached(
-            ("alpha_gradients", self.shots), lambda: batch_alpha_gradients(images, self.shots)
+            ("alpha_gradients", self.shots), lambda: self.batch_gradients(images)
         )
         return np.asarray(images.model.tasks)[gradients.argmin(axis=1)[images.batches.index]]
 
@@ -782,20 +836,15 @@ def options() -> dict[str, type[TaskIdentityRule]]:
     return {rule.option: rule for rule in RULES.values() if rule.option}
 
 
-def batch_alpha_gradients(images: ImageBatch, shots: int) -> np.ndarray:
-    """Return ∂H/∂α at uniform α, `[batches, seen]`, of each published test batch's first images.
+def compute_gradients(rules: Iterable[TaskIdentityRule], images: ImageBatch) -> None:
+    """Compute ∂H/∂α of all images that `rules` ask for, in one go.
 
-    `shots` is the number of those images; 0 means all. The superposed pass uses the E-prompt that
-    the majority of those images is nearest to.
+    A go for each rule would have more, smaller passes, and each size of them has its program.
     """
-    batches, nearest = images.batches, images.nearest_of_all
-    shots = min(shots or batches.size, batches.size)
-    starts = np.arange(0, batches.count, batches.size)
-    counts = np.minimum(np.minimum(batches.count - starts, batches.size), shots)
-    taken = starts[:, None] + np.arange(shots)
-    pool = len(images.model.rows["key"])
-    votes = (identity.vote(nearest[row[:n]], pool) for row, n in zip(taken, counts, strict=True))
-    voted = np.array(list(votes))
-    taken, weights = np.minimum(taken, batches.count - 1), np.arange(shots) < counts[:, None]
-    tokens = images.batch_tokens if images.batch_tokens is not None else images.tokens
-    return engine.alpha_gradients(images.model, tokens, taken, weights, voted, images.batching)
+    apart = images.batch_tokens is not None and images.batch_tokens is not images.tokens
+    asked: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    for rule in rules:
+        asked[apart and rule.by_batch].append(rule.gradient_pairs(images))
+    for in_batch, pairs in asked.items():
+        if pairs:
+            images.gradients_of(np.concatenate(pairs), in_batch)
