@@ -157,8 +157,8 @@ class Programs:
         table |= {"query": self._query, "encode": self._encode, "weights": self._weights}
         table |= {f"logits@{size}": functools.partial(self._logits, size) for size in sizes}
         table |= {
-            f"gradient@{self._identified}": self._gradient,
-            f"alpha@{self._identified}": self._alpha,
+            f"gradient@{self._gradient_images}": self._gradient,
+            f"alpha@{self._gradient_images}": self._alpha,
             "mean": self._mean,
             "keys": self._keys,
             "grow": self._grow,
@@ -273,32 +273,32 @@ class Programs:
         )
 
     @property
-    def _identified(self) -> int:
+    def _gradient_images(self) -> int:
         """Return the images of one pass of Gradient ID."""
         tokens = self._tokens(1)
         widths = sum(sum(kernel.shape) for kernel in jax.tree.leaves(self.weights))
         most = engine.GRADIENT_BYTES // (tokens.shape[1] * widths * tokens.dtype.itemsize)
         return next(self.batching.pieces(self.batching.largest, most))[2]
 
-    def _entropy(self):
+    def _gradient_arguments(self):
         return (
             self.method,
             self.params,
             self.weights,
             self.prompts["prompt"],
             self.shared,
-            self._tokens(self._identified),
-            self._array((self._identified, 4), jnp.int32, True),
+            self._tokens(self._gradient_images),
+            self._array((self._gradient_images, 4), jnp.int32, True),
             self._array((), jnp.int32),
         )
 
     def _factors(self, part: int):
-        method, *arrays = self._entropy()
+        method, *arrays = self._gradient_arguments()
         found = jax.eval_shape(functools.partial(identity.entropy_gradients, method), *arrays)
         return self._split(found[part])
 
     def _gradient(self) -> jax.stages.Lowered:
-        return identity.entropy_gradients.lower(*self._entropy())
+        return identity.entropy_gradients.lower(*self._gradient_arguments())
 
     def _alpha(self) -> jax.stages.Lowered:
         at_once = engine.TaskWeights(

@@ -86,7 +86,8 @@ def model_of(
 ) -> engine.Model:
     """A model of adapters that are all in memory."""
     rows = {
-        name: jax.numpy.stack([adapter[name] for adapter in adapters]) for name in ("key", "prompt")
+        name: jax.numpy.stack([adapter.get(name, np.zeros(shape)) for adapter in adapters])
+        for name, shape in method.row_shapes.items()
     }
     weights_ = engine.TaskWeights(method, backbone, adapters.__getitem__, budget)
     return engine.Model(method, backbone, shared, rows, weights_, tasks, task_of_class, **others)

@@ -10,9 +10,10 @@ from hypothesis.strategies import DataObject
 from soft_jax import distributed
 from soft_jax.evaluation import evaluate
 from soft_jax.inference import engine, identity, prototypes
-from soft_jax.methods import prompts
+from soft_jax.inference import rules as task_identity
+from soft_jax.methods import hosts, prompts
 from tests import protocols
-from tests.conftest import tiny_method
+from tests.conftest import soft_masks, tiny_method
 from tests.replay import model_of
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -306,36 +307,83 @@ def test_a_test_batch_larger_than_a_chunk(world):
 
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
 def test_an_images_gradients_are_computed_once_for_all_rules(world, layout, monkeypatch):
-    """Of the same image with the same E-prompt, whichever rule asks; and they are its batch's."""
-    model, _, images, query = world
+    """Of the same image with the same E-prompt, whichever rule asks, in one go; a batch's are the
+    mean of its first images'.
+    """
+    model, adapters, images, query = world
     host = dataclasses.replace(model.method.host, prefix_layout=layout)
     model = dataclasses.replace(model, method=dataclasses.replace(model.method, host=host))
     asked, alpha_gradients = [], engine.alpha_gradients
 
-    def count(model, tokens, pairs, batching):
+    def count(model, tokens, pairs, *others):
         asked.append(pairs)
-        return alpha_gradients(model, tokens, pairs, batching)
+        return alpha_gradients(model, tokens, pairs, *others)
 
     monkeypatch.setattr(engine, "alpha_gradients", count)
     answers = answer(model, images, query, 1, run_settings(eval_batch_size=64))
-    pairs = np.concatenate(asked)
-    nearest, batch, place = answers.task_ids[protocols.PER_SAMPLE], *np.divmod(np.arange(COUNT), 8)
-    voted, first = identity.majority(nearest, batch, 3), np.flatnonzero(place < 5)
-    voted_first = identity.majority(nearest[first], batch[first], 3)
-    if layout == "separate":  # its place in a batch changes nothing
-        of_rules = ((nearest, range(COUNT)), (voted, range(COUNT)), (voted_first, first))
-        wanted = {pair for rule in of_rules for pair in zip(*rule, strict=True)}
-        assert len(wanted) < 2 * COUNT + len(first)
-        assert sorted(map(tuple, pairs[:, :2].tolist())) == sorted(wanted)
-    else:
-        places = np.asarray(prompts.prefix_sources(layout, *pairs[:, 2:].T))
-        assert len(np.unique(np.column_stack([pairs[:, :2], places]), axis=0)) == len(pairs)
-    whole = np.stack([voted, np.arange(COUNT), place, np.bincount(batch)[batch]], axis=1)
+    nearest, (batch, place) = answers.task_ids[protocols.PER_SAMPLE], np.divmod(range(COUNT), 8)
+    wanted = {(nearest[i], i, 0, 1) for i in range(COUNT)}
+    means = {}
     batching = run_settings(eval_batch_size=64).batching
     tokens, _ = engine.encode(model, images, batching, queried=False)
-    of_images = alpha_gradients(model, tokens, whole, batching)
-    means = [of_images[batch == b].mean(axis=0) for b in range(5)]
-    np.testing.assert_allclose(answers.alpha_gradients[0], means, rtol=1e-4, atol=1e-7)
+    for shots in SHOTS:
+        first = np.flatnonzero(place < (shots or 8))
+        voted = identity.majority(nearest[first], batch[first], 3)
+        of = np.stack([voted, first, place[first], np.bincount(batch[first])[batch[first]]], axis=1)
+        wanted |= set(map(tuple, of.tolist()))
+        rows = alpha_gradients(model, tokens, of, batching)
+        means[shots] = np.stack([rows[batch[first] == b].mean(axis=0) for b in range(5)])
+    if layout == "separate":  # its place in a batch changes nothing
+        wanted = {(task, image) for task, image, *_ in wanted}
+        by_hand = [gradient_by_hand(model, adapters, images[i], voted[i]) for i in range(8)]
+        np.testing.assert_allclose(means[0][0], np.mean(by_hand, axis=0), rtol=2e-3, atol=1e-6)
+        assert len(wanted) < 2 * COUNT
+    (pairs,) = asked
+    width = 2 if layout == "separate" else 4
+    assert sorted(map(tuple, pairs[:, :width].tolist())) == sorted(wanted)
+    for shots in SHOTS:
+        np.testing.assert_allclose(
+            answers.alpha_gradients[shots], means[shots], rtol=1e-4, atol=1e-7
+        )
+
+
+def test_votes_take_the_prompts_that_a_batch_selects(backbone, rng, monkeypatch):
+    """Of a pool, a batch selects others than an image by itself; the gradients follow. Tasks have
+    no prompt here, so an image has one gradient by itself and one in its batch.
+    """
+    host = hosts.L2P(size=6, length=2, top_k=2)
+    method = tiny_method(host=host, reparametrization=soft_masks(layers=(1,)))
+    adapters = make_adapters(backbone, method)
+    model = make_model(backbone, method, adapters)
+    images = rng.integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
+    query = engine.queries(method, backbone, images, run_settings().batching)
+    settings_ = run_settings(eval_batch_size=64)
+    asked, alpha_gradients = [], engine.alpha_gradients
+
+    def count(model, tokens, pairs, *others):
+        asked.append(len(pairs))
+        return alpha_gradients(model, tokens, pairs, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "alpha_gradients", count)
+        answers = answer(model, images, query, 1, settings_, features=0)
+    assert asked == [COUNT, COUNT]
+    batches = task_identity.TestBatches(COUNT, 8)
+    alone, in_batch = evaluate._tokens(model, images, query, batches, settings_)
+    of_images = [
+        engine.alpha_gradients(
+            model, tokens, engine.alone(np.zeros(COUNT, int)), settings_.batching
+        )
+        for tokens in (alone, in_batch)
+    ]
+    ours, others = (
+        np.stack([rows[batches.index == b].mean(axis=0) for b in range(5)])
+        for rows in reversed(of_images)
+    )
+    assert np.abs(ours - others).max() > 1e-2 * np.abs(ours).max()
+    np.testing.assert_allclose(answers.alpha_gradients[0], ours, rtol=1e-4, atol=1e-7)
+    by_itself = of_images[0].argmin(axis=1)
+    np.testing.assert_array_equal(answers.task_ids["per_sample/gradient_id"], by_itself)
 
 
 def test_chunks_are_joined(world):

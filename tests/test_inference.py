@@ -24,16 +24,29 @@ from tests.replay import model_of
     count=strategies.integers(1, 3000),
     largest=strategies.integers(1, 600),
     devices=strategies.sampled_from([1, 2, 4]),
+    bounds=strategies.tuples(strategies.integers(0, 5), strategies.integers(0, 5)),
 )
-def test_pieces_cover_every_row_once(count, largest, devices):
+def test_pieces_cover_every_row_once(count, largest, devices, bounds):
     batching = engine.Batching(distributed.data_mesh(jax.devices()[:devices]), largest)
-    assert len(batching.sizes) <= 6
-    assert all(size % devices == 0 for size in batching.sizes)
+    sizes = batching.sizes
+    assert len(sizes) <= 6
+    assert all(size % devices == 0 for size in sizes)
+    most, least = (sizes[min(place, len(sizes) - 1)] for place in sorted(bounds))
+    for allowed, pieces in (
+        (sizes, list(batching.pieces(count))),
+        (
+            [size for size in sizes if least <= size <= most],
+            list(batching.pieces(count, most, least)),
+        ),
+        (sizes[-1:], list(batching.pieces(count, 0))),  # a limit below all sizes
+    ):
+        rows = [row for start, stop, _ in pieces for row in range(start, stop)]
+        assert rows == list(range(count))
+        for start, stop, size in pieces:
+            assert size in allowed
+            assert stop - start <= size
+            assert size <= 2 * (stop - start) or size == allowed[-1]
     pieces = list(batching.pieces(count))
-    assert [row for start, stop, _ in pieces for row in range(start, stop)] == list(range(count))
-    for start, stop, size in pieces:
-        assert size in batching.sizes
-        assert size == batching.sizes[-1] or stop - start <= size <= 2 * (stop - start)
     # What encode relies on: a chunk's pieces fit into the chunk.
     if count <= batching.chunk:
         assert sum(size for *_, size in pieces) <= batching.chunk
@@ -243,10 +256,9 @@ def test_gradient_id_loads_a_task_once(backbone, rng, monkeypatch, pieces_at_onc
 @given(
     seed=strategies.integers(0, 1000),
     devices=strategies.sampled_from([1, 2, 4]),
-    group=strategies.sampled_from([(), (1,), (3,)]),
 )
 @settings(max_examples=20)
-def test_tokens_are_joined_and_taken_to_the_bit(seed, devices, group):
+def test_tokens_are_joined_and_taken_to_the_bit(seed, devices):
     rng, batching = np.random.default_rng(seed), engine.Batching(mesh_of(devices), 16)
     count = int(rng.integers(1, batching.chunk + 1))
     whole = rng.normal(size=(count, 3, 2)).astype(np.float32)
@@ -258,9 +270,9 @@ def test_tokens_are_joined_and_taken_to_the_bit(seed, devices, group):
         batching,
     )
     size = int(rng.choice(batching.sizes))
-    images = rng.integers(0, count, (int(rng.integers(1, size + 1)), *group))
+    images = rng.integers(0, count, int(rng.integers(1, size + 1)))
     taken = engine.take_rows(tokens, images, size, batching)
-    assert taken.shape == (size, *group, 3, 2)
+    assert taken.shape == (size, 3, 2)
     assert taken.sharding.is_equivalent_to(tokens.array.sharding, taken.ndim)
     np.testing.assert_array_equal(np.asarray(taken)[: len(images)], whole[images])
 

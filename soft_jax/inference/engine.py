@@ -298,11 +298,6 @@ def _insert(tokens: jax.Array, part: jax.Array, start: jax.Array, mesh: Mesh) ->
     return jax.shard_map(on_one, mesh=mesh, in_specs=specs, out_specs=_SPLIT)(tokens, part, start)
 
 
-@jax.jit
-def _take(whole: jax.Array, rows: jax.Array) -> jax.Array:
-    return whole[rows]
-
-
 # This one alone exchanges something between devices. A device that meets such a program waits there
 # for the others, so all devices must meet them in one order: two threads that start theirs at the
 # same time would wait for each other forever. A thread holds the lock while it starts one.
@@ -315,7 +310,7 @@ def _take_scattered(tokens: jax.Array, rows: jax.Array, mesh: Mesh) -> jax.Array
         local = rows - jax.lax.axis_index("data") * len(tokens)
         own = (local >= 0) & (local < len(tokens))
         taken = tokens[jnp.where(own, local, 0)]
-        taken = jnp.where(own.reshape(*own.shape, 1, 1), taken, 0)
+        taken = jnp.where(own[:, None, None], taken, 0)
         return jax.lax.psum_scatter(taken, "data", tiled=True)
 
     specs = (_SPLIT, PartitionSpec())
@@ -335,7 +330,7 @@ class Tokens:
 
 
 def take_rows(tokens: Tokens, images: np.ndarray, size: int, batching: Batching) -> jax.Array:
-    """Return the tokens of `images`, int `[n]` or `[n, S]`, as `[size, (S,) tokens, dim]`.
+    """Return the tokens of `images`, int `[n]`, as `[size, tokens, dim]`.
 
     The result is split over the devices by row; behind the first n it holds any rows. Each device
     brings the rows that it has, and gets its share of the sum with zeros: what is exchanged is the
@@ -442,12 +437,20 @@ def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
 
 
 def alpha_gradients(
-    model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching
+    model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching, smallest: int = 0
 ) -> np.ndarray:
-    """Compute ∂H/∂α_t at uniform α, `[K, len(model.tasks)]`, one row for each row of `pairs`.
+    """Compute ∂H/∂α_t at uniform α, `[K, len(model.tasks)]`, float32 or wider.
 
-    `pairs`, int `[K, 4]`, are as for `logits`; a pair's task is that whose E-prompt the image's
-    superposed pass uses. The columns are in the order of `model.tasks`, which replace kernels.
+    There is one row for each row of `pairs`; the columns are in the order of `model.tasks`, which
+    replace kernels.
+
+    Args:
+        model: the images' model.
+        tokens: what `encode` returned.
+        pairs: int `[K, 4]`, as for `logits`; a pair's task is that whose E-prompt the image's
+            superposed pass uses.
+        batching: fixes the sizes of passes,
+        smallest: and this the smallest that is taken.
     """
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
     out = np.empty((len(pairs), len(tasks)), at_least_float32(tokens.array.dtype))
@@ -464,10 +467,7 @@ def alpha_gradients(
     if text:
         superposed = model.superposed_text.text.astype(shared["head"]["text"].dtype)
         shared = shared | {"head": shared["head"] | {"text": superposed}}
-    # A backward pass of one more size takes longer to compile than some padding to compute; a few
-    # images by themselves are not padded.
-    smallest = batching.sizes[:2][-1]
-    pieces = list(batching.pieces(len(pairs), largest, smallest * (len(pairs) >= smallest)))
+    pieces = list(batching.pieces(len(pairs), largest, smallest))
     while pieces:
         # As many pieces as GRADIENT_BYTES holds, at least one, go through the tasks together: where
         # the cache doesn't hold all tasks, each pass through them loads most of them again.

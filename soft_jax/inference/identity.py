@@ -15,7 +15,7 @@ from soft_jax import pytrees
 from soft_jax.methods import prompts
 from soft_jax.methods.method import Method, Shared
 
-BLOCK_BYTES = 2**26  # of kernel gradients, one per group of images, that are multiplied out at once
+BLOCK_BYTES = 2**26  # of kernel gradients, one per image, that are multiplied out at once
 
 
 @jax.jit

@@ -97,7 +97,7 @@ class ImageBatch:
     batch_tokens: engine.Tokens | None = None
     last_in_batch: np.ndarray | None = None
     cache: dict[Any, np.ndarray] = dataclasses.field(default_factory=dict)
-    gradients: dict[tuple[int, ...], np.ndarray] = dataclasses.field(default_factory=dict)
+    _gradient_of: dict[tuple[int, ...], np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -115,23 +115,37 @@ class ImageBatch:
         """Return the test batches' ∂H/∂α `[batches, seen]` computed so far, by number of shots."""
         return {key[1]: found for key, found in self.cache.items() if key[0] == "alpha_gradients"}
 
-    def gradients_of(self, pairs: np.ndarray, in_batch: bool = False) -> np.ndarray:
-        """Return `engine.alpha_gradients` of `pairs` `[K, 4]`, each computed once: `[K, seen]`.
+    @property
+    def selected_apart(self) -> bool:
+        """Whether an image's tokens are others as part of its test batch than by itself."""
+        return self.batch_tokens is not None and self.batch_tokens is not self.tokens
 
-        With `in_batch`, the tokens are those of each image as part of its test batch.
+    def gradients_of(
+        self, pairs: np.ndarray, in_batch: bool = False, smallest: int = 0
+    ) -> np.ndarray:
+        """Return ∂H/∂α at uniform α, `[K, seen]`, float32 or wider, each computed once.
+
+        Args:
+            pairs: int `[K, 4]`, and
+            smallest: as `engine.alpha_gradients` takes them.
+            in_batch: whether the tokens are those of each image as part of its test batch.
         """
-        in_batch &= self.batch_tokens is not None and self.batch_tokens is not self.tokens
+        in_batch &= self.selected_apart
         tokens = self.batch_tokens if in_batch else self.tokens
-        # The place in a batch counts for what it does to the prompt alone.
-        sources = self.model.method.host.sources(*pairs[:, 2:].T)
-        columns = [pairs[:, :2]] if sources is None else [pairs[:, :2], np.asarray(sources)]
-        keys = [(in_batch, *key) for key in np.concatenate(columns, axis=1).tolist()]
-        missing = {key: row for row, key in enumerate(keys) if key not in self.gradients}
+        # What the gradient depends on: the task's E-prompt where there are any, the image, and its
+        # place in the published slip.
+        depends = np.array([self.model.rows["prompt"].size > 0, True, *[self._by_place] * 2])
+        keys = [(in_batch, *key) for key in np.where(depends, pairs, 0).tolist()]
+        missing = {key: row for row, key in enumerate(keys) if key not in self._gradient_of}
         if missing:
             asked = pairs[list(missing.values())]
-            found = engine.alpha_gradients(self.model, tokens, asked, self.batching)
-            self.gradients.update(zip(missing, found, strict=True))
-        return np.array([self.gradients[key] for key in keys])
+            found = engine.alpha_gradients(self.model, tokens, asked, self.batching, smallest)
+            self._gradient_of.update(zip(missing, found, strict=True))
+        return np.array([self._gradient_of[key] for key in keys])
+
+    @property
+    def _by_place(self) -> bool:
+        return self.model.method.host.depends_on_place
 
     @functools.cached_property
     def key_similarity(self) -> np.ndarray:
@@ -333,8 +347,10 @@ class GradientId(TaskIdentityRule):
         return images.gradients_of(engine.alone(images.nearest))
 
     def gradient_pairs(self, images: ImageBatch) -> np.ndarray:
-        """Return each image by itself, with the E-prompt of its nearest key; see `identify`."""
-        return engine.alone(images.nearest)[: images.count if len(images.model.tasks) > 1 else 0]
+        """Return each image by itself, with the E-prompt of its nearest key; of one task none."""
+        if len(images.model.tasks) == 1:
+            return super().gradient_pairs(images)
+        return engine.alone(images.nearest)
 
     @classmethod
     def applies(cls, method: Method | Parts) -> bool:
@@ -837,14 +853,15 @@ def options() -> dict[str, type[TaskIdentityRule]]:
 
 
 def compute_gradients(rules: Iterable[TaskIdentityRule], images: ImageBatch) -> None:
-    """Compute ∂H/∂α of all images that `rules` ask for, in one go.
+    """Compute ∂H/∂α of all images that `rules` ask for, in one go and in two sizes of passes.
 
-    A go for each rule would have more, smaller passes, and each size of them has its program.
+    A go for each rule would have passes of more sizes, and in an evaluation each size's program
+    takes longer to compile than the padding to compute.
     """
-    apart = images.batch_tokens is not None and images.batch_tokens is not images.tokens
     asked: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for rule in rules:
-        asked[apart and rule.by_batch].append(rule.gradient_pairs(images))
+        asked[images.selected_apart and rule.by_batch].append(rule.gradient_pairs(images))
     for in_batch, pairs in asked.items():
         if pairs:
-            images.gradients_of(np.concatenate(pairs), in_batch)
+            smallest = images.batching.sizes[:2][-1]
+            images.gradients_of(np.concatenate(pairs), in_batch, smallest)
