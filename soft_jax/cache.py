@@ -9,9 +9,14 @@ from pathlib import Path
 
 
 def _folder() -> str:
-    """Return SOFT_JAX_CACHE, which may be a URL, or else the folder of `_on_disk`."""
+    """Return SOFT_JAX_CACHE, which may be a URL, or else the folder of `_on_disk`.
+
+    As it stands where its "~user" is nobody: who uses it says so.
+    """
     named = os.environ.get("SOFT_JAX_CACHE", "")
-    return named if "://" in named else str(_on_disk(named))
+    if "://" in named or os.path.expanduser(named).startswith("~"):
+        return named
+    return str(_on_disk(named))
 
 
 def _on_disk(named: str = "") -> Path:

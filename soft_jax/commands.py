@@ -652,8 +652,15 @@ def table(arguments: argparse.Namespace) -> int:
     else:
         print(text)
     if output:
-        output.write_text(text, encoding="utf-8")
+        _write(output, text)
     return 0 if whole else 1
+
+
+def _write(file: Place, text: str) -> None:
+    """Write a table whole, or leave what was there: a later command reads and replaces it."""
+    from soft_jax.store import files
+
+    files.of(file).write(file, text.encode(), durable=False)
 
 
 def _output(text: str | None) -> Place | None:
@@ -729,7 +736,7 @@ def sweep(argv: Sequence[str]) -> int:
     text = sweep_lib.markdown(results, protocol, *commands)
     print(text)
     if output:
-        output.write_text(text, encoding="utf-8")
+        _write(output, text)
     return 0 if all(result.figure is not None for result in results) else 1
 
 

@@ -712,7 +712,8 @@ def test_images_that_were_moved_are_found_where_one_says(root, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert main(["move-data", str(root), "here", "there", "--task=t4"]) == 0
     assert capsys.readouterr().out == "The images of t4@1 are in there now\n"
-    assert main(["move-data", str(root), str(here), str(there)]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["move-data", str(root), "~/here", str(there)]) == 0
     assert "The images of t0@2, t3@1 are in " in capsys.readouterr().out
     assert opened.log()[-1]["note"] == "t0@2, t3@1"
     check_whole(root)

@@ -862,6 +862,18 @@ def test_a_user_without_a_home_has_a_cache(tmp_path):
     assert cache_folder(tmp_path, SOFT_JAX_CACHE="/a/b") == Path("/a/b")
 
 
+def test_a_cache_of_a_user_who_is_not_there_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "soft_jax", "table", "7", "--list"],
+        env=os.environ | {"SOFT_JAX_CACHE": "~nobody-of-this-name/c"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: SOFT_JAX_CACHE: '~nobody-of-this-name/c' can't be expanded" in done.stderr
+
+
 def test_a_cache_that_is_another_users_is_not_used(tmp_path):
     """Programs that are run are kept there. A link may lead to anyone's folder."""
     name = f"soft_jax-{os.getuid()}"

@@ -213,7 +213,10 @@ def test_one_protocol_for_all_is_named_once(world):
 
 def test_a_run_that_failed_stands_below_and_the_status_says_so(world, tmp_path):
     outcomes = [UserError("the loss is\nnot finite"), [manifest(**{PROMPT: 30})]]
-    for _ in range(2):  # the same command continues, and replaces its table
+    for number in range(2):  # the same command continues, and replaces its table
+        if number:  # whole: no reader sees half of one
+            os.link(tmp_path / "new/t.md", tmp_path / "before")
+            (tmp_path / "before").write_text((tmp_path / "before").read_text() + "\nread on\n")
         status, printed = swept(
             "--set=epochs=1,2", f"--output={tmp_path / 'new/t.md'}", outcomes=outcomes, **world
         )
@@ -222,6 +225,7 @@ def test_a_run_that_failed_stands_below_and_the_status_says_so(world, tmp_path):
     assert "- failed: epochs=1: the loss is not finite" in printed.out
     assert "Chosen: epochs=2." in printed.out
     assert printed.out.endswith((tmp_path / "new/t.md").read_text() + "\n")
+    assert (tmp_path / "before").read_text().endswith("read on\n")
 
 
 def test_where_all_runs_failed_nothing_is_chosen(world):

@@ -651,10 +651,12 @@ class Library:
             UserError: no version has images in `old`, or the test images in `new` are others than
                 one was learned with, by their hashes; nothing is changed then.
         """
-        folder_now = paths.local(new, "TO")
+        folder_now, old = paths.local(new, "TO"), os.fspath(old)
+        if old.startswith("~"):  # a data set's name stays as it is
+            old = str(paths.local(old, "FROM"))
         with self._held() as folder:
             state = folder.read()
-            after, names = moved.moved(state, os.fspath(old), folder_now, task)
+            after, names = moved.moved(state, old, folder_now, task)
             folder.commit(state, after, command, ", ".join(names))
         return names
 
