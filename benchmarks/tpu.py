@@ -156,9 +156,10 @@ class Programs:
         table = {"step": self._step, "step_files": self._step_of_files, "init": self._init}
         table |= {"query": self._query, "encode": self._encode, "weights": self._weights}
         table |= {f"logits@{size}": functools.partial(self._logits, size) for size in sizes}
+        for size in self._gradient_sizes:
+            table[f"gradient@{size}"] = functools.partial(self._gradient, size)
+            table[f"alpha@{size}"] = functools.partial(self._alpha, size)
         table |= {
-            f"gradient@{self._gradient_images}": self._gradient,
-            f"alpha@{self._gradient_images}": self._alpha,
             "mean": self._mean,
             "keys": self._keys,
             "grow": self._grow,
@@ -172,6 +173,7 @@ class Programs:
             table |= {
                 "class_texts": self._class_texts,
                 "zero_shot_texts": self._zero_shot_texts,
+                "zero_shot": self._zero_shot,
                 "superposed_text": self._superposed_text,
                 "alpha_of_text": self._alpha_of_text,
             }
@@ -272,39 +274,40 @@ class Programs:
             self._array((size, 4), jnp.int32, True),
         )
 
-    @property
-    def _gradient_images(self) -> int:
-        """Return the images of one pass of Gradient ID."""
+    @functools.cached_property
+    def _gradient_sizes(self) -> tuple[int, ...]:
+        """Return the images of a Gradient ID's passes in an evaluation, largest first."""
         tokens = self._tokens(1)
         widths = sum(sum(kernel.shape) for kernel in jax.tree.leaves(self.weights))
         most = engine.GRADIENT_BYTES // (tokens.shape[1] * widths * tokens.dtype.itemsize)
-        return next(self.batching.pieces(self.batching.largest, most))[2]
+        largest = next(self.batching.pieces(self.batching.largest, most))[2]
+        return tuple(dict.fromkeys((largest, min(largest, self.batching.sizes[:2][-1]))))
 
-    def _gradient_arguments(self):
+    def _gradient_arguments(self, size: int):
         return (
             self.method,
             self.params,
             self.weights,
             self.prompts["prompt"],
             self.shared,
-            self._tokens(self._gradient_images),
-            self._array((self._gradient_images, 4), jnp.int32, True),
+            self._tokens(size),
+            self._array((size, 4), jnp.int32, True),
             self._array((), jnp.int32),
         )
 
-    def _factors(self, part: int):
-        method, *arrays = self._gradient_arguments()
+    def _factors(self, size: int, part: int):
+        method, *arrays = self._gradient_arguments(size)
         found = jax.eval_shape(functools.partial(identity.entropy_gradients, method), *arrays)
         return self._split(found[part])
 
-    def _gradient(self) -> jax.stages.Lowered:
-        return identity.entropy_gradients.lower(*self._gradient_arguments())
+    def _gradient(self, size: int) -> jax.stages.Lowered:
+        return identity.entropy_gradients.lower(*self._gradient_arguments(size))
 
-    def _alpha(self) -> jax.stages.Lowered:
+    def _alpha(self, size: int) -> jax.stages.Lowered:
         at_once = engine.TaskWeights(
             self.method, self.params, dict, self.config.weights_cache_mb * 2**20
         ).at_once(TASKS)
-        return identity.alpha_gradients.lower(self._factors(0), (self.weights,) * at_once)
+        return identity.alpha_gradients.lower(self._factors(size, 0), (self.weights,) * at_once)
 
     def _mean(self) -> jax.stages.Lowered:
         return identity._add.lower(self.weights, self.weights)
@@ -364,6 +367,12 @@ class Programs:
             self.architecture, self.params, self.method.class_names
         )
 
+    def _zero_shot(self) -> jax.stages.Lowered:
+        dim, size = self.architecture.feature_dim, self.batching.sizes[0]
+        text = self._array((CLASSES, dim), jnp.float32)
+        query = self._array((size, dim), self.config.dtype, True)
+        return zero_shot.logits.lower(self.architecture, self.params, text, query)
+
     def _text_arguments(self):
         classes = self._array((TASKS, self.method.classes_at_once), jnp.int32)
         return self.weights, self.weights, self.prompts["context"], classes
@@ -374,8 +383,9 @@ class Programs:
     def _alpha_of_text(self) -> jax.stages.Lowered:
         text = self.shared["head"]["text"]
         tangents = self._array((TASKS, *text.shape), jnp.float32)
+        factors = self._factors(self._gradient_sizes[0], 1)
         return identity.text_alpha_gradients.lower(
-            self.method, self.params, self.shared, self._factors(1), tangents
+            self.method, self.params, self.shared, factors, tangents
         )
 
 
