@@ -4,6 +4,7 @@ Without ARGS, be the program of one run among several side by side.
 
 MOMENT is one of: none; kill-step:TASK:STEP, kill-save:FOLDER (just before Orbax commits it),
 kill-evaluate:CALL; term-step:TASK:STEP (SIGTERM); int-step:TASK:STEP (SIGINT, as Ctrl-C);
+parent-step:TASK:STEP (SIGTERM for the program that started this one and others beside it);
 nan-step:TASK:STEP (the loss that is read is not a number). Tasks, steps and calls from 0.
 
 No pictures are drawn: that takes longer than many a run, and changes nothing in it.
@@ -29,6 +30,9 @@ def strike(moment: str) -> None:
         if kind.endswith("-step") and [task, step] == [int(x) for x in where]:
             if kind == "nan-step":
                 return values | {"loss": float("nan")}
+            if kind == "parent-step":
+                os.kill(os.getppid(), signal.SIGTERM)
+                return values
             os.kill(os.getpid(), getattr(signal, f"SIG{kind.removesuffix('-step').upper()}"))
         return values
 

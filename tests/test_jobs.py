@@ -280,7 +280,7 @@ def contents(run):
 
 
 def test_seeds_side_by_side_are_those_one_after_the_other(tmp_path, monkeypatch, capsys):
-    """As hashes of arrays and as counts; and the command takes their mean."""
+    """As hashes of arrays and as counts, though they were stopped; the command takes their mean."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", COMPILED)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     flags = [f"--config={SMALL}", "--seeds=2", f"--workdir={tmp_path / 'side'}"]
@@ -293,6 +293,10 @@ def test_seeds_side_by_side_are_those_one_after_the_other(tmp_path, monkeypatch,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},  # as each of those side by side has
         check=True,
     )
+    with pytest.raises(Preempted):
+        list(planned.run(side, QUIET, jobs=2, program=(*drive[:-1], "parent-step:1:0")))
+    assert any("continues" in (run.folder / "log.txt").read_text() for run in side)
+    assert not all(map(planned.finished, side))
     list(planned.run(side, QUIET, jobs=2, program=drive))
     assert list(map(contents, side)) == list(map(contents, in_turn))
     assert all(sha256 for sha256, _ in contents(side[0]))
