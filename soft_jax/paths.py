@@ -106,12 +106,22 @@ def kind_of(path: str | os.PathLike) -> str:
     return next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), FILE)
 
 
+def check_encoding(path: Place, field: str) -> None:
+    """Raise UserError naming `field` for a folder's path that is no UTF-8: arrays can't be stored
+    below it.
+    """
+    if shown(path) != str(path):
+        raise UserError(f"{field}: {shown(path)!r} is not UTF-8; name a folder that is")
+
+
 def check_writable(path: Place, field: str, kind: str) -> None:
     """Raise UserError naming `field` where another thing than a `kind` is at `path`.
 
     `kind` is `FILE` or `FOLDER`, what is going to be written. It is asked before what takes long: a
     pipe would be waited for afterwards, without end.
     """
+    if kind == FOLDER:
+        check_encoding(path, field)
     try:
         if isinstance(path, BucketPath):
             there = FOLDER if kind == FILE and path.is_dir() else kind

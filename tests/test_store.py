@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from soft_jax import __main__ as command_line
 from soft_jax import distributed, pytrees
 from soft_jax.errors import UserError
 from soft_jax.store import checkpoint, files, folder, formats
@@ -860,6 +861,19 @@ def test_a_user_without_a_home_has_a_cache(tmp_path):
     assert folder_.stat().st_mode & 0o777 == 0o700
     assert cache_folder(tmp_path) == folder_
     assert cache_folder(tmp_path, SOFT_JAX_CACHE="/a/b") == Path("/a/b")
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+def test_names_that_are_no_utf_8(tmp_path, capsys):
+    """A report has the settings, and data_dir may be any name; arrays can't be stored under it."""
+    name = os.fsdecode(b"ph\xe9")
+    files.write_text(tmp_path / "report.md", f"data_dir={name}, seed=59 θ\n")
+    assert (tmp_path / "report.md").read_text("utf-8") == "data_dir=ph\\xe9, seed=59 θ\n"
+    with pytest.raises(UserError, match=r"^workdir: '.*ph\\\\xe9' is not UTF-8; name a folder"):
+        folder.Store(tmp_path / name)
+    assert command_line.main(["train", f"--workdir={tmp_path / name}"]) == 1
+    assert re.match(r"error: --workdir: '.*xe9' is not UTF-8", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
 
 
 def test_a_cache_of_a_user_who_is_not_there_is_refused():

@@ -370,9 +370,12 @@ def refuse_link(path: Place) -> None:
 
 
 def write_text(path: Place, text: str) -> None:
-    """Write a file, UTF-8, whole or not at all: it is safe when this returns.
+    r"""Write a file, UTF-8, whole or not at all: it is safe when this returns.
+
+    Bytes of a file name in `text` that are no UTF-8 become `\xNN`.
 
     Raises UserError when it can't be written; the file is then as it was.
     """
     refuse_link(_partial(path))
-    of(path).write(path, text.encode("utf-8"))
+    raw = text.encode("utf-8", "surrogateescape")
+    of(path).write(path, raw.decode("utf-8", "backslashreplace").encode())

@@ -186,6 +186,7 @@ class Store(Reader):
         process runs in it.
         """
         super().__init__(workdir)
+        paths.check_encoding(self.root, "workdir")
         self._lock: files.Lock | None = None
         distributed.run_on_all(self._open)
 
