@@ -337,7 +337,10 @@ def evaluate_stage(
     seen, done = len(model.tasks), 0
     sizes = [len(run.index(part, task)) for task in model.tasks]
     last = evaluate.last_in_batch(model.tasks, sizes, run.settings.batch_size)
-    _begin(run, model.tasks[-1], f"evaluating {part} images", sum(sizes))
+    # Gradient ID begins with the second task. A run that continues compiles at a later one.
+    first = VALIDATION if VALIDATION in run.parts else TEST
+    compiling = "compiling and " if seen <= 2 and part == first else ""
+    _begin(run, model.tasks[-1], f"{compiling}evaluating {part} images", sum(sizes))
     for task in model.tasks:
         run.hooks.before_evaluation(task)
         if distributed.all_max(run.stop.is_set())[0]:
