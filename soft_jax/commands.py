@@ -211,7 +211,13 @@ def default_workdir(config: Any, method: str, of_seeds: bool = False) -> Path:
     """Return the folder of a run that is given none: its name, method, tasks and seed.
 
     `method` is the method in its one spelling. That `of_seeds` holds the runs of several seeds.
+    Raises UserError where the name would lead elsewhere than to a folder in runs/.
     """
+    if not re.fullmatch(r"[^\s./\0][^/\0]*", config.name):
+        raise UserError(
+            f"name: {config.name[:_SHOWN]!r} can't begin a folder's name in runs/; expected a word "
+            "such as 'softtf', without a slash, and no dot in front. Or give --workdir"
+        )
     tasks = f"{config.tasks}x" if config.scenario == "equal" else config.scenario
     seed = "" if of_seeds else f"-seed{config.seed}"
     return Path(f"runs/{config.name}-{method}-{tasks}{seed}")
@@ -396,6 +402,8 @@ def whole_number(text: str, flag: str, least: int = 1) -> int:
 def predict(arguments: argparse.Namespace) -> int:
     """Print a line for each image; the exit status is 1 where one could not be answered."""
     top = whole_number(arguments.top, "--top")
+    if "" in arguments.images:
+        raise UserError("images: '' is no path; give a file or a folder (is a variable unset?)")
     if arguments.json and arguments.csv:
         raise UserError("--json, --csv: take one of them")
     load = _by_task(arguments) if arguments.classes is None else _by_names(arguments)
@@ -660,7 +668,7 @@ def _write(file: Place, text: str) -> None:
     """Write a table whole, or leave what was there: a later command reads and replaces it."""
     from soft_jax.store import files
 
-    files.of(file).write(file, text.encode(), durable=False)
+    files.write_text(file, text)
 
 
 def _output(text: str | None) -> Place | None:

@@ -345,7 +345,7 @@ def check_flag(name: str, text: str) -> None:
             for part in text.strip(" ()[]").removesuffix(",").split(","):
                 _LISTS[kind](part)
     except ValueError:
-        raise UserError(f"{name}: {_short(text)} is not {_type_name(kind)}") from None
+        raise UserError(f"{name}: {_short(text)} {_problem(text, kind)}") from None
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
@@ -402,7 +402,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     except ValueError:
         value = None
     if not _has_type(value, kind):
-        raise UserError(f"config argument: {key}={_short(text)} is not {_type_name(kind)}")
+        raise UserError(f"config argument: {key}={_short(text)} {_problem(text, kind)}")
     return value
 
 
@@ -412,12 +412,33 @@ _LISTS = {tuple[int, ...]: int, tuple[float, float]: float}  # types of several 
 _MOST_NUMBERS = 10_000  # in one list: more is a slip, and would fill memory before it is found
 
 
+class _BadNumbers(ValueError):
+    """Says what is wrong with a list of numbers that can be read."""
+
+
+def _problem(text: str, kind: Any) -> str:
+    """Say what is wrong with a text that gives no value of the type `kind`."""
+    if kind == tuple[int, ...]:
+        try:
+            _parse_numbers(text)
+        except _BadNumbers as error:
+            return str(error)
+        except ValueError:
+            pass
+    return f"is not {_type_name(kind)}"
+
+
 def _parse_numbers(text: str) -> tuple[int, ...]:
     numbers: list[int] = []
     for part in text.split("+"):
         first, _, last = part.partition("-")
-        span = range(int(first), int(last or first) + 1)
-        if len(numbers) + len(span) > _MOST_NUMBERS:
-            raise ValueError
-        numbers += span
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise _BadNumbers(
+                f"has the range {_short(part)}, which goes backwards; write the smaller number "
+                "first, such as 10-12"
+            )
+        if len(numbers) + high - low + 1 > _MOST_NUMBERS:
+            raise _BadNumbers(f"is more than {_MOST_NUMBERS:,} numbers, the most of one list")
+        numbers += range(low, high + 1)
     return tuple(numbers)

@@ -8,6 +8,7 @@ be called by all processes in the same order, as all must run the same programs.
 import collections
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -31,18 +32,22 @@ def join(others: str) -> None:
         UserError: `others` can't be read, or there is no cluster. A process that waits five minutes
             for the others is ended by jax.
     """
+    expected = (
+        'expected "auto" or "HOST:PORT,INDEX,COUNT", with the same HOST:PORT and COUNT in all '
+        "processes, and INDEX from 0 to COUNT - 1"
+    )
+    number = r"\s*([0-9]{1,9})\s*"
+    parts = re.fullmatch(rf"\s*([^,\s]+:[0-9]{{1,5}})\s*,{number},{number}", others)
+    if others != "auto" and not (parts and int(parts[2]) < int(parts[3])):
+        raise UserError(f"distributed: {others!r}: {expected}")
     try:
         if others == "auto":
             jax.distributed.initialize()
         else:
-            address, index, count = others.split(",")
-            jax.distributed.initialize(address, int(count), int(index))
-    # Not three parts, parts that are no numbers, no cluster found, or nobody at that address.
+            jax.distributed.initialize(parts[1], int(parts[3]), int(parts[2]))
+    # No cluster found, or nobody at that address.
     except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f'distributed: {others!r}: {error}; expected "auto" or "HOST:PORT,INDEX,COUNT", with '
-            "the same HOST:PORT and COUNT in all processes"
-        ) from error
+        raise UserError(f"distributed: {others!r}: {error}; {expected}") from error
 
 
 def is_primary() -> bool:

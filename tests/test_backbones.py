@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import zipfile
 
 import jax
@@ -500,6 +501,7 @@ def test_names_that_timm_does_not_know_need_their_heads_in_config_json(tmp_path)
         ("null", "it holds None, expected an object"),
         ("5", "it holds 5, expected an object"),
         ("{", "config.json is not timm's"),
+        ("[" * 10_000, "it/config.json is not timm's .*recursion"),
         ("{}", "architecture is missing"),
         ({"architecture": 3}, "architecture is missing"),
         ({"architecture": "test_vit"}, "mean is missing"),
@@ -524,6 +526,25 @@ def test_names_that_timm_does_not_know_need_their_heads_in_config_json(tmp_path)
 def test_config_json_is_followed_or_refused(tmp_path, config, message):
     with refused(message):
         backbones.load("test_vit", write(tmp_path / "it", timm_arrays(), config))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_ti8_32"])
+def test_a_config_json_that_can_not_be_read_is_named(tmp_path, name):
+    arrays = timm_arrays() if name == "test_vit" else dict(np.load(backbones.locate(name)))
+    path = write(tmp_path / "it", arrays, "[" * 10_000) + "/model.safetensors"
+    with refused("it/config.json is .*recursion"):
+        backbones.load(name, path)
+    (tmp_path / "it/config.json").unlink()
+    os.mkfifo(tmp_path / "it/config.json")  # it is not waited for
+    with refused("it/config.json can't be read .*named pipe"):
+        backbones.load(name, path)
+
+
+def test_a_config_of_a_clip_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text("[" * 10_000)
+    source = backbones.BACKBONES["clip_vit_b16"]
+    with refused("open_clip_config.json, or .* is damaged: it is nested too deeply"):
+        backbones._notes(source, tmp_path / "model.safetensors", {})
 
 
 def test_a_tag_that_config_json_does_not_have_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from soft_jax import commands
+from soft_jax import commands, distributed
 from soft_jax.__main__ import main
 from soft_jax.config import DEFAULTS
 from soft_jax.errors import UserError
@@ -275,6 +275,12 @@ def test_all_that_is_installed_is_listed():
         (["train", "--config.epochs=1e1"], 1, "error: flag --config.epochs=1e1: '1e1' is not of"),
         (["train", "--config.mask_layers=3-x"], 1, "is not one or more whole numbers, such as 10-"),
         (["train", "--config.layers=3-x"], 1, "flag --config.layers=3-x: '3-x' is not one or more"),
+        (["train", "--config.layers=12-10"], 1, "'12-10' has the range '12-10', which goes back"),
+        (["train", "--config.shots=0-9999999999999999999"], 1, "is more than 10,000 numbers"),
+        (["train", "--config.name=../../x"], 1, "error: name: '../../x' can't begin a folder's"),
+        (["train", "--config.name=http://x", "--seeds=2"], 1, "error: name: 'http://x' can't beg"),
+        (["train", "--config.name="], 1, "error: name: '' can't begin a folder's name in runs/"),
+        (["train", "--distributed=nope"], 1, 'error: distributed: \'nope\': expected "auto" or "H'),
         (["train", "--config.epochs"], 1, "error: --config.epochs: write --config.epochs=VALUE"),
         (
             ["train", "--config.tasks=5", "--config.tasks", "2"],
@@ -291,6 +297,7 @@ def test_all_that_is_installed_is_listed():
         (["train", "--config=digits:method=sotftf"], 1, "method: 'sotftf' is unknown"),
         (["table", "7", "--benchmark=c100"], 1, "--benchmark: 'c100' is unknown"),
         (["table", "77", "--list"], 1, "table: '77' is unknown"),
+        (["predict", "nowhere", ""], 1, "error: images: '' is no path; give a file or a folder"),
         (["predict", "nowhere", "a.png"], 1, "workdir: nowhere holds no run"),
     ],
 )
@@ -300,6 +307,49 @@ def test_a_wrong_word_is_one_line(tmp_path, arguments, status, message):
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", ".hidden", "a/b", "/a", "a\0"])
+def test_a_name_that_leads_out_of_runs_is_refused(name):
+    config = SimpleNamespace(**DEFAULTS | {"name": name})
+    for of_seeds in (True, False):
+        with pytest.raises(UserError, match="^name: .* can't begin a folder's name in runs/; exp"):
+            commands.default_workdir(config, "softtf", of_seeds)
+
+
+def test_a_default_folder_may_have_any_plain_name():
+    config = SimpleNamespace(**DEFAULTS | {"name": "my run-2.1"})
+    assert commands.default_workdir(config, "wsn", True) == Path("runs/my run-2.1-wsn-10x")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        "nope",
+        "",
+        "host:1,0",
+        "host:1,0,2,3",
+        "host:1,x,2",
+        "host:1,0,1e1",
+        "host,0,2",
+        "host:1,2,2",
+        "host:1,-1,2",
+        f"host:1,0,{'9' * 5000}",
+    ],
+)
+def test_what_names_no_processes_is_told_in_our_words(monkeypatch, others):
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", None)
+    with pytest.raises(UserError) as caught:
+        distributed.join(others)
+    assert str(caught.value).startswith(f'distributed: {others!r}: expected "auto" or "HOST:PORT,')
+
+
+def test_processes_are_joined_as_they_are_named(monkeypatch):
+    joined = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: joined.append(a))
+    for others in ("auto", "host:1234,0,2", "[::1]:1234, 1, 2"):
+        distributed.join(others)
+    assert joined == [(), ("host:1234", 2, 0), ("[::1]:1234", 2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -478,6 +528,7 @@ def test_tasks_are_given_counted_from_1(predict):
         (["--tasks=1", "--task=2"], "--task: 2 is not a task to choose from; those are 1"),
         (["--task=²"], "--task: '²' is not a whole number from 1 on"),
         (["--top=0"], "--top: '0' is not a whole number from 1 on"),
+        (["b.png", ""], "images: '' is no path; give a file or a folder (is a variable unset?)"),
         (["--json", "--csv"], "--json, --csv: take one of them"),
         (["--top=1", "--top=2"], "--top is given twice, as '1' and as '2'; give it once"),
         (["--task-id=oracle"], "--task-id: 'oracle' needs --task, the task of all images"),

@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 
 import numpy as np
@@ -309,6 +310,31 @@ def test_tiny_imagenet(tmp_path):
     assert [round(image.mean()) for image in dataset.train.images] == [50, 51, 0, 1]
     assert dataset.test.labels.tolist() == [1, 0, 1]
     assert [round(image.mean()) for image in dataset.test.images] == [0, 9, 18]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("wnids.txt", None, "no Tiny-ImageNet at .*wnids.txt: it is a named pipe"),
+        ("val/val_annotations.txt", None, "no Tiny-ImageNet at .*annotations.txt: .*named pipe"),
+        ("wnids.txt", b"n01\n\xff", "wnids.txt, line 2: expected UTF-8 text"),
+        ("val/val_annotations.txt", b"\xff", "val_annotations.txt, line 1: expected UTF-8 text"),
+        ("val/val_annotations.txt", b"a\tn01\nb\tn02", "line 2: .* a class of wnids.txt, .*n02"),
+        ("val/val_annotations.txt", b"a\tn01\nb n01", "line 2: expected .*, a tab .*'b n01'"),
+    ],
+)
+def test_lists_of_tiny_imagenet_that_are_damaged(tmp_path, name, content, message):
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val").mkdir(parents=True)
+    (root / "wnids.txt").write_text("n01\n")
+    (root / "val/val_annotations.txt").write_text("a\tn01\n")
+    (root / name).unlink()
+    if content is None:
+        os.mkfifo(root / name)  # it is not waited for
+    else:
+        (root / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^dataset: .*{message}"):
+        sources.load("tiny_imagenet", str(tmp_path))
 
 
 def test_unknown_set():

@@ -706,6 +706,14 @@ def test_names_that_tfds_does_not_know(name, message, tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+def test_a_namespace_of_tfds_is_refused_before_the_network_is_asked(monkeypatch):
+    monkeypatch.setattr(tfds, "builder", None)
+    for act in (sources.load, sources.prepare, sources.check):
+        for name in ("kubric:x/y", "a:b", "a-b:_c:1.0.0"):
+            with pytest.raises(UserError, match=f"^dataset: '{name}' has a namespace, "):
+                act(name)
+
+
 def test_whatever_tfds_raises_names_the_set(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise KeyError("made up")

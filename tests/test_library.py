@@ -1154,18 +1154,25 @@ def test_links_are_refused(root, tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "can't be read"),
+        ("{", "library.json is damaged"),
+        ("[" * 10_000, "library.json is damaged"),
         ("[]", "a JSON object was expected"),
         (json.dumps(formats.stamped("library", {})), "is missing or unknown; restore it"),
         ("{}", "it is not what its format says"),
         ('{"format": 7, "written_by": "9.1"}', "written by soft_jax 9.1.*upgrade this program"),
-        (None, "is not what was written"),
+        ({"tasks": {"t0": 5}}, "library.json is damaged, it is not what was written"),
+        ({"config": []}, r"library.json is damaged, .*config is '\[\]', of another type"),
+        ({"config": 5}, "library.json is damaged, .*config is '5', of another type"),
+        ({"figures": []}, r"library.json is damaged, .*figures is '\[\]', of another type"),
+        ({"figures": {"t0": {}}}, "library.json is damaged, .*the figures of t0 are {}"),
+        ({"shared_from": "x"}, "library.json is damaged, .*shared_from is 'x', of another type"),
+        ({"confusion": {"a": {}}}, "library.json is damaged"),
     ],
 )
 def test_a_state_that_can_not_be_read(root, text, message):
     file = root / "library.json"
-    if text is None:
-        text = json.dumps(json.loads(file.read_text()) | {"tasks": {"t0": 5}})
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(file.read_text()) | text)
     file.write_text(text)
     digests = digest(root / "tasks")
     for act in (
@@ -1177,6 +1184,70 @@ def test_a_state_that_can_not_be_read(root, text, message):
         with pytest.raises(UserError, match=message):
             act()
     assert file.read_text() == text and digest(root / "tasks") == digests
+
+
+def test_a_version_that_can_not_be_read(root):
+    file = root / "library.json"
+    whole = json.loads(file.read_text())
+    for changed in ({"seconds": "x"}, {"data": [5]}, {"classes": ["x"]}, {"learned": {"x": 1.0}}):
+        version = whole["tasks"]["t0"][0] | changed
+        file.write_text(json.dumps(whole | {"tasks": whole["tasks"] | {"t0": [version]}}))
+        with pytest.raises(UserError, match="library.json.* is damaged"):
+            Library.open(root)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "{",
+        "[" * 10_000,
+        {"note": 5},
+        {"found": {"figures": {}}},
+        {"found": {"figures": 5, "backward": {}, "whole": True, "gone": [], "without": []}},
+    ],
+)
+def test_a_record_of_the_log_that_is_damaged_is_named(root, capsys, text):
+    file = root / "log/000001.json"
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(file.read_text()) | text)
+    file.write_text(text)
+    assert main(["log", str(root)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: library: {file} is damaged")
+    Library(root).rename("t0", "zero")  # goes on
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+def test_a_backbone_is_found_again_from_any_folder(tmp_path, monkeypatch, bucket):
+    monkeypatch.chdir(tmp_path)
+    given = "gs://bucket/x.npz" if bucket else "../bb/x.npz"
+    opened = made("lib", dataclasses.replace(WITHOUT, backbone_path=given), tasks=1)
+    kept = given if bucket else f"{tmp_path}/../bb/x.npz"
+    assert opened.state().config["backbone_path"] == kept
+
+
+def test_kept_transfer_that_is_damaged_is_left_out(root):
+    file = root / "transfer.json"
+    file.write_text("[" * 10_000)
+    assert kept_transfer(LibraryReader(root)) == {}
+    file.unlink()
+    os.mkfifo(file)  # it is not waited for
+    assert kept_transfer(LibraryReader(root)) == {}
+
+
+def test_bundled_images_can_not_be_moved(root, tmp_path, monkeypatch, capsys):
+    bundled = dataclasses.replace(letters(), class_names=tuple(f"d{i}" for i in range(60)))
+    monkeypatch.setattr(
+        sources, "load", lambda name, *_: bundled if name == "digits" else letters()
+    )
+    opened = Library(root)
+    opened.learn("t3", Data("digits", classes=("d1", "d2")), gate=OPEN_GATE)
+    before = opened.state()
+    assert main(["move-data", str(root), "digits", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: FROM: the images of t3@1 are the bundled 'digits', which are in")
+    assert opened.state() == before
 
 
 def test_two_commands_at_once(root):

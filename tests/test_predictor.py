@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from soft_jax.data import augmentation, images
 from soft_jax.errors import UserError
 from soft_jax.experiment import loop
 from soft_jax.inference import rules
-from soft_jax.inference.predictor import Predictor
+from soft_jax.inference.predictor import Predictor, active_versions
 from soft_jax.models import backbones
 from tests import protocols
 from tests.conftest import TINY, tiny_config, tiny_method, tiny_world
@@ -341,6 +342,57 @@ def test_what_can_not_be_loaded_is_named(workdir, test_set, tmp_path, monkeypatc
         match="backbone: the file found has SHA-256 1111.*give the run's own as backbone_path",
     ):
         Predictor.load(workdir)
+
+
+NO_PATHS = (5, ["x"], True, b"x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("workdir", value, "expected a path, a str or pathlib.Path") for value in NO_PATHS),
+        ("workdir", None, "expected a path, a str or pathlib.Path"),
+        *(("backbone_path", value, "expected a path") for value in NO_PATHS),
+        *(
+            ("devices", value, "expected a list of different devices")
+            for value in (
+                ["cpu"],
+                "cpu",
+                5,
+                [],
+                lambda: jax.devices()[0],
+                lambda: jax.devices() * 2,
+            )
+        ),
+        *(("batch_size", value, "expected an int of at least 1") for value in (0, 1.5, "1", True)),
+        *(
+            ("cache_bytes", value, "expected an int of at least 0")
+            for value in (-1, 1.5, "1", None)
+        ),
+        *(("task_id", value, "is unknown") for value in (["prompt"], 5, np.array(["a", "b"]))),
+        *(("tasks", value, "expected a list of ints") for value in ([True], [0, False], 5, "01")),
+        *(
+            ("class_names", value, "expected a list of names such as")
+            for value in (None, 5, [5], [None], ["cat", b"dog"], "ab", b"ab")
+        ),
+    ],
+)
+def test_an_argument_that_is_none_is_named(workdir, name, value, expected):
+    value = value() if callable(value) else value  # jax is not started while tests are collected
+    loads = [Predictor.load]
+    if name in ("workdir", "backbone_path", "devices", "batch_size", "class_names"):
+        loads = [Predictor.zero_shot] + loads * (name != "class_names")
+    for load in loads:
+        names = {"class_names": ["cat", "dog"]} if load == Predictor.zero_shot else {}
+        with pytest.raises(UserError) as caught:
+            load(**{"workdir": workdir} | names | {name: value})
+        assert str(caught.value).startswith(f"{name}: {value!r}")
+        assert expected in str(caught.value)
+
+
+def test_tasks_of_a_library_that_are_no_list_are_named():
+    with pytest.raises(UserError, match="tasks: 5, expected a list of tasks' names"):
+        active_versions(None, SimpleNamespace(active={"birds": None}), 5)
 
 
 def command(capsys, *arguments):

@@ -40,6 +40,7 @@ HELD_BYTES = 4 * 2**30  # of decoded images: larger splits are not held in memor
 BLOCK = 1000  # records read at once
 TEST_SHARE = 0.2  # of the images of a folder data set without test images of its own
 _COPYING = ".copying"  # how names of folders begin to which a set is being copied
+BUNDLED = ("digits",)  # the sets that come with a package, in no folder of their own
 CLASSES_NAMED = 20  # classes that are counted one by one on screen; of more, the range is given
 
 
@@ -195,8 +196,10 @@ def load(name: str, data_dir: str = "", stop: threading.Event | None = None) -> 
 def check(name: str, data_dir: str = "") -> None:
     """Raise UserError where a folder of one's own, on a disk, has no classes.
 
-    It costs nothing, and so is asked before what takes long, such as a backbone's download.
+    Or the name has a namespace. It costs nothing, and so is asked before what takes long, such as
+    a backbone's download.
     """
+    _refuse_namespace(name)
     if name == "folder" and not isinstance(paths.place(data_dir, "data_dir"), BucketPath):
         with paths.reading("data_dir"):
             _classes_there(data_dir)
@@ -249,29 +252,48 @@ def _tiny_imagenet(data_dir: str) -> Dataset:
     Its validation images, 50 a class, are the test. Classes are in the order of their WordNet ids.
     """
     root = paths.place(data_dir or ".", "data_dir") / "tiny-imagenet-200"
-    try:
-        names = tuple(sorted((root / "wnids.txt").read_text().split()))
-        rows = [
-            line.split("\t")[:2]
-            for line in (root / "val/val_annotations.txt").read_text().splitlines()
-        ]
-    except OSError as error:
-        raise UserError(
-            f"dataset: no Tiny-ImageNet at {paths.shown(root)} ({error.filename}: "
-            f"{error.strerror}). Unpack tiny-imagenet-200.zip (Stanford CS231n) and give the "
-            "folder that tiny-imagenet-200 is in: --config.data_dir=DIR"
-        ) from error
+    names = tuple(sorted(_text(root / "wnids.txt", root).split()))
+    annotations = root / "val/val_annotations.txt"
+    rows = []
+    for number, line in enumerate(_text(annotations, root).splitlines(), 1):
+        rows.append(line.split("\t"))
+        if len(rows[-1]) < 2 or rows[-1][1] not in names:
+            raise UserError(
+                f"dataset: {paths.shown(annotations)}, line {number}: expected the name of an "
+                "image, a tab and a class of wnids.txt, found "
+                f"{line[:80]!r}; restore the file"
+            )
     train = [
         (path, names.index(name))
         for name in names
         for path in sorted((root / "train" / name / "images").glob("[!.]*.JPEG"))
     ]
-    test = [(root / "val/images" / file, names.index(name)) for file, name in rows]
+    test = [(root / "val/images" / file, names.index(name)) for file, name, *_ in rows]
     splits = []
     for pairs in (train, test):
         labels = np.array([label for _, label in pairs], np.int32)
         splits.append(_from_paths([file for file, _ in pairs], labels, paths.shown(root)))
     return Dataset(*splits, names)
+
+
+def _text(file: Place, root: Place) -> str:
+    """Return the text of a file of the Tiny-ImageNet at `root`. Raises UserError where there is
+    none.
+    """
+    try:
+        return paths.read_bytes(file).decode("utf-8")
+    except OSError as error:
+        raise UserError(
+            f"dataset: no Tiny-ImageNet at {paths.shown(root)} ({paths.shown(file)}: "
+            f"{error.strerror or error}). Unpack tiny-imagenet-200.zip (Stanford CS231n) and give "
+            "the folder that tiny-imagenet-200 is in: --config.data_dir=DIR"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"dataset: {paths.shown(file)}, line {line}: expected UTF-8 text ({error.reason}); "
+            "restore the file"
+        ) from error
 
 
 def _folder(data_dir: str) -> Dataset:
@@ -497,11 +519,27 @@ def _split(
     )
 
 
+def _refuse_namespace(name: str) -> None:
+    """Raise UserError for a set of TFDS's communities, such as "kubric:movi_a/256x256".
+
+    To look one up, TFDS asks the network for minutes, and hears no signal meanwhile. That it lacks
+    what "huggingface:" needs, it says by itself; behind a set's own name, a colon and a digit begin
+    its version.
+    """
+    space = re.match(r"([\w-]+):[^\W\d]", name)
+    if space and space[1] != "huggingface":
+        raise UserError(
+            f"dataset: {name!r} has a namespace, {space[1]!r}, and only TFDS's own sets are read "
+            "here; give one of those, such as 'cifar100', or 'folder' for images of your own"
+        )
+
+
 def _prepared(name: str, data_dir: str, stop: threading.Event | None) -> "tfds.core.DatasetBuilder":
     """Return TFDS's builder of an image classification set whose files are there.
 
     They are downloaded and prepared if they are not. Raises UserError and Stopped as `load`.
     """
+    _refuse_namespace(name)
     # Imported here: it takes most of a second, and the bundled digits do without.
     import tensorflow_datasets as tfds
 

@@ -301,6 +301,9 @@ class Library:
         folder.check_new()
         settings_lib.check(config)
         planning.check_method(config)
+        if config.backbone_path:  # found again from any folder
+            path = paths.place(config.backbone_path, "backbone_path").absolute()
+            config = dataclasses.replace(config, backbone_path=str(path))
         loaded = assembly.load_backbone(config)
         sha256 = loaded.fingerprint
         return LibraryState(config=dataclasses.asdict(config), backbone_sha256=sha256), loaded
@@ -762,8 +765,8 @@ def kept_transfer(reader: LibraryReader) -> dict[str, Column]:
     """
     file = reader.root / TRANSFER_FILE
     try:
-        kept = formats.upgrade("transfer", json.loads(file.read_bytes()), file)
-    except (OSError, ValueError, UserError):  # none, or not as it was written
+        kept = formats.upgrade("transfer", json.loads(paths.read_bytes(file)), file)
+    except (OSError, ValueError, RecursionError, UserError):  # none, or not as it was written
         return {}
     return {version: column for version, column in kept.items() if _is_column(column)}
 

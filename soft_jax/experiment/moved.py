@@ -39,6 +39,12 @@ def moved(
             if changed == version:
                 continue
             names.append(f"{each}@{version.number}")
+            there = (part for part in map(Data.from_json, version.data) if _is_there(part, old))
+            if bundled := [part.dataset for part in there if part.dataset in sources.BUNDLED]:
+                raise UserError(
+                    f"FROM: the images of {names[-1]} are the bundled {bundled[0]!r}, which are in "
+                    "no folder and can't be moved; name a folder"
+                )
             try:
                 gate.test_set(state, changed, whole)
             except UserError as error:

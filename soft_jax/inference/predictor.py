@@ -110,13 +110,14 @@ class Predictor:
 
         Raises:
             UserError: naming the folder, task or file that is missing, damaged, or from another
-                run; or a rule that the method has no use for.
+                run; a rule that the method has no use for; or an argument that is not as above.
         """
         options = rules.options()
-        if task_id is not None and task_id not in options:
+        if task_id is not None and not (isinstance(task_id, str) and task_id in options):
             raise UserError(unknown_value("task_id", task_id, options))
-        if type(batch_size) is not int or batch_size < 1:
-            raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
+        if type(cache_bytes) is not int or cache_bytes < 0:
+            raise UserError(f"cache_bytes: {cache_bytes!r}, expected an int of at least 0")
+        _check_given(workdir, backbone_path, batch_size, devices)
         root = paths.place(workdir, "workdir")
         if isinstance(root, BucketPath):
             _refuse_library(root)
@@ -150,7 +151,13 @@ class Predictor:
         are those of `load`; UserError also where the backbone reads no text, or for no names or one
         that comes twice.
         """
-        names = tuple(class_names)
+        listed = isinstance(class_names, Iterable) and not isinstance(class_names, str)
+        names = tuple(class_names) if listed else ()
+        if not listed or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f'class_names: {class_names!r}, expected a list of names such as ["cat", "dog"]'
+            )
+        _check_given(workdir, backbone_path, batch_size, devices)
         if len(set(names)) < max(len(names), 1) or not all(map(str.strip, names)):
             raise UserError(f"class names: {', '.join(names)!r}, expected different names")
         reader = Reader(workdir)
@@ -371,6 +378,24 @@ class Predictor:
         return np.broadcast_to(given.astype(int), count)
 
 
+def _check_given(workdir: Any, backbone_path: Any, batch_size: Any, devices: Any) -> None:
+    """Raise UserError naming an argument that is not of its type, or that nothing can run on."""
+    for name, path in (("workdir", workdir), ("backbone_path", backbone_path or "")):
+        if not isinstance(path, str | PathLike):
+            raise UserError(f"{name}: {path!r}, expected a path, a str or pathlib.Path")
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"batch_size: {batch_size!r}, expected an int of at least 1")
+    if devices is not None and not (
+        isinstance(devices, Sequence)
+        and all(isinstance(device, jax.Device) for device in devices)
+        and 0 < len(devices) == len(set(devices))
+    ):
+        raise UserError(
+            f"devices: {devices!r}, expected a list of different devices such as "
+            "jax.devices()[:1]; leave it out for all"
+        )
+
+
 def _refuse_library(root: BucketPath) -> None:
     if (root / library.STATE_FILE).exists():
         raise UserError(
@@ -454,6 +479,8 @@ def active_versions(
     """
     versions = state.active
     if names is not None:
+        if not isinstance(names, Iterable):
+            raise UserError(f"tasks: {names!r}, expected a list of tasks' names")
         wanted = [names] if isinstance(names, str) else [str(name) for name in names]
         if unknown := [name for name in wanted if name not in versions]:
             there = ", ".join(versions) or "none"
@@ -516,7 +543,7 @@ def _chosen(reader: Reader, there: Sequence[int], tasks: Sequence[int] | None) -
         reader.check_complete(there)
         return tuple(there)
     if not isinstance(tasks, Iterable) or not all(
-        isinstance(task, int | np.integer) for task in tasks
+        isinstance(task, int | np.integer) and type(task) is not bool for task in tasks
     ):
         raise UserError(f"tasks: {tasks!r}, expected a list of ints such as [0, 2], counted from 0")
     chosen = tuple(sorted({int(task) for task in tasks}))

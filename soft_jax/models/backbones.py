@@ -276,7 +276,8 @@ def _timm_architecture(
     name: str, file: Place, arrays: dict[str, np.ndarray], image_size: int
 ) -> tuple[ViTConfig, tuple[str, ...]]:
     beside = file.parent / "config.json"
-    config = _parse_config(beside) if beside.is_file() else None
+    text = _config_beside(file)
+    config = _parse_config(beside, text) if text is not None else None
     if not config and not timm_config.is_known(name):
         raise UserError(
             f"{_unknown(name)}. The num_heads of others has to stand in model_args of a "
@@ -293,7 +294,7 @@ def _clip_architecture(
     if timm_config.is_known(name):
         raise ValueError("it is a CLIP, and that is timm's name of a plain ViT; say my_clip")
     sizes = clip_checkpoints.read_sizes(arrays)
-    described = clip_config.read(file.parent, clip_checkpoints.is_hugging_face(arrays))
+    described = _described(file, arrays)
     if not described:
         listed = [name for name in BACKBONES if name.startswith("clip_")]
         raise ValueError(
@@ -305,10 +306,36 @@ def _clip_architecture(
     return CLIPConfig(**fields), notes
 
 
-def _parse_config(file: Place) -> timm_config.TimmConfig:
+def _config_beside(file: Place) -> bytes | None:
+    """Return the `config.json` beside a backbone's file; None where there is none."""
+    beside = file.parent / "config.json"
     try:
-        return timm_config.parse(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
+        return paths.read_bytes(beside)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"backbone: {beside} can't be read ({error.strerror or error}); put the backbone's "
+            "config.json there, or remove it"
+        ) from error
+
+
+def _described(file: Place, arrays: dict[str, np.ndarray]) -> clip_config.Described | None:
+    """Return what the configs beside a CLIP's file say, None where there are none."""
+    try:
+        return clip_config.read(file.parent, clip_checkpoints.is_hugging_face(arrays))
+    except RecursionError as error:
+        raise UserError(
+            f"backbone: {file.parent / clip_config.OPEN_CLIP}, or {clip_config.HUGGING_FACE} "
+            "beside it, is damaged: it is nested too deeply; fetch it again"
+        ) from error
+
+
+def _parse_config(file: Place, text: bytes) -> timm_config.TimmConfig:
+    try:
+        return timm_config.parse(text.decode("utf-8"))
+    # JSON and Unicode errors are ValueErrors; the other is of what is nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"backbone: {file} is not timm's config.json of the backbone beside it: {error}"
         ) from error
@@ -320,14 +347,22 @@ def _notes(source: Source, file: Place, arrays: dict[str, np.ndarray]) -> tuple[
     Raises ValueError where it says that the file is of another CLIP.
     """
     if isinstance(source.architecture, CLIPConfig):
-        described = clip_config.read(file.parent, clip_checkpoints.is_hugging_face(arrays))
+        described = _described(file, arrays)
         if described:
             clip_config.check_listed(source.architecture, described)
         return ()
-    try:
-        config = timm_config.parse((file.parent / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):  # none, or not one of timm's
+    text = _config_beside(file)
+    if text is None:
         return ()
+    try:
+        config = timm_config.parse(text.decode("utf-8"))
+    except ValueError:  # not one of timm's
+        return ()
+    except RecursionError as error:
+        raise UserError(
+            f"backbone: {file.parent / 'config.json'} is damaged ({error}); fetch it again, or "
+            "remove it"
+        ) from error
     ours, theirs = source.architecture.preprocessing, config.preprocessing
     if ours == theirs:
         return ()

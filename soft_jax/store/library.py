@@ -27,10 +27,11 @@ import os
 import re
 import shutil
 import time
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
@@ -267,6 +268,8 @@ class LibraryState:
         """Return the state that `to_json` gave. Raises UserError, naming `where`, for another."""
         _check_keys(cls, data, where)
         try:
+            _check_types(cls, data)
+            _check_figures(data["figures"])
             tasks = {
                 name: tuple(_version(version, f"{where}: {name}") for version in versions)
                 for name, versions in data["tasks"].items()
@@ -278,11 +281,15 @@ class LibraryState:
             read = {"classes": tuple(data["classes"]), "tasks": tasks, "confusion": confusion}
             return cls(**{**data, **read})
         except (TypeError, ValueError, AttributeError) as error:  # a value of another type
-            raise UserError(f"{where}: it is not what was written ({error}); restore it") from error
+            raise UserError(
+                f"{where} is damaged, it is not what was written ({error}); restore it"
+            ) from error
 
 
 def _version(data: Mapping[str, JSON], where: Any) -> Version:
     _check_keys(Version, data, where)
+    _check_types(Version, data)
+    _check_figures({"learned": data["learned"]} if data["learned"] else {})
     lists = {name: tuple(data[name]) for name in ("classes", "data", "replaces")}
     return Version(**{**data, **lists})
 
@@ -292,6 +299,53 @@ def _check_keys(record: type, data: Mapping[str, JSON], where: Any) -> None:
     if not isinstance(data, Mapping) or names != data.keys():
         odd = names ^ (data.keys() if isinstance(data, Mapping) else set())
         raise UserError(f"{where}: {', '.join(sorted(odd))} is missing or unknown; restore it")
+
+
+def _check_types(record: type, data: Mapping[str, JSON]) -> None:
+    """Raise TypeError where a value is not what JSON has for the type of its field."""
+    for field in dataclasses.fields(record):
+        if not _fits(data[field.name], field.type):
+            raise TypeError(f"{field.name} is {str(data[field.name])[:80]!r}, of another type")
+
+
+def _fits(value: JSON, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(v, inner[1]) for v in value.values())
+    if origin is types.UnionType:
+        return any(_fits(value, one) for one in inner)
+    if kind is float:
+        return type(value) in (int, float)
+    # A version is looked at by itself.
+    return kind in (JSON, Version) or type(value) is kind
+
+
+def _check_figures(figures: Mapping[str, Mapping[str, float]]) -> None:
+    for name, row in figures.items():
+        if not {"given", "per_sample"} <= row.keys():
+            raise ValueError(f"the figures of {name} are {str(row)[:80]}")
+
+
+def _is_record(record: Mapping[str, JSON]) -> bool:
+    """Whether a record of the log, in today's format, has what `commit` writes."""
+    kinds = {"number": int, "when": str, "command": str, "note": str, "found": dict}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    kinds = {"figures": dict, "backward": dict, "whole": bool, "gone": list, "without": list}
+    found = record["found"]
+    return "figures" not in found or all(isinstance(found.get(n), k) for n, k in kinds.items())
+
+
+def _read_json(file: Path) -> JSON:
+    """Return what a JSON file of a library holds. Raises UserError, naming it, where it can't."""
+    try:
+        return json.loads(paths.read_bytes(file))
+    except OSError as error:
+        raise UserError(f"library: {file} can't be read ({error}); restore it") from error
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
+        raise UserError(f"library: {file} is damaged ({error}); restore it") from error
 
 
 def holds_library(root: str | Path) -> bool:
@@ -324,10 +378,7 @@ class LibraryReader:
             if not os.path.lexists(self.root / "config.json"):
                 raise UserError(f"library: there is none in {self.root}, and no run")
             return _state_of_run(self.root)
-        try:
-            data = json.loads(paths.read_bytes(file))
-        except (OSError, ValueError) as error:
-            raise UserError(f"library: {file} can't be read ({error}); restore it") from error
+        data = _read_json(file)
         return LibraryState.from_json(formats.upgrade("library", data, file), file)
 
     def path(self, version: Version) -> Path:
@@ -397,11 +448,11 @@ class LibraryReader:
         records = []
         for number in range(1, state.changes + 1):
             file = self.root / "log" / f"{number:06d}.json"
-            try:
-                record = json.loads(paths.read_bytes(file))
-            except (OSError, ValueError) as error:
-                raise UserError(f"library: {file} can't be read ({error}); restore it") from error
-            records.append(formats.upgrade("log", record, file))
+            records.append(formats.upgrade("log", _read_json(file), file))
+            if not _is_record(records[-1]):
+                raise UserError(
+                    f"library: {file} is damaged, it is not the record that was written; restore it"
+                )
         return _filled(records)
 
     def last_used(self, version: Version) -> str:
