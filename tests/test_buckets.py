@@ -212,7 +212,7 @@ def test_a_save_that_the_bucket_refuses_loses_nothing(emulator):
         np.testing.assert_array_equal(loaded["mask"], state["mask"])
         # What Orbax had sent may come after the sweep: the mark says that it is no checkpoint.
         assert "full/training/000-000002.partial" in emulator.objects
-        assert [step for _, step in store._states()] == [1]
+        assert [state.name for state in store._states()] == ["000-000001"]
         aside = store.set_aside_training()
         assert str(aside) == url("full", "damaged")
         assert store.load_training(0, state, whole) is None
