@@ -12,6 +12,9 @@ import importlib.util
 import logging
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -20,6 +23,8 @@ from soft_jax.errors import UserError
 
 _URL = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(/.*)?", re.DOTALL)
 _FILE, _FOLDER = "file", "directory"  # as fsspec calls them
+_GOOGLE = "https://storage.googleapis.com"
+_PATIENCE = 10  # seconds
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -45,11 +50,23 @@ def _as_os_error(function: Callable[Arguments, Result]) -> Callable[Arguments, R
     return call
 
 
+def check_reachable() -> None:
+    """Raise OSError where no connection can be made: gcsfs would try for a minute, deaf to signals.
+
+    With a proxy, which connects in our place, nothing is looked at.
+    """
+    server = urllib.parse.urlsplit(os.environ.get("STORAGE_EMULATOR_HOST") or _GOOGLE)
+    if server.hostname and not urllib.request.getproxies():
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname, port), timeout=_PATIENCE).close()
+
+
 @functools.cache
 def _storage() -> Any:
     """Return gcsfs's file system, the one that Orbax and JAX get through epath as well."""
     import fsspec
 
+    check_reachable()
     # Of each failed try gcsfs logs pages, which the error that it raises says in a line.
     if (logger := logging.getLogger("gcsfs")).getEffectiveLevel() >= logging.WARNING:
         logger.setLevel(logging.CRITICAL)

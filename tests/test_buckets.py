@@ -567,6 +567,25 @@ def test_the_missing_extra_is_one_line(arguments, field, monkeypatch, capsys, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_network_nothing_is_tried_again(tmp_path, monkeypatch, capsys):
+    """gcsfs and TensorStore would, for up to a minute, and no signal stops them."""
+    with socket.socket() as nobody:
+        nobody.bind(("localhost", 0))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{nobody.getsockname()[1]}")
+        buckets._storage.cache_clear()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr("fsspec.filesystem", lambda *_, **__: pytest.fail("gcsfs was asked"))
+                patch.setattr("tensorstore.KvStore.open", lambda *_: pytest.fail("so was it"))
+                with pytest.raises(UserError, match="workdir: gs://.* can't be written .*refused"):
+                    folder.Store(url("run"))
+                assert command_line.main(["table", "7", f"--output={url('t.md')}"]) == 1
+                assert "t.md can't be written" in capsys.readouterr().err
+        finally:
+            buckets._storage.cache_clear()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["gs://", "gs:///run", "gs://Runs/run", "gs:/bucket-a/run"])
 def test_what_names_no_bucket_is_one_line(text):
     with pytest.raises(UserError, match=f"^workdir: '{text}' (names no bucket|is a URL)"):

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from soft_jax.buckets import BucketPath
+from soft_jax.buckets import BucketPath, check_reachable
 from soft_jax.errors import UserError
 from soft_jax.store import formats
 
@@ -74,6 +74,7 @@ class BucketLock:
         self._one_at_a_time, self._closed = threading.Lock(), threading.Event()
         self._taken = False  # by another process, since we were silent
         with _as_os_errors(root):
+            check_reachable()
             context = ts.Context(PATIENCE)
             self._object = ts.KvStore.open(kvstore(root / FILE), context=context).result()
             self._generation = self._acquire()
