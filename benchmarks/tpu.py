@@ -277,9 +277,7 @@ class Programs:
     @functools.cached_property
     def _gradient_sizes(self) -> tuple[int, ...]:
         """Return the images of a Gradient ID's passes in an evaluation, largest first."""
-        tokens = self._tokens(1)
-        widths = sum(sum(kernel.shape) for kernel in jax.tree.leaves(self.weights))
-        most = engine.GRADIENT_BYTES // (tokens.shape[1] * widths * tokens.dtype.itemsize)
+        most = engine.gradients_at_once(self._tokens(1), jax.tree.leaves(self.weights))
         largest = next(self.batching.pieces(self.batching.largest, most))[2]
         return tuple(dict.fromkeys((largest, min(largest, self.batching.sizes[:2][-1]))))
 

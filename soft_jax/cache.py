@@ -11,22 +11,22 @@ from pathlib import Path
 def _folder() -> str:
     """Return SOFT_JAX_CACHE, which may be a URL, or else the folder of `_on_disk`.
 
-    As it stands where its "~user" is nobody: who uses it says so.
+    A "~user" who is nobody stays as it is: who uses it says so.
     """
     named = os.environ.get("SOFT_JAX_CACHE", "")
-    if "://" in named or os.path.expanduser(named).startswith("~"):
+    if "://" in named:
         return named
-    return str(_on_disk(named))
+    return str(Path(os.path.expanduser(named)) if named else _on_disk())
 
 
-def _on_disk(named: str = "") -> Path:
-    """Return the folder `named`, or ~/.cache/soft_jax.
+def _on_disk() -> Path:
+    """Return ~/.cache/soft_jax.
 
     For a user without a home directory, as in many containers, it is a folder of its own among the
     temporary files.
     """
     try:
-        return Path(named or "~/.cache/soft_jax").expanduser()
+        return Path("~/.cache/soft_jax").expanduser()
     except RuntimeError:  # "~" stands for nothing
         import tempfile  # here, since it is hardly ever needed
 

@@ -36,15 +36,15 @@ def join(others: str) -> None:
         'expected "auto" or "HOST:PORT,INDEX,COUNT", with the same HOST:PORT and COUNT in all '
         "processes, and INDEX from 0 to COUNT - 1"
     )
-    number = r"\s*([0-9]{1,9})\s*"
-    parts = re.fullmatch(rf"\s*([^,\s]+:[0-9]{{1,5}})\s*,{number},{number}", others)
-    if others != "auto" and not (parts and int(parts[2]) < int(parts[3])):
-        raise UserError(f"distributed: {others!r}: {expected}")
+    named: tuple[str, int, int] | tuple[()] = ()
+    if others != "auto":
+        number = r"\s*([0-9]{1,9})\s*"
+        parts = re.fullmatch(rf"\s*([^,\s]+:[0-9]{{1,5}})\s*,{number},{number}", others)
+        if not parts or int(parts[2]) >= int(parts[3]):
+            raise UserError(f"distributed: {others!r}: {expected}")
+        named = (parts[1], int(parts[3]), int(parts[2]))
     try:
-        if others == "auto":
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(parts[1], int(parts[3]), int(parts[2]))
+        jax.distributed.initialize(*named)
     # No cluster found, or nobody at that address.
     except (ValueError, RuntimeError) as error:
         raise UserError(f"distributed: {others!r}: {error}; {expected}") from error

@@ -305,22 +305,29 @@ def test_a_test_batch_larger_than_a_chunk(world):
         np.testing.assert_array_equal(large.task_ids[protocol], whole.task_ids[protocol])
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What `engine.alpha_gradients` is asked for, call by call."""
+    pairs_of_calls, alpha_gradients = [], engine.alpha_gradients
+
+    def count(model, tokens, pairs, *others):
+        pairs_of_calls.append(pairs)
+        return alpha_gradients(model, tokens, pairs, *others)
+
+    monkeypatch.setattr(engine, "alpha_gradients", count)
+    return pairs_of_calls
+
+
 @pytest.mark.parametrize("layout", ["separate", "interleaved"])
-def test_an_images_gradients_are_computed_once_for_all_rules(world, layout, monkeypatch):
+def test_an_images_gradients_are_computed_once_for_all_rules(world, layout, asked):
     """Of the same image with the same E-prompt, whichever rule asks, in one go; a batch's are the
     mean of its first images'.
     """
     model, adapters, images, query = world
     host = dataclasses.replace(model.method.host, prefix_layout=layout)
     model = dataclasses.replace(model, method=dataclasses.replace(model.method, host=host))
-    asked, alpha_gradients = [], engine.alpha_gradients
-
-    def count(model, tokens, pairs, *others):
-        asked.append(pairs)
-        return alpha_gradients(model, tokens, pairs, *others)
-
-    monkeypatch.setattr(engine, "alpha_gradients", count)
     answers = answer(model, images, query, 1, run_settings(eval_batch_size=64))
+    (pairs,) = asked
     nearest, (batch, place) = answers.task_ids[protocols.PER_SAMPLE], np.divmod(range(COUNT), 8)
     wanted = {(nearest[i], i, 0, 1) for i in range(COUNT)}
     means = {}
@@ -331,14 +338,13 @@ def test_an_images_gradients_are_computed_once_for_all_rules(world, layout, monk
         voted = identity.majority(nearest[first], batch[first], 3)
         of = np.stack([voted, first, place[first], np.bincount(batch[first])[batch[first]]], axis=1)
         wanted |= set(map(tuple, of.tolist()))
-        rows = alpha_gradients(model, tokens, of, batching)
+        rows = engine.alpha_gradients(model, tokens, of, batching)
         means[shots] = np.stack([rows[batch[first] == b].mean(axis=0) for b in range(5)])
     if layout == "separate":  # its place in a batch changes nothing
         wanted = {(task, image) for task, image, *_ in wanted}
         by_hand = [gradient_by_hand(model, adapters, images[i], voted[i]) for i in range(8)]
         np.testing.assert_allclose(means[0][0], np.mean(by_hand, axis=0), rtol=2e-3, atol=1e-6)
         assert len(wanted) < 2 * COUNT
-    (pairs,) = asked
     width = 2 if layout == "separate" else 4
     assert sorted(map(tuple, pairs[:, :width].tolist())) == sorted(wanted)
     for shots in SHOTS:
@@ -347,7 +353,7 @@ def test_an_images_gradients_are_computed_once_for_all_rules(world, layout, monk
         )
 
 
-def test_votes_take_the_prompts_that_a_batch_selects(backbone, rng, monkeypatch):
+def test_votes_take_the_prompts_that_a_batch_selects(backbone, rng, asked):
     """Of a pool, a batch selects others than an image by itself; the gradients follow. Tasks have
     no prompt here, so an image has one gradient by itself and one in its batch.
     """
@@ -358,16 +364,8 @@ def test_votes_take_the_prompts_that_a_batch_selects(backbone, rng, monkeypatch)
     images = rng.integers(0, 256, (COUNT, 16, 16, 3)).astype(np.uint8)
     query = engine.queries(method, backbone, images, run_settings().batching)
     settings_ = run_settings(eval_batch_size=64)
-    asked, alpha_gradients = [], engine.alpha_gradients
-
-    def count(model, tokens, pairs, *others):
-        asked.append(len(pairs))
-        return alpha_gradients(model, tokens, pairs, *others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "alpha_gradients", count)
-        answers = answer(model, images, query, 1, settings_, features=0)
-    assert asked == [COUNT, COUNT]
+    answers = answer(model, images, query, 1, settings_, features=0)
+    assert list(map(len, asked)) == [COUNT, COUNT]
     batches = task_identity.TestBatches(COUNT, 8)
     alone, in_batch = evaluate._tokens(model, images, query, batches, settings_)
     of_images = [

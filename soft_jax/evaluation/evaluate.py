@@ -166,9 +166,10 @@ def _answer_chunk(
     )
     compute_gradients(rules, batch)
     ids = {rule.key: rule.identify(batch) for rule in rules}
-    shared = batch_tokens is tokens
     asking = {rule.key: rule for rule in rules if rule.needs_network}
-    alone = {key: rule for key, rule in asking.items() if shared or not rule.by_batch}
+    alone = {
+        key: rule for key, rule in asking.items() if not (batch.selected_apart and rule.by_batch)
+    }
     logits = _logits(batch, tokens, alone, ids)
     if len(alone) < len(asking):
         together = {key: rule for key, rule in asking.items() if key not in alone}

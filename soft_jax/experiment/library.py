@@ -301,9 +301,7 @@ class Library:
         folder.check_new()
         settings_lib.check(config)
         planning.check_method(config)
-        if config.backbone_path:  # found again from any folder
-            path = paths.place(config.backbone_path, "backbone_path").absolute()
-            config = dataclasses.replace(config, backbone_path=str(path))
+        config = settings_lib.to_keep(config)
         loaded = assembly.load_backbone(config)
         sha256 = loaded.fingerprint
         return LibraryState(config=dataclasses.asdict(config), backbone_sha256=sha256), loaded

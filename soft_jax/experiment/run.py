@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from soft_jax import distributed, paths, pytrees
+from soft_jax import distributed, pytrees
 from soft_jax.config import DEFAULTS, Config
 from soft_jax.data import batches, scenarios, sources
 from soft_jax.data.augmentation import Augment
@@ -447,9 +447,7 @@ def prepare(
     that does not fit, before training, and Preempted after a signal.
     """
     settings_lib.check(config)
-    if config.backbone_path:  # kept with every task: found again from any folder
-        path = paths.place(config.backbone_path, "backbone_path").absolute()
-        config = dataclasses.replace(config, backbone_path=str(path))
+    config = settings_lib.to_keep(config)
     used = settings_lib.used_settings(config)
     store.compare_settings(used, DEFAULTS)  # before anything is downloaded
     by_host = ("data_dir", "backbone_path", "scenario_file")  # those may differ by host

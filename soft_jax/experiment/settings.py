@@ -95,6 +95,17 @@ def beside(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return {**drop_unused(settings), **given}
 
 
+def to_keep(config: Config) -> Config:
+    """Return `config` as it is stored: with `backbone_path` absolute, found from any folder.
+
+    Raises UserError where that is no path.
+    """
+    if not config.backbone_path:
+        return config
+    path = paths.place(config.backbone_path, "backbone_path").absolute()
+    return dataclasses.replace(config, backbone_path=str(path))
+
+
 def used_settings(config: Config) -> dict[str, Any]:
     """Return the settings that make a run what it is, with the method in its one spelling."""
     unused = _unused(config)

@@ -271,9 +271,7 @@ def _logits(
     pairs: jax.Array,
 ) -> jax.Array:
     task, _, position, size = pairs.T
-    host = method.host
-    sources = host.sources(position, size)
-    prefix = {**host.shared_prefix(shared), **host.row_prefix(rows[task], sources)}
+    prefix = method.host.prefixes(shared, rows[task], position, size)
     return method.classify(pytrees.merge(backbone, weights), prefix, shared, tokens)
 
 
@@ -436,6 +434,15 @@ def nearest_key(model: Model, similarity: np.ndarray) -> np.ndarray:
     return np.asarray(model.tasks)[similarity[:, model.tasks].argmax(axis=1)]
 
 
+def gradients_at_once(tokens: jax.Array, kernels: Iterable[jax.Array]) -> int:
+    """Return for how many images GRADIENT_BYTES holds the inputs and output gradients of `kernels`.
+
+    `tokens` `[rows, tokens, dim]` is what the layers take; of both, shapes are enough.
+    """
+    widths = sum(sum(kernel.shape) for kernel in kernels)
+    return GRADIENT_BYTES // (tokens.shape[1] * max(widths, 1) * tokens.dtype.itemsize)
+
+
 def alpha_gradients(
     model: Model, tokens: Tokens, pairs: np.ndarray, batching: Batching, smallest: int = 0
 ) -> np.ndarray:
@@ -455,13 +462,9 @@ def alpha_gradients(
     tasks, step = model.tasks, model.weights.at_once(len(model.tasks))
     out = np.empty((len(pairs), len(tasks)), at_least_float32(tokens.array.dtype))
     text = set(model.method.text_kernels)
-    widths = [
-        sum(kernel.shape)
-        for path, kernel in pytrees.flatten(model.mean_weights).items()
-        if path not in text
-    ]
-    largest = GRADIENT_BYTES // (
-        tokens.array.shape[1] * max(sum(widths), 1) * tokens.array.dtype.itemsize
+    kernels = pytrees.flatten(model.mean_weights)
+    largest = gradients_at_once(
+        tokens.array, [kernel for path, kernel in kernels.items() if path not in text]
     )
     shared = model.shared
     if text:

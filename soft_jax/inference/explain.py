@@ -290,8 +290,7 @@ def network_and_attention(
     `weights` and `prompts` `[N, *row_shape]` are a task's. Each image is a batch of its own.
     """
     host, count = method.host, len(images)
-    sources = host.sources(jnp.zeros(count, int), jnp.ones(count, int))
-    prefix = {**host.shared_prefix(shared), **host.row_prefix(prompts, sources)}
+    prefix = host.prefixes(shared, prompts, jnp.zeros(count, int), jnp.ones(count, int))
     params = pytrees.merge(backbone, weights)
     with _watching(method) as found:
         tokens = method.trunk(backbone, shared, images)

@@ -162,11 +162,8 @@ def entropy_gradients(
         are made of.
     """
     task, _, position, size = pairs.T
-    host, dtype = method.host, jnp.promote_types(tokens.dtype, jnp.float32)
-    prefix = {
-        **host.shared_prefix(shared),
-        **host.row_prefix(rows[task], host.sources(position, size)),
-    }
+    dtype = jnp.promote_types(tokens.dtype, jnp.float32)
+    prefix = method.host.prefixes(shared, rows[task], position, size)
     params = pytrees.merge(backbone, mean)
 
     def entropy(shifts, logit_shift):

@@ -134,7 +134,8 @@ class ImageBatch:
         tokens = self.batch_tokens if in_batch else self.tokens
         # What the gradient depends on: the task's E-prompt where there are any, the image, and its
         # place in the published slip.
-        depends = np.array([self.model.rows["prompt"].size > 0, True, *[self._by_place] * 2])
+        by_place = self.model.method.host.depends_on_place
+        depends = [self.model.rows["prompt"].size > 0, True, by_place, by_place]
         keys = [(in_batch, *key) for key in np.where(depends, pairs, 0).tolist()]
         missing = {key: row for row, key in enumerate(keys) if key not in self._gradient_of}
         if missing:
@@ -142,10 +143,6 @@ class ImageBatch:
             found = engine.alpha_gradients(self.model, tokens, asked, self.batching, smallest)
             self._gradient_of.update(zip(missing, found, strict=True))
         return np.array([self._gradient_of[key] for key in keys])
-
-    @property
-    def _by_place(self) -> bool:
-        return self.model.method.host.depends_on_place
 
     @functools.cached_property
     def key_similarity(self) -> np.ndarray:

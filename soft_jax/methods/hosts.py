@@ -98,6 +98,15 @@ class PromptHost:
         """Return prefixes of a prompt of its own per image, `rows` `[B, *row_shape]`."""
         return {}
 
+    def prefixes(
+        self, shared: pytrees.Tree, rows: jax.Array, positions: jax.Array, batch: jax.Array
+    ) -> Prefix:
+        """Return all prefixes of images by layer: the shared ones, and of prompts `rows`
+        `[B, *row_shape]`. `positions` and `batch`, int `[B]`, are as for `sources`.
+        """
+        own = self.row_prefix(rows, self.sources(positions, batch))
+        return {**self.shared_prefix(shared), **own}
+
     def freeze(self, grads: pytrees.Tree, frozen: jax.Array) -> pytrees.Tree:
         """Return the shared part's gradients, 0 for what `freeze_g_prompt` keeps if `frozen`."""
         return grads
