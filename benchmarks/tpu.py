@@ -11,9 +11,9 @@ takes hours:
     python -m benchmarks.tpu --slices=v5e-1,v6e-8 --backbones=vit_b16 --dtypes=bfloat16
     --programs=step,query --batch=128
 
-With --output, results are kept in that file, and a program that is the same as in a result there is
-not compiled again. The exit status is 1 where a program does not compile. A program that needs more
-memory than the chip has is no failure: its line says what helps.
+With --output, results are kept in that file, and a program whose result is there, under whatever
+name, is not compiled again. The exit status is 1 where a program does not compile. A program that
+needs more memory than the chip has is no failure: its line says what helps.
 """
 
 import argparse
@@ -550,7 +550,7 @@ def _compile_all(arguments, kept, slice_name, backbone, dtype, wanted) -> list[s
             continue
         try:
             title = f"{of}, {arguments.images} images, {name}"
-            found = kept.get(title, lower(), programs, programs.groups(name))
+            found = kept.get(title, lower(), chip, programs.trained_bytes, programs.groups(name))
         except Exception as error:  # whatever it is, the others are compiled all the same
             failed.append(f"{of}, {name}")
             print(f"| {name} | does not compile: {str(error).splitlines()[0]} | | | | |")
@@ -566,18 +566,30 @@ class Results:
         self.path = path
         self.found = json.loads(path.read_text()) if path and path.exists() else {}
 
-    def get(self, name: str, lowered: jax.stages.Lowered, programs: Programs, groups: int) -> dict:
-        """Return the forecast of a program: the one kept, if it is the same program by now."""
-        versions = f"{jax.__version__} {os.environ['TPU_LIBRARY_PATH']}"
-        program = hashlib.sha256((versions + lowered.as_text()).encode()).hexdigest()
-        if self.found.get(name, {}).get("program") != program:
-            about = {"program": program, "gradients": programs.trained_bytes}
-            self.found[name] = about | forecast(lowered, groups)
-            if self.path:
-                part = self.path.with_suffix(".part")
-                part.write_text(json.dumps(self.found, indent=1))
-                part.replace(self.path)
-        return self.found[name]
+    def get(
+        self, name: str, lowered: jax.stages.Lowered, chip: Slice, gradients: int, groups: int
+    ) -> dict:
+        """Return the forecast of a program: one kept, where it is of the same program and slice.
+
+        The same program may stand there under another name: packing, for one, is the same in
+        bfloat16 and in float32, whose masks are float32 both.
+        """
+        beside = f"{jax.__version__} {os.environ['TPU_LIBRARY_PATH']} {chip} "
+        program = hashlib.sha256((beside + lowered.as_text()).encode()).hexdigest()
+        same = (found for found in self.found.values() if found["program"] == program)
+        if not (found := next(same, None)):
+            about = {"program": program, "gradients": gradients}
+            found = about | forecast(lowered, groups)
+        if self.found.get(name) != found:
+            self.found[name] = found
+            self._save()
+        return found
+
+    def _save(self) -> None:
+        if self.path:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.found, indent=1))
+            part.replace(self.path)
 
 
 if __name__ == "__main__":

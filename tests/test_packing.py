@@ -54,14 +54,23 @@ def test_ones_are_ones_and_bytes_are_what_they_should_be(way):
     assert pytrees.nbytes(packed) == expected[way]
 
 
-def test_a_low_rank_mask_is_kept_whole():
+def test_masks_of_low_rank_are_kept_whole():
     rng = np.random.default_rng(0)
-    mask = jnp.asarray(1 + rng.normal(size=(24, 3)) @ rng.normal(size=(3, 71)), jnp.float32)
+    sizes = {"a": (24, 71), "b": (71, 24), "c": (24, 71), "d": (24, 71)}
+    like = {
+        name: jnp.asarray(1 + rng.normal(size=(rows, 3)) @ rng.normal(size=(3, columns)), "float32")
+        for name, (rows, columns) in sizes.items()
+    }
     for rank, close in ((3, True), (2, False)):
-        back = packing.unpack(packing.pack({"a": mask}, "lowrank", rank), "lowrank", {"a": mask})[
-            "a"
-        ]
-        assert np.allclose(back, mask, atol=1e-4) == close
+        back = packing.unpack(packing.pack(like, "lowrank", rank), "lowrank", like)
+        for name, mask in like.items():
+            assert np.allclose(back[name], mask, atol=1e-4) == close
+
+
+def test_the_decomposition_is_compiled_once_for_each_shape():
+    like = masks() | {"another": masks()}
+    program = jax.make_jaxpr(lambda tree: packing.pack(tree, "lowrank", 4))(like)
+    assert str(program).count("= svd[") == 2  # of qkv and of proj, each twice
 
 
 def soft_mask(bits, init_as="uniform"):

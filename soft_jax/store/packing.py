@@ -20,6 +20,7 @@ compiled program and operations one by one.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -126,7 +127,19 @@ def pack(masks: pytrees.Tree, kind: str, rank: int) -> pytrees.Tree:
     """
     if kind == "float32":
         return masks
-    return jax.tree.map(lambda mask: KINDS[kind].pack(mask, rank), masks)
+    leaves, structure = jax.tree.flatten(masks)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, mask in enumerate(leaves):
+        places.setdefault(mask.shape, []).append(place)
+    packed = {}
+    for alike in places.values():
+        # One after another in a loop, so that each shape is compiled once: a TPU's compiler takes
+        # more than a minute for every singular value decomposition that it meets.
+        together = jnp.stack([leaves[place] for place in alike])
+        found = jax.lax.map(lambda mask: KINDS[kind].pack(mask, rank), together)
+        for row, place in enumerate(alike):
+            packed[place] = jax.tree.map(operator.itemgetter(row), found)
+    return jax.tree.unflatten(structure, [packed[place] for place in range(len(leaves))])
 
 
 def unpack(packed: pytrees.Tree, kind: str, like: pytrees.Tree) -> pytrees.Tree:
