@@ -5,6 +5,7 @@ when it is downloaded. Both are added here, as Google documents them. Requests c
 one can be refused, or end the program that sends it.
 """
 
+import contextlib
 import io
 import json
 import logging
@@ -13,15 +14,19 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from http import HTTPStatus
 from http.server import HTTPServer
 from urllib.parse import unquote
 
+import pytest
 from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
+
+from soft_jax.store import formats
 
 BUCKET = "runs-here"
 Watch = Callable[[str, str], HTTPStatus | None]
@@ -31,7 +36,7 @@ class Emulator:
     """A running emulator with one empty bucket, `BUCKET`."""
 
     def __init__(self):
-        self.storage = Storage(use_memory_fs=True)
+        self.storage = _InMemory(use_memory_fs=True)
         buckets.create_bucket(BUCKET, self.storage)
         # Gets the method and the object's name, before a request and after it; returns a status to
         # refuse it with.
@@ -80,6 +85,34 @@ class Emulator:
         self.before = self.after = lambda method, name: None
 
 
+@contextlib.contextmanager
+def running() -> Iterator[Emulator]:
+    """Run an emulator that this program finds, and those that it starts."""
+    emulator = Emulator()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in emulator.environment.items():
+            patch.setenv(name, value)
+        yield emulator
+    emulator.close()
+
+
+def url(*names: str) -> str:
+    """Return how a path in the bucket is written."""
+    return "/".join((f"gs://{BUCKET}", *names))
+
+
+def lock(**changes) -> bytes:
+    """Return a lock as another host's program writes it."""
+    data = {
+        "host": "elsewhere",
+        "process": 7,
+        "machine": "another",
+        "time": time.time(),
+        "token": "theirs",
+    }
+    return json.dumps(formats.stamped("lock", data | changes)).encode()
+
+
 def kill_at(emulator: Emulator, run: str, name: str, committed: bool) -> None:
     """Kill the program that writes the object `name` into the folder `run`.
 
@@ -112,7 +145,16 @@ def _object_of(request: server.Request) -> str:
     return unquote(found[1]) if found else ""
 
 
+class _InMemory(Storage):
+    def _write_config_to_file(self) -> None:
+        """Do nothing: all that is known of objects would be written at each change, for nobody."""
+
+
 class _Server(HTTPServer):
+    # TensorStore opens many connections at once. What a queue of five, the default, has no room for
+    # is tried again a second later.
+    request_queue_size = 128
+
     def handle_error(self, request, client_address) -> None:
         """Say nothing of clients that are gone before they have their answer."""
         if not isinstance(sys.exception(), ConnectionError):

@@ -1,4 +1,6 @@
-"""Be one of the processes of a tiny run: python -m tests.one_host WORKDIR DEVICES STRIKE HOSTS
+"""Be one of the processes of a tiny run:
+
+    python -m tests.one_host METHOD WORKDIR DEVICES STRIKE HOSTS
 
 DEVICES is how many it has. STRIKE is none, or KILL:TASK:STEP or TERM:TASK:STEP: the signal that it
 sends itself after that step; tasks and steps from 0. HOSTS is what --distributed takes. Meshes get
@@ -19,22 +21,20 @@ from soft_jax.experiment.stopping import Preempted
 from soft_jax.hooks import Hooks
 from tests.conftest import tiny_backbone, tiny_config, tiny_world
 
-# Two tasks of five digits, five steps of one image a device each: masks, and a classifier that the
-# tasks share.
-CONFIG = tiny_config(
-    method="softtf",
-    tasks=2,
-    epochs=1,
-    batch_size=8,
-    eval_batch_size=8,
-    checkpoint_every=2,
-    prototype_features=40,
-)
+# Two tasks of five digits, five steps of one image a device each.
+SETTINGS = {
+    "tasks": 2,
+    "epochs": 1,
+    "batch_size": 8,
+    "eval_batch_size": 8,
+    "checkpoint_every": 2,
+    "prototype_features": 40,
+}
 # With two devices a process: of processes 0, 1, 2, 3, 0, ...
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def main(workdir: str, devices: str, strike: str, hosts: str) -> int:
+def main(method: str, workdir: str, devices: str, strike: str, hosts: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_disable_most_optimizations", True)
     distributed.join(hosts)
@@ -50,8 +50,9 @@ def main(workdir: str, devices: str, strike: str, hosts: str) -> int:
         listed, in_order = [there[place] for place in INTERLEAVED], distributed.data_mesh
         patch.setattr(distributed, "data_mesh", lambda given=None: in_order(given or listed))
         try:
+            config = tiny_config(method=method, **SETTINGS)
             console = Console(width=200, quiet=not distributed.is_primary())
-            loop.run(CONFIG, workdir, console, hooks=Hooks(after_step))
+            loop.run(config, workdir, console, hooks=Hooks(after_step))
         except Preempted as stopped:
             print(stopped)
             return 128 + signal.SIGTERM

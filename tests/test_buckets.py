@@ -36,11 +36,12 @@ from soft_jax.experiment import loop, planned, seeds, trackers
 from soft_jax.hooks import Hooks
 from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
+from soft_jax.paper import rows as rows_lib
 from soft_jax.paper import tables
-from soft_jax.store import bucket_lock, checkpoint, folder, formats
+from soft_jax.store import bucket_lock, checkpoint, folder
 from tests import archives
 from tests.conftest import COMPILED, tiny_world
-from tests.emulator import BUCKET, Emulator, kill_at
+from tests.emulator import kill_at, lock, running, url
 from tests.train_tiny import CONFIG
 
 # ml_collections reads config files by a function that Python deprecates.
@@ -52,12 +53,8 @@ load_images, load_backbone = sources.load, backbones.load
 
 @pytest.fixture(scope="module")
 def emulator():
-    running = Emulator()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        yield running
-    running.close()
+    with running() as emulator:
+        yield emulator
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +69,6 @@ def world(backbone):
         jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield few
         jax.config.update("jax_disable_most_optimizations", False)
-
-
-def url(*names: str) -> str:
-    return "/".join((f"gs://{BUCKET}", *names))
 
 
 def train(workdir, **hooks) -> str:
@@ -253,18 +246,6 @@ def test_what_comes_after_a_failed_save_is_no_checkpoint(emulator):
 # Locks
 
 
-def lock(**changes) -> bytes:
-    """A lock as another host's program writes it."""
-    data = {
-        "host": "elsewhere",
-        "process": 7,
-        "machine": "another",
-        "time": time.time(),
-        "token": "theirs",
-    }
-    return json.dumps(formats.stamped("lock", data | changes)).encode()
-
-
 def test_two_programs_for_one_workdir(emulator):
     with closing(folder.Store(url("held"))):
         refused = rf"another process is running in .*held \(process {os.getpid()} on"
@@ -359,13 +340,14 @@ def test_a_bucket_that_can_not_be_written_is_one_line(emulator, where, capsys):
 def test_a_bucket_that_can_not_be_read_is_named(whole, emulator):
     """And of several runs it ends its own alone."""
     emulator.before = lambda *_: HTTPStatus.FORBIDDEN
-    shut = paths.place(url("shut[no]"), "")
+    shut, rows = paths.place(url("shut[no]"), ""), rows_lib.rows_of("methods", "c100_10")
     for field, look in (
         ("data_dir", lambda: load_images("folder", str(shut))),
         ("data_dir", lambda: sources.prepare("cifar100", str(shut))),
         ("backbone_path", lambda: backbones.locate("vit_ti8_32", str(shut))),
         ("images", lambda: images.find([shut])),
         ("workdir", lambda: seeds.plan(CONFIG, 2, shut)),
+        ("workdir", lambda: tables.plan(tables.Request("methods", "c100_10", {}, 1, shut), rows)),
     ):
         with pytest.raises(
             UserError, match=rf"^{field}: gs://.*shut\[no\].* can't be (read|copied)"
@@ -376,7 +358,9 @@ def test_a_bucket_that_can_not_be_read_is_named(whole, emulator):
     problem, manifests = planned.run(rows, Console(file=printed, width=300))
     assert isinstance(problem, UserError)
     assert len(manifests) == 2
-    assert "shut[no]" in printed.getvalue()
+    reason = f"workdir: {shut}/tasks can't be read (Forbidden"
+    assert str(problem).startswith(reason)
+    assert f"error: {reason}" in printed.getvalue()
 
 
 # What is read from a bucket

@@ -31,7 +31,12 @@ def sha256(tree):
         ("kaiming", "2d7a1cc31e97e2f9f73d39cab906187ebf382da19e560a33bc491d253d79df8e"),
         ("normal", "a1027cb92962efa8025df6243c8dfd4fc6248c8568d320897c4e0b596746fac3"),
         ("wsn", "fe8599a156337d9ebb0520eba59fb45e9b4245228998e172a62c5f7dd78d413d"),
-        ("softnet", "1e905a6dff7ff31d8f9d6172972e2496909689a43f7298a282cb8e1d3eaef033"),
+        # A few of its small values have another last digit (3e-14) from jax 0.12 on.
+        (
+            "softnet",
+            "1e905a6dff7ff31d8f9d6172972e2496909689a43f7298a282cb8e1d3eaef033 "
+            "2e79003dc22e1d72e253683a494a1bfd9663d2184a19736ba7d09a66a8294f93",
+        ),
     ],
 )
 def test_an_adapter_is_drawn_to_the_same_bits(kind, drawn, backbone):
@@ -43,8 +48,8 @@ def test_an_adapter_is_drawn_to_the_same_bits(kind, drawn, backbone):
     method = tiny_method(reparametrization=binary.get(kind) or soft_masks(kind))
     key = jax.random.key(3)
     adapter = run_lib._drawing(Method.init_adapter)(method, key, backbone)
-    assert sha256(adapter) == drawn
-    assert sha256(method.init_adapter(key, backbone)) == drawn
+    assert sha256(adapter) in drawn.split()
+    assert sha256(method.init_adapter(key, backbone)) == sha256(adapter)
     rows = run_lib._drawing(Method.init_prompts)(method, key)
     assert sha256(rows) == sha256({name: adapter[name] for name in rows})
 

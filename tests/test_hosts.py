@@ -14,9 +14,9 @@ from soft_jax.store import checkpoint
 ROOT = Path(__file__).parent.parent
 
 
-def started(workdir, devices, strike, hosts):
+def started(method, workdir, devices, strike, hosts):
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.one_host", workdir, str(devices), strike, hosts],
+        [sys.executable, "-m", "tests.one_host", method, workdir, str(devices), strike, hosts],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -24,14 +24,17 @@ def started(workdir, devices, strike, hosts):
     )
 
 
-def together(workdir, *strikes, expect=0):
-    """Run processes that share eight devices, one for each strike, to their end; their outputs."""
+def together(workdir, *strikes, method="softtf", expect=0):
+    """Run processes that share eight devices, one for each strike, to their end; their outputs.
+
+    Soft-TF has masks, and a classifier that the tasks share.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     count = len(strikes)
     hosts = [
-        started(workdir, 8 // count, strike, f"{address},{index},{count}")
+        started(method, workdir, 8 // count, strike, f"{address},{index},{count}")
         for index, strike in enumerate(strikes)
     ]
     try:

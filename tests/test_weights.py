@@ -162,8 +162,11 @@ def test_files_that_can_not_be_read(tmp_path):
     with pytest.raises(UserError, match=r"short.npz is not a readable .npz file"):
         backbones.load("vit_ti8_32", str(short))
     np.save(tmp_path / "array.npy", np.zeros(3))
-    with pytest.raises(UserError, match=r"array.npy is not a readable .npz file"):
-        backbones.load("vit_ti8_32", str(tmp_path / "array.npy"))
+    (tmp_path / "words.npz").write_text("<html>Not found</html>")
+    (tmp_path / "empty.npz").touch()
+    for name in ("array.npy", "words.npz", "empty.npz"):
+        with pytest.raises(UserError, match=rf"{name} is not a readable .npz file .*this is none"):
+            backbones.load("vit_ti8_32", str(tmp_path / name))
     with pytest.raises(UserError, match="image_size: image_size 30 is not a multiple"):
         backbones.load("vit_ti8_32", image_size=30)
 

@@ -411,6 +411,8 @@ def _arrays(file: Place, raw: bytes, source: Source | None) -> dict[str, np.ndar
 
 
 def _from_npz(raw: bytes) -> dict[str, np.ndarray]:
+    if raw[:2] != b"PK":  # NumPy would ask for pickles to be allowed
+        raise ValueError("an .npz file is a zip archive, and this is none")
     arrays = {}
     with np.load(io.BytesIO(raw)) as archive:
         for name in archive.files:

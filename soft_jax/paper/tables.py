@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from soft_jax import paths
 from soft_jax.config import Config
 from soft_jax.errors import UserError
 from soft_jax.evaluation import pictures
@@ -74,9 +75,10 @@ def plan(
         if row.settings is None:
             continue
         try:
-            planned[row.number] = runs.plan(
-                row, request.benchmark, request.overrides, request.seeds, request.workdir
-            )
+            with paths.reading("workdir"):
+                planned[row.number] = runs.plan(
+                    row, request.benchmark, request.overrides, request.seeds, request.workdir
+                )
         except UserError as error:
             failed[row.number] = error
     if not planned:
