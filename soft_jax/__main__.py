@@ -5,13 +5,15 @@ and the same as python -m soft_jax.
 import argparse
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from soft_jax import paths
 from soft_jax.cache import CACHE, COMPILED
+from soft_jax.config import unknown
 from soft_jax.errors import UserError
 from soft_jax.experiment.stopping import Preempted
 
@@ -46,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] in (["train"], ["sweep"]):  # they take a config's fields as flags
             status = getattr(commands, argv[0])(argv[1:])
         else:
-            arguments, rest = _parser().parse_known_args(argv)
-            arguments.flags, arguments.given = rest, argv[1:]
-            if rest and not getattr(arguments, "takes_config", False):
-                _parser().parse_args(argv)
+            arguments = _read(argv)
             function = getattr(arguments, "function", None)
             status = (function or getattr(commands, arguments.command))(arguments)
         sys.stdout.flush()  # here, where a closed pipe is told
@@ -108,10 +107,56 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, commands.the_only(flag, self._given))
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError for what is wrong, and takes no flag by a part of its name or twice."""
+
+    def __init__(self, **options: Any):
+        self.flags = ["h"]
+        super().__init__(**options, allow_abbrev=False)
+        self.register("action", None, _Once)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        self.flags += [name[2:] for name in names if name[:2] == "--"]
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says more")
+
+    def check_flags(self, argv: Sequence[str]) -> None:
+        """Raise UserError for a flag that there isn't, before another is said to be missing."""
+        takes_config = self.get_default("takes_config")
+        for word in argv:
+            if word == "--":
+                return
+            found = re.fullmatch(r"--?([A-Za-z][^=\s]*)(=.*)?", word, re.DOTALL)
+            if not found or found[1] in self.flags:
+                continue
+            if not (takes_config and re.match(r"(no)?config(\.|$)", found[1])):
+                known = [*self.flags[1:], *(["config"] if takes_config else [])]
+                raise UserError(unknown("flag", found[1], known))
+
+
+def _read(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command; those of a config are its `flags`.
+
+    Raises UserError for what is wrong with them, naming the nearest of an unknown word.
+    """
+    parser, parsers = _parsers()
+    if argv and argv[0][:1] != "-" and argv[0] not in parsers:
+        raise UserError(unknown("command", argv[0], parsers))
+    parsers.get(argv[0] if argv else "", parser).check_flags(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "takes_config", False):
+        raise UserError(f"unexpected argument {rest[0]!r}; soft-jax {argv[0]} --help says more")
+    arguments.flags, arguments.given = rest, argv[1:]
+    return arguments
+
+
+def _parsers() -> tuple[_Parser, Mapping[str, _Parser]]:
+    """Return the parser of all commands, and that of each."""
     from soft_jax import library_commands
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="soft-jax", description="Train a continual learner, use it, or compare runs."
     )
     commands = parser.add_subparsers(required=True, dest="command")
@@ -132,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_export(commands)
     library_commands.add_parsers(commands)
-    return parser
+    return parser, commands.choices
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -143,7 +188,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "probability, and the task whose network answered where it is another one. Tasks are "
         "counted from 1 everywhere. How images find their tasks is printed on the error output.",
     )
-    predict.register("action", None, _Once)
     predict.add_argument(
         "workdir", help="the folder that the run was trained in, or that of a library"
     )
@@ -202,7 +246,6 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         description="Run what is missing of a table, continue what was cut off, and print it with "
         "the published figures.",
     )
-    table.register("action", None, _Once)
     table.add_argument(
         "table", help="its number, or one of our own: methods, layers, weights, clip"
     )
@@ -257,7 +300,6 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         description="Write a task as a folder: its weights merged into the backbone's, and its "
         "own classes' classifier.",
     )
-    export.register("action", None, _Once)
     export.add_argument(
         "run", metavar="RUN", help="the folder that a run was trained in, or that of a library"
     )

@@ -26,6 +26,7 @@ from soft_jax.config import (
     RUNTIME_FIELDS,
     check_flag,
     from_config_dict,
+    nearest,
     parse_argument,
     unknown,
     unknown_value,
@@ -96,7 +97,8 @@ def find_config(name: str) -> str:
     file = paths.local(path, "file")
     if not os.path.lexists(file):
         there = sorted(str(other) for other in file.parent.glob("*.py"))
-        raise UserError(unknown("config", str(file), [*ours, *there]))
+        near = nearest(str(file), [*ours, *there])
+        raise UserError(f"there is no file {paths.shown(file)}; {near}")
     if not file.is_file() or file.suffix != ".py":
         raise UserError(f"{paths.shown(file)} is no config; a config is a file of Python, NAME.py")
     return str(file) + colon + argument
@@ -268,6 +270,8 @@ def _read_flags(argv: Sequence[str], known: Mapping[str, str]) -> _Flags:
         left = values(argv)
     except UserError as error:
         raise UserError(f"--config: {error}") from error
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(unknown("flag", error.flagname, known)) from error
     except flags.Error as error:
         raise UserError(_one_line(error)) from error
     except (OSError, SyntaxError, AttributeError, KeyError) as error:
@@ -591,11 +595,11 @@ class _Json:
     def answers(self, file: str | Path, answers: Sequence[Mapping[str, Any]]) -> None:
         """Print the answer, and where there are others, all of them under "top"."""
         others = {"top": answers} if self._with_others else {}
-        print(json.dumps({"file": str(file), **answers[0], **others}))
+        print(json.dumps({"file": paths.shown(file), **answers[0], **others}))
 
     def error(self, file: str | Path, error: UserError) -> None:
         """Print what is wrong with a file as such a line."""
-        print(json.dumps({"file": str(file), "error": str(error)}))
+        print(json.dumps({"file": paths.shown(file), "error": str(error)}))
 
 
 class _Csv:
@@ -640,7 +644,7 @@ def table(arguments: argparse.Namespace) -> int:
             settings = "not run here" if row.settings is None else json.dumps(row.settings)
             print(f"{number:3d}  {row.name}: {settings}")
         return 0
-    overrides = parse_argument(arguments.set)
+    overrides = parse_argument(arguments.set, "--set")
     rows = [rows[number - 1] for number in numbers]
     from absl import logging
     from rich.console import Console
@@ -652,15 +656,14 @@ def table(arguments: argparse.Namespace) -> int:
     tables.plan(request, rows)  # what is wrong with all rows is told before anything is written
     picture = output.with_suffix(".png") if output else workdir / "layers.png"
     paths.check_writable(picture, "--output" if output else "--workdir", paths.FILE)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours
-    text, whole = tables.make(request, rows, _command(arguments, overrides), picture)
-    if sys.stdout.isatty():
-        printing.draw(text, Console())
-    else:
-        print(text)
-    if output:
-        _write(output, text)
+    with paths.making(output, "--output"):
+        text, whole = tables.make(request, rows, _command(arguments, overrides), picture)
+        if sys.stdout.isatty():
+            printing.draw(text, Console())
+        else:
+            print(text)
+        if output:
+            _write(output, text)
     return 0 if whole else 1
 
 
@@ -731,20 +734,19 @@ def sweep(argv: Sequence[str]) -> int:
         workdir,
         lambda config, names: _giving_way(config, given.name, [*given.overrides, *names]),
     )
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
     if not given.as_written.validation:
         share = sweep_lib.VALIDATION_SHARE
         print(f"validation={share}: a sweep needs it, and the config has none", file=sys.stderr)
-    results = sweep_lib.run(points, protocol, Console(), jobs)
-    commands = (
-        shlex.join(["soft-jax", "sweep", *argv]),
-        shlex.join(["soft-jax", "train", *_train_words(given, sweep_lib.best(results))]),
-    )
-    text = sweep_lib.markdown(results, protocol, *commands)
-    print(text)
-    if output:
-        _write(output, text)
+    with paths.making(output, "--output"):
+        results = sweep_lib.run(points, protocol, Console(), jobs)
+        commands = (
+            shlex.join(["soft-jax", "sweep", *argv]),
+            shlex.join(["soft-jax", "train", *_train_words(given, sweep_lib.best(results))]),
+        )
+        text = sweep_lib.markdown(results, protocol, *commands)
+        print(text)
+        if output:
+            _write(output, text)
     return 0 if all(result.figure is not None for result in results) else 1
 
 

@@ -272,10 +272,14 @@ def _as_tuple(name: str, value: Any) -> Any:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Say that `name` is no known `what`, with the nearest that is, or else all of them."""
+    return f"{what} {_short(name)} is unknown; {nearest(name, known)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which of `known` is the nearest to `name`, or else all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-    return f"{what} {_short(name)} is unknown; {hint}"
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def unknown_value(field: str, value: str, known: Iterable[str]) -> str:
@@ -303,25 +307,25 @@ def from_config_dict(config: "ml_collections.ConfigDict") -> Config:
     return from_settings(config.to_dict())
 
 
-def parse_argument(argument: str | None) -> dict[str, Any]:
+def parse_argument(argument: str | None, where: str = "config argument") -> dict[str, Any]:
     """Read a config's string argument ("tasks=20,method=dualprompt,layers=3-5") as settings.
 
     Keys are the fields of `Config`, and `layers` for the E-prompt and masked layers at once. Layers
     and other lists of numbers are written "10-12" or "3+5+7". Raises UserError for an unknown key,
-    one that stands twice, or a value of the wrong type, by name.
+    one that stands twice, or a value of the wrong type, by name, and `where` a user wrote it.
     """
     fields = {field.name: field.type for field in dataclasses.fields(Config)}
     settings: dict[str, Any] = {}
     for item in filter(None, (argument or "").split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
-            raise UserError(f"config argument {_short(item)}: write key=value")
+            raise UserError(f"{where}: {_short(item)}: write key=value")
         if key != "layers" and key not in fields:
-            raise UserError(f"config argument: {unknown('key', key, ['layers', *fields])}")
+            raise UserError(f"{where}: {unknown('key', key, ['layers', *fields])}")
         names = ("e_prompt_layers", "mask_layers") if key == "layers" else (key,)
         if set(names) & settings.keys():
-            raise UserError(f"config argument: {key} is given twice")
-        value = _parse(key, text, fields[names[0]])
+            raise UserError(f"{where}: {key} is given twice")
+        value = _parse(f"{where}: {key}", text, fields[names[0]])
         settings |= dict.fromkeys(names, value)
     return settings
 
@@ -387,7 +391,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _parse(key: str, text: str, kind: Any) -> Any:
+def _parse(name: str, text: str, kind: Any) -> Any:
     try:
         if kind is str:
             value = text
@@ -402,7 +406,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     except ValueError:
         value = None
     if not _has_type(value, kind):
-        raise UserError(f"config argument: {key}={_short(text)} {_problem(text, kind)}")
+        raise UserError(f"{name}={_short(text)} {_problem(text, kind)}")
     return value
 
 

@@ -504,17 +504,18 @@ def explain_(arguments: argparse.Namespace) -> int:
     """Print why an image gets its answer, and write it as a page where one is asked for."""
     root = paths.local(arguments.library, "library")
     image = paths.local(arguments.image, "image")
-    output = arguments.output and paths.local(arguments.output, "--output")
+    output = paths.local(arguments.output, "--output") if arguments.output else None
     from soft_jax.evaluation import explained, html
     from soft_jax.inference import explain
 
     named, tasks = commands.tasks_of(root, arguments.tasks)
-    if output:
-        html.check_output(output)  # before what takes long
     tasks = tasks if named else commands.check_tasks(root, tasks)
-    found = explain.explain(*explain.load(root, tasks), image)
-    if output:  # first: whoever reads what is printed may have enough of it
-        html.write(output, explained.page(found, image, root.absolute().name))
+    with paths.making(output, "--output"):
+        if output:
+            html.check_output(output)  # before what takes long
+        found = explain.explain(*explain.load(root, tasks), image)
+        if output:  # first: whoever reads what is printed may have enough of it
+            html.write(output, explained.page(found, image, root.absolute().name))
     print("\n".join(explained.lines(found, paths.shown(image))))
     if output:
         print(f"\nPage: {paths.shown(output)}")

@@ -66,6 +66,38 @@ def _on_disk(path: str | os.PathLike, field: str, known: str) -> Path:
         raise UserError(f"{field}: {shown(path)!r} can't be expanded ({error})") from error
 
 
+def to_keep(path: str, field: str) -> str:
+    """Return a path as a setting is stored: absolute, found from any folder; an empty one as it is.
+
+    Raises UserError naming `field` where it is no path.
+    """
+    return str(place(path, field).absolute()) if path else path
+
+
+@contextlib.contextmanager
+def making(file: Place | None, field: str) -> Iterator[None]:
+    """Make the folder that `file`, if any, is to be written to: now, not after what takes long.
+
+    Where nothing is in it in the end, it is removed again. Raises UserError naming `field` where it
+    can't be made.
+    """
+    if not isinstance(file, Path):  # a bucket has no folders
+        yield
+        return
+    folder = file.absolute().parent
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{field}: {shown(folder)} can't be made ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # it holds something
+                each.rmdir()
+
+
 def shown(path: str | os.PathLike) -> str:
     r"""Return a path as it can be printed and written to any UTF-8 file.
 

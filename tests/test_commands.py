@@ -83,9 +83,14 @@ def test_configs_are_found_by_name(tmp_path, monkeypatch):
     Path("mine.py").touch()
     assert commands.find_config("vit_cil") == f"{ROOT}/configs/vit_cil.py"
     assert commands.find_config("./mine.py:a=1") == "mine.py:a=1"
-    for wrong, nearest in (("vit_cli", "vit_cil"), ("min.py", "mine.py"), ("digits.py", "digits")):
-        message = f"config '{wrong}' is unknown; did you mean '{nearest}'?"
-        with pytest.raises(UserError, match=re.escape(message)):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for wrong, message in (
+        ("vit_cli", "config 'vit_cli' is unknown; did you mean 'vit_cil'?"),
+        ("min.py", "there is no file min.py; did you mean 'mine.py'?"),
+        ("digits.py", "there is no file digits.py; did you mean 'digits'?"),
+        ("~/none/c.py:tasks=3", f"there is no file {tmp_path}/none/c.py; "),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
             commands.find_config(wrong)
     os.mkfifo("fifo")
     os.mkfifo("fifo.py")
@@ -269,7 +274,7 @@ def test_all_that_is_installed_is_listed():
     ("arguments", "status", "message"),
     [
         (["train", "--config=vit_cli"], 1, "config 'vit_cli' is unknown; did you mean 'vit_cil'?"),
-        (["train", "--config=no/digits.py"], 1, "config 'no/digits.py' is unknown"),
+        (["train", "--config=no/digits.py"], 1, "--config: there is no file no/digits.py; did you"),
         (["train", "--config.epoch=3"], 1, "setting 'epoch' is unknown; did you mean 'epochs'?"),
         (["train", "--config.shots[0]=3"], 1, "did you mean 'shots'?"),
         (["train", "--config.epochs=1e1"], 1, "error: flag --config.epochs=1e1: '1e1' is not of"),
@@ -291,7 +296,8 @@ def test_all_that_is_installed_is_listed():
         (["train", "--workdir=s3://b/run"], 1, "error: --workdir: 's3://b/run' is a URL"),
         (["sweep", "--config.epoch=3"], 1, "setting 'epoch' is unknown; did you mean 'epochs'?"),
         (["sweep", "--set=epochs=1", "--workdir=s3://b/s"], 1, "--workdir: 's3://b/s' is a URL"),
-        (["train", "--workdr=x"], 1, "Did you mean: workdir"),
+        (["train", "--workdr=x"], 1, "error: flag 'workdr' is unknown; did you mean 'workdir'?"),
+        (["trian"], 1, "error: command 'trian' is unknown; did you mean 'train'?"),
         (["train", "digits"], 1, "error: unexpected argument 'digits'; flags are --config, "),
         (["train", "--config=digits:density=0.5"], 1, "density: 0.5 has no effect with method"),
         (["train", "--config=digits:method=sotftf"], 1, "method: 'sotftf' is unknown"),
@@ -307,6 +313,37 @@ def test_a_wrong_word_is_one_line(tmp_path, arguments, status, message):
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: command; soft-jax --help says more"),
+        (["--hep"], "flag 'hep' is unknown; did you mean 'help'?"),
+        (["xyzzy"], "command 'xyzzy' is unknown; known are train, sweep, predict, table, "),
+        (["predict", "run"], "the following arguments are required: images; soft-jax predict --"),
+        (["predict", "run", "a.png", "--jsn"], "flag 'jsn' is unknown; did you mean 'json'?"),
+        (["predict", "run", "a.png", "--back=x"], "flag 'back' is unknown; known are help, task-"),
+        (["predict", "run", "a.png", "--top"], "argument --top: expected one argument; soft-jax"),
+        (["merge", "lib", "a", "--ino=c"], "flag 'ino' is unknown; did you mean 'into'?"),
+        (["compare", "a", "b", "c"], "unexpected argument 'c'; soft-jax compare --help says more"),
+        (["learn", "lib", "a", "digits", "--class=1"], "flag 'class' is unknown; did you mean 'c"),
+        (["learn", "lib", "a", "digits", "--confg=x"], "flag 'confg' is unknown; did you mean 'c"),
+        (["tidy", "lib", "--keep-versions=1", "--keep-versions=2"], "--keep-versions is given tw"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line_of_ours(capsys, arguments, message):
+    """Nor is a part of a flag's name the flag."""
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not printed.out
+
+
+def test_what_begins_as_a_flag_may_be_a_path_behind_two_dashes(capsys):
+    assert main(["predict", "--", "-run", "-a.png"]) == 1
+    assert "-run holds no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", ".hidden", "a/b", "/a", "a\0"])
@@ -507,6 +544,14 @@ def test_a_bad_image_has_its_own_line_in_every_form(predict):
     }
     (row,) = csv.DictReader(io.StringIO(predict("bad.png", "--csv").out))
     assert (row["file"], row["error"], row["class"]) == ("bad.png", "bad.png is bad", "")
+
+
+def test_a_file_name_that_is_no_utf_8_is_one_in_every_form(predict):
+    assert json.loads(predict("a\udcff.png", "--json").out)["file"] == "a\\xff.png"
+    assert json.loads(predict("bad\udcff.png", "--json").out)["file"] == "bad\\xff.png"
+    (row,) = csv.DictReader(io.StringIO(predict("a\udcff.png", "--csv").out))
+    assert row["file"] == "a\\xff.png"
+    assert predict("a\udcff.png").out.startswith("a\\xff.png: ")
 
 
 def test_tasks_are_given_counted_from_1(predict):

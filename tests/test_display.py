@@ -1,5 +1,6 @@
 """What a run shows while it works, on a terminal and elsewhere."""
 
+import dataclasses
 import io
 import re
 
@@ -88,9 +89,12 @@ def untrained(monkeypatch):
     monkeypatch.setattr(run_lib.Run, "step_flops", None)
 
 
-@pytest.mark.usefixtures("digits", "fast_compile", "untrained")
-def test_a_run_shows_each_of_its_phases_and_a_line_a_task(tmp_path, log_file, monkeypatch):
-    """Tasks are counted from 1, and nothing that only a terminal understands is printed."""
+@pytest.mark.usefixtures("fast_compile", "untrained")
+def test_a_run_shows_each_of_its_phases_and_a_line_a_task(tmp_path, digits, log_file, monkeypatch):
+    """Tasks are counted from 1, nothing that only a terminal understands is printed, and brackets
+    in a name are no markup.
+    """
+    digits = dataclasses.replace(digits, class_names=("[b]0", *digits.class_names[1:]))
     phases, begin, update = [], Display.begin, Display.update
 
     def begun(self, what, total=None):
@@ -104,7 +108,8 @@ def test_a_run_shows_each_of_its_phases_and_a_line_a_task(tmp_path, log_file, mo
     monkeypatch.setattr(Display, "begin", begun)
     monkeypatch.setattr(Display, "update", updated)
     settings = {"method": "head", "tasks": 2, "prototype_features": 20}
-    manifests = loop.run(tiny_config(**settings), tmp_path, log_file)
+    folder = tmp_path / "[bold]run"
+    manifests = loop.run(tiny_config(**settings), folder, log_file, digits)
     names = list(dict.fromkeys(what for what, *_ in phases))
     assert names[0].startswith("loading")
     assert names[-1] == "writing the report"
@@ -124,11 +129,16 @@ def test_a_run_shows_each_of_its_phases_and_a_line_a_task(tmp_path, log_file, mo
     text = printed(log_file)
     assert "\x1b" not in text
     heading = text.index("task  classes")
-    rows = [line for line in text[heading:].splitlines() if re.match(r" +\d  \d", line)]
+    rows = [line for line in text[heading:].splitlines() if re.match(r" +\d  (\[b\])?\d", line)]
     assert [row.split()[0] for row in rows] == ["1", "2"]
     for row, manifest in zip(rows, manifests, strict=True):
         assert f"  {', '.join(manifest.class_names)}  " in row
     assert max(map(len, text.splitlines()[2:])) <= 80  # the folder's name may be longer
+    # What does not fit is broken between facts.
+    facts = text.splitlines()[1:4]
+    assert facts[:2] == ["head on digits, 2 tasks of 5 classes", "vit_b16 at 16 pixels"]
+    assert re.fullmatch(r"\d+ cpu device\(s\)", facts[2])
+    assert "".join(text.splitlines()).endswith(f"Report: {folder}/report.md")
 
 
 @pytest.mark.usefixtures("digits", "fast_compile", "untrained")

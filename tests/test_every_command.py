@@ -16,7 +16,7 @@ from soft_jax.errors import UserError
 from soft_jax.experiment import loop, planned
 from soft_jax.models import backbones
 
-PARSERS = command_line._parser()._subparsers._group_actions[0].choices
+_, PARSERS = command_line._parsers()
 # Those whose flags are not argparse's.
 FLAGS = {"train": commands.TRAIN_FLAGS, "sweep": commands.SWEEP_FLAGS}
 PATHS = ("ftp://host/x", "~no_such_user_here/x", "no/x", "there/../no", "../here/run", "fifo")

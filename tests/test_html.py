@@ -290,8 +290,14 @@ def test_a_report_replaces_itself_alone(library_, tmp_path, capsys, monkeypatch)
         for words in (["report", str(library_)], ["explain", str(library_), "x.png"]):
             assert main([*words, f"--output={tmp_path / 'new.html'}"]) == 1
             assert "new.html can't be written" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is no folder; make it"):
-        html_report.write(library_, tmp_path / "none" / "x.html")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(html_report, "page", lambda opened: {}["page"])
+        html_report.write(library_, tmp_path / "none/at/all.html")
+    assert not (tmp_path / "none").exists()
+    html_report.write(library_, tmp_path / "none/at/all.html")
+    assert (tmp_path / "none/at/all.html").is_file()
+    with pytest.raises(UserError, match=r"mine.html can't be made \(File exists\)"):
+        html_report.write(library_, file / "x.html")
     with pytest.raises(UserError, match="there is none in"):
         html_report.write(tmp_path)
 

@@ -297,6 +297,40 @@ def test_a_text_file_is_no_image_and_no_message_names_an_address(folder):
             use(text)
 
 
+def test_a_missing_image_is_told_with_what_to_do():
+    told = r"^none.png can't be .*Error: No such file or directory\); name an image file, or "
+    with pytest.raises(UserError, match=told):
+        images.read("none.png")
+
+
+def test_a_large_image_is_read_without_a_warning_until_pillow_refuses_it(tmp_path):
+    """In a process of its own, whose filters of warnings are not pytest's."""
+    for side in (10, 20):
+        write(tmp_path / f"{side}.png", size=(side, side))
+    program = (
+        "from PIL import Image\n"
+        "from soft_jax.data import images\n"
+        "Image.MAX_IMAGE_PIXELS = 99\n"
+        "print(images.read('10.png').shape)\n"
+        "try:\n"
+        "    images.read('20.png')\n"
+        "except images.UserError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    shape, refused = done.stdout.splitlines()
+    assert shape == "(10, 10, 3)"
+    assert "(ValueError: more than 198 pixels; make it smaller first)" in refused
+
+
 def test_a_pipe_that_takes_the_place_of_a_training_image(folder):
     """After the set was loaded."""
     write(folder / "train/cat/3.png", size=(9, 8))  # another shape: files

@@ -20,7 +20,9 @@ from rich.console import Console
 from soft_jax import __main__ as command_line
 from soft_jax import commands
 from soft_jax.config import Config
+from soft_jax.data import sources
 from soft_jax.errors import UserError
+from soft_jax.evaluation import pictures
 from soft_jax.experiment import jobs, loop, planned, seeds
 from soft_jax.experiment.jobs import Devices, Job
 from soft_jax.experiment.stopping import Preempted
@@ -301,10 +303,18 @@ def test_seeds_side_by_side_are_those_one_after_the_other(tmp_path, monkeypatch,
     assert list(map(contents, side)) == list(map(contents, in_turn))
     assert all(sha256 for sha256, _ in contents(side[0]))
     assert "1 cpu device(s)" in (side[1].folder / "log.txt").read_text()
-    # The command finds them finished.
+    # One of them was killed after its last task, before its lines and its report.
+    lines, page = (side[0].folder / name for name in ("results.jsonl", "report.md"))
+    whole = lines.read_bytes(), page.read_bytes()
+    lines.write_bytes(b"".join(whole[0].splitlines(True)[:-1]))
+    page.unlink()
+    # The command finds them finished, and reads no images.
+    monkeypatch.setattr(sources, "load", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])  # as in tests.drive
     capsys.readouterr()
     assert command_line.main(["train", *flags]) == 0
     output = capsys.readouterr().out
+    assert (lines.read_bytes(), page.read_bytes()) == whole
     found = json.loads((tmp_path / "side/seeds.json").read_text())
     figure = found["figures"]["test"]["oracle/task_given"]["final_average"]
     first, second = figure["each"]

@@ -32,6 +32,7 @@ from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import UserError
 from soft_jax.experiment import gate, library_planning, loop, merged, transfer
+from soft_jax.experiment import settings as settings_lib
 from soft_jax.experiment.data_spec import Data
 from soft_jax.experiment.gate import Gate, Verdict
 from soft_jax.experiment.library import Library, kept_transfer
@@ -1225,6 +1226,17 @@ def test_a_backbone_is_found_again_from_any_folder(tmp_path, monkeypatch, bucket
     opened = made("lib", dataclasses.replace(WITHOUT, backbone_path=given), tasks=1)
     kept = given if bucket else f"{tmp_path}/../bb/x.npz"
     assert opened.state().config["backbone_path"] == kept
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+def test_images_are_found_again_from_any_folder(tmp_path, monkeypatch, bucket):
+    monkeypatch.chdir(tmp_path)
+    given = "gs://bucket/sets" if bucket else "../sets"
+    kept = given if bucket else f"{tmp_path}/../sets"
+    config = Config(dataset="tiny_imagenet", data_dir=given)
+    assert settings_lib.to_keep(config).data_dir == kept
+    assert Data.parse("tiny_imagenet", ("cat",), vars(config)).data_dir == kept
+    assert settings_lib.to_keep(Config()).data_dir == Data.parse("digits").data_dir == ""
 
 
 def test_kept_transfer_that_is_damaged_is_left_out(root):

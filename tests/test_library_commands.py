@@ -367,7 +367,7 @@ def test_folders_of_images(say, root, tmp_path, photos):
     assert "classes: 'a' stands twice" in say("learn", "x", "digits", "--classes=a,a")[2]
     assert "has no class 'z'" in say("learn", "x", "digits", "--classes=z")[2]
     assert "there is no 'y'" in say("learn", "x", "digits", "--classes=4", "--start-from=y")[2]
-    assert "Unknown command line flag" in say("learn", "x", "digits", "--clases=4")[2]
+    assert "did you mean 'classes'?" in say("learn", "x", "digits", "--clases=4")[2]
     assert "epochs: 1 there, 2 now" in say("learn", "x", "digits", CONFIG, "--config.epochs=2")[2]
     new = tmp_path / "new"
     assert "no classes in" in say("learn", "x", str(tmp_path / "empty"), CONFIG, on=new)[2]

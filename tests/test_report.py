@@ -9,8 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from soft_jax.config import Config
 from soft_jax.evaluation import calibration, metrics, pictures, predictions, report
 from soft_jax.evaluation.report import Report
+from soft_jax.experiment import seeds
 from soft_jax.inference import rules
 from soft_jax.store.records import TaskManifest
 
@@ -221,25 +223,27 @@ def test_a_run_without_a_finished_task_writes_nothing(root):
 
 def test_weights_are_listed_by_layer(root, manifests):
     text = report.markdown(root, CONFIG, "digits_9", manifests, [])
-    rows = [row for row in text.splitlines() if row.startswith("| blocks")]
+    rows = [row for row in text.splitlines() if row.startswith("| L")]
     assert rows == [
-        "| blocks_0/attn/qkv/kernel | 0.1250 | 0.1250 |",
-        "| blocks_1/attn/qkv/kernel | 0.2500 | 0.2500 |",
+        "| L1 attn/qkv | 0.1250 | 0.1250 |",
+        "| L2 attn/qkv | 0.2500 | 0.2500 |",
     ]
 
 
 @pytest.mark.parametrize(
-    ("path", "layer", "weight"),
+    ("path", "layer", "weight", "label"),
     [
-        ("blocks_9/attn/qkv/kernel", 9, "attn/qkv"),
-        ("visual/blocks_11/mlp/fc1/kernel", 11, "visual/mlp/fc1"),
-        ("layers/3/attn/kernel", 3, "layers/attn"),
-        ("embed/kernel", None, "embed"),
-        ("pos_embed", None, ""),
+        ("blocks_9/attn/qkv/kernel", 9, "attn/qkv", "L10 attn/qkv"),
+        ("blocks_9/attn/qkv/bias", 9, "attn/qkv", "L10 attn/qkv/bias"),
+        ("visual/blocks_11/mlp/fc1/kernel", 11, "visual/mlp/fc1", "L12 visual/mlp/fc1"),
+        ("layers/3/attn/kernel", 3, "layers/attn", "L4 layers/attn"),
+        ("embed/kernel", None, "embed", "embed"),
+        ("pos_embed", None, "", "pos_embed"),
     ],
 )
-def test_layer_and_weight_are_read_from_a_path(path, layer, weight):
+def test_layer_and_weight_are_read_from_a_path(path, layer, weight, label):
     assert (pictures.layer_of(path), pictures.weight_of(path)) == (layer, weight)
+    assert pictures.label_of(path) == label  # for people, from 1
 
 
 def test_a_link_in_a_pictures_place_is_replaced(root, rng):
@@ -383,6 +387,27 @@ def test_a_sentence_says_what_training_added_also_where_it_is_nothing(
     shown = Console(file=io.StringIO(), width=300)
     report.show(shown, "digits_1", [manifest])
     assert says in shown.file.getvalue()
+
+
+def test_of_several_seeds_it_says_how_far_apart_they_are(rng):
+    def of_seed(given, without):
+        found = {
+            "per_sample/prompt_id": without,
+            "per_sample/frozen_features": 50,
+            "oracle/task_given": given,
+            "oracle/frozen_features": 80,
+        }
+        return [with_accuracies(manifest_of(0, 1, rng), found)]
+
+    runs = {59: of_seed(90, 49), 60: of_seed(94, 51)}
+    found = seeds.summary(Config(), runs)
+    assert seeds.markdown(Config(), found, "soft-jax train").endswith(
+        "\n\nGiven the task, what was trained adds 12.0 ± 2.8 points to the frozen features (92.0 "
+        "against 80.0); without it, adds 0.0 ± 1.4 points to them (50.0 by Prompt ID, the best of "
+        "its rules, against 50.0).\n"
+    )
+    alone = seeds.markdown(Config(), seeds.summary(Config(), {59: runs[59]}), "soft-jax train")
+    assert report.gain(runs[59]) in alone
 
 
 def test_a_run_without_frozen_features_says_nothing_of_them(manifests):

@@ -108,7 +108,7 @@ def test_a_file_lists_any_classes_in_any_order(tmp_path):
 def test_a_bad_file_is_one_error(tmp_path, text, message):
     file = tmp_path / "tasks.json"
     file.write_text(text)
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=f"^scenario_file: {file}.*{re.escape(message)}"):
         make(scenario="file", scenario_file=str(file))
 
 

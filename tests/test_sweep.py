@@ -15,6 +15,7 @@ from soft_jax import commands
 from soft_jax.config import Config
 from soft_jax.data import sources
 from soft_jax.errors import Stopped, UserError
+from soft_jax.evaluation import report
 from soft_jax.experiment import loop, planned, sweep
 from soft_jax.experiment.stopping import Preempted
 from tests.manifests import manifest_of
@@ -110,19 +111,19 @@ def test_images_are_held_out_whatever_the_config_says(tmp_path, share, taken):
         ([], None, "^--set: write what to try"),
         (["epochs"], None, "^--set: 'epochs': write NAME=VALUE,VALUE"),
         (["epochs=1,,2"], None, "^--set: 'epochs=1,,2': write NAME=VALUE,VALUE"),
-        (["epoch=1"], None, "key 'epoch' is unknown; did you mean 'epochs'?"),
-        (["epochs=1,few"], None, "^--set: epochs=few: .*epochs='few' is not of the type int"),
+        (["epoch=1"], None, "^--set: key 'epoch' is unknown; did you mean 'epochs'?"),
+        (["epochs=1,few"], None, "^--set: epochs='few' is not of the type int"),
         (["epochs=1,0"], None, "^--set: epochs=0: epochs: 0 is below 1"),
         (["density=0.5"], None, "^--set: density=0.5: density: 0.5 has no effect"),
-        (["epochs=1", "epochs=2"], None, "^--set: epochs and epochs both set epochs"),
+        (["epochs=1", "epochs=1,2"], None, "^--set: epochs is given twice; .* --set=epochs=1,2$"),
         (["layers=3", "mask_layers=3"], None, "^--set: layers and mask_layers both set mask_lay"),
         (["seed=1,2"], None, "^--set: seed changes the images or the tasks"),
         (["validation=0.1,0.2"], None, "^--set: validation changes the images"),
         (["learning_rate=0.1,1e-1"], None, "learning_rate=0.1 and learning_rate=1e-1 are the same"),
         (["eval_batch_size=1,2"], None, "eval_batch_size=1 and eval_batch_size=2 are the same run"),
-        (["epochs=1"], "per_sample/prototypes", "did you mean 'per_sample/prototype'?"),
-        (["epochs=1"], FROZEN, "is the same for all runs: no training changes it"),
-        (["epochs=1"], "per_sample/no_task_id", "means nothing for method 'dualprompt.softtf'"),
+        (["epochs=1"], "per_sample/prototypes", "^--protocol: .*did you mean 'per_sample/proto"),
+        (["epochs=1"], FROZEN, "^--protocol: .* is the same for all runs: no training changes it"),
+        (["epochs=1"], "per_sample/no_task_id", "^--protocol: .* means nothing for method 'dualp"),
     ],
 )
 def test_what_can_not_be_swept_is_said_before_anything_runs(tmp_path, choices, protocol, message):
@@ -228,10 +229,12 @@ def test_a_run_that_failed_stands_below_and_the_status_says_so(world, tmp_path):
     assert (tmp_path / "before").read_text().endswith("read on\n")
 
 
-def test_where_all_runs_failed_nothing_is_chosen(world):
+def test_where_all_runs_failed_nothing_is_chosen(world, tmp_path):
     outcomes = [UserError("first"), UserError("second")]
-    status, printed = swept("--set=epochs=1,2", outcomes=outcomes, **world)
+    output = f"--output={tmp_path / 'new/one/t.md'}"
+    status, printed = swept("--set=epochs=1,2", output, outcomes=outcomes, **world)
     assert status == 1
+    assert not list(tmp_path.iterdir())  # no folder for a table that there is not
     assert printed.err.endswith("error: first\n")
     assert "Chosen" not in printed.out
 
@@ -241,6 +244,7 @@ def test_only_what_is_not_finished_is_run(tmp_path, monkeypatch):
     points = sweep.plan(Config(), ["learning_rate=0.1,0.3"], None, tmp_path)
     there = {points[0].run: [manifest(**{PROMPT: 20})]}
     monkeypatch.setattr(planned, "finished", there.get)
+    monkeypatch.setattr(report, "shows", lambda *_: True)
     monkeypatch.setattr(sources, "load", lambda *_: "the images")
     ran = []
 

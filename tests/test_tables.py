@@ -638,7 +638,7 @@ def test_what_is_in_a_rows_name_or_columns_is_what_it_is_about(table, overrides)
         (("7", f"--rows={'9' * 5000}"), f"--rows: '{'9' * 80}' is not a list such as 1,3-5"),
         (("7", "--output=s3://bucket/t.md"), "--output: 's3://bucket/t.md' is a URL"),
         (("7", "--seeds=1", "--seeds=3"), "--seeds is given twice, as '1' and as '3'"),
-        (("7", "--set=epoch=2"), "config argument: key 'epoch' is unknown"),
+        (("7", "--set=epoch=2"), "--set: key 'epoch' is unknown"),
         (("1", "--rows=4"), "--rows: none of these rows is run here"),
     ],
 )
@@ -650,6 +650,15 @@ def test_bad_arguments_are_named(arguments, message, capsys, tmp_path):
     assert command_line.main(arguments) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert not list(tmp_path.iterdir())
+
+
+def test_where_all_rows_failed_there_is_no_folder_for_the_table(tmp_path, monkeypatch, capsys):
+    world = {"workdir": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    output = f"--output={tmp_path / 'new/one/t.md'}"
+    status, _ = table_of("7", "--rows=2", output, **world, outcomes=[UserError("no images")])
+    assert (status, list(tmp_path.iterdir())) == (1, [])
+    assert table_of("7", "--rows=2", output, **world)[0] == 0
+    assert (tmp_path / "new/one/t.md").is_file()
 
 
 def test_an_output_replaces_no_text_that_is_not_a_table_of_ours(tmp_path, capsys):

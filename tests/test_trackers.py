@@ -2,15 +2,20 @@
 
 import dataclasses
 import importlib.util
+import io
 import struct
 import time
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from soft_jax.config import Config
 from soft_jax.errors import UserError
-from soft_jax.experiment import trackers
+from soft_jax.experiment import loop, planned, trackers
+from soft_jax.experiment.planned import PlannedRun
 from soft_jax.store.records import RunRecord
+from tests.conftest import tiny_config
 
 RECORD = RunRecord(settings={}, backbone_sha256="0", dataset_sha256="1", tasks=None)
 ROW = {
@@ -162,11 +167,35 @@ def test_wandb_that_refuses_is_named(tmp_path, monkeypatch):
         train(Config(wandb=True), tmp_path, [1])
 
 
+@pytest.mark.usefixtures("offline", "digits")
+@pytest.mark.parametrize("kind", ["its own", "of its settings"])
+def test_a_run_that_wandb_refuses_leaves_nothing(kind, tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(dir, **_):
+        (Path(dir) / "wandb").mkdir()
+        (Path(dir) / "wandb/debug.log").write_text("its own log")
+        problem = "1 error in\n  mode\n"
+        raise wandb.errors.UsageError(problem) if kind == "its own" else ValueError(problem)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    config = tiny_config(method="head", tasks=2, wandb=True)
+    with pytest.raises(UserError, match="^wandb: 1 error in mode; log in with"):
+        loop.run(config, tmp_path / "runs/mine", Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("setting", list(trackers.TRACKERS))
-def test_a_tracker_that_is_not_installed_is_named_before_the_run(setting, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_before_the_run(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf'{setting}: .* pip install "soft_jax\[{setting}\]"'):
-        trackers.check(dataclasses.replace(Config(), **{setting: True}))
+    config, printed = dataclasses.replace(Config(), **{setting: True}), io.StringIO()
+    refused = pytest.raises(UserError, match=rf'{setting}: .* pip install "soft_jax\[{setting}\]"')
+    with refused:
+        trackers.check(config)
+    runs = [PlannedRun(config, tmp_path / name, name) for name in ("one", "two")]
+    with refused:  # once, not by every run
+        list(planned.run(runs, Console(file=printed)))
+    assert not printed.getvalue()
     trackers.check(Config())  # nobody asked for it
 
 
@@ -179,7 +208,6 @@ def test_other_processes_track_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("setting", list(trackers.TRACKERS))
 def test_every_tracker_has_an_extra_of_its_name(setting):
     import tomllib
-    from pathlib import Path
 
     file = Path(__file__).parent.parent / "pyproject.toml"
     extras = tomllib.loads(file.read_text())["project"]["optional-dependencies"]

@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,9 @@ _DEEP = ("I", "F")
 # 15 with transparency and 18 with 16 bits a channel, as measured: 2.4 GB at most.
 DECODED_AT_ONCE = 2**27
 NAMED = 3  # files of one kind that are named where some are left out
+
+# From half of the pixels on that Pillow refuses, it warns of the memory, which is bounded here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Then = Callable[[np.ndarray], np.ndarray]
 
@@ -87,8 +91,12 @@ def read(path: str | os.PathLike, then: Then = unchanged) -> np.ndarray:
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more for damaged
     # files
     except Exception as error:
+        missing = isinstance(error, FileNotFoundError)
+        advice = "; name an image file, or a folder of them" if missing else ""
+        why = getattr(error, "strerror", None) or error  # without the name once more
         raise UserError(
-            f"{paths_lib.shown(file)} can't be read as an image ({type(error).__name__}: {error})"
+            f"{paths_lib.shown(file)} can't be read as an image ({type(error).__name__}: {why})"
+            f"{advice}"
         ) from error
 
 
@@ -111,6 +119,9 @@ def decode(file: BinaryIO, then: Then = unchanged) -> np.ndarray:
         opened = Image.open(file)
     except UnidentifiedImageError:  # whose own words name the object by its address
         raise UnidentifiedImageError("no image that Pillow can read") from None
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise ValueError(f"more than {most:,} pixels; make it smaller first") from None
     with opened as image:
         _check_shape(*image.size)
         with _budget.hold(image.width * image.height):

@@ -195,9 +195,12 @@ class FromFile(ScenarioRule):
                 f"(a name, or a number from 0 to {len(class_names) - 1})"
             )
 
-        return Scenario(
-            len(class_names), tuple(tuple(number_of(class_) for class_ in task) for task in tasks)
-        )
+        numbered = tuple(tuple(number_of(class_) for class_ in task) for task in tasks)
+        try:
+            return Scenario(len(class_names), numbered)
+        except UserError as error:
+            problem = str(error).removeprefix("scenario: ")
+            raise UserError(f"scenario_file: {file}: {problem}") from error
 
 
 SCENARIOS: dict[str, type[ScenarioRule]] = {

@@ -498,10 +498,6 @@ def check_output(file: Path) -> None:
     """Raise UserError where a page can't be written to `file`, or would replace something else."""
     paths.check_writable(file, "--output", paths.FILE)
     try:
-        if not file.parent.is_dir():
-            raise UserError(
-                f"--output: {paths.shown(file.parent)} is no folder; make it, or name another file"
-            )
         if not os.access(file.parent, os.W_OK):
             raise UserError(
                 f"--output: {paths.shown(file)} can't be written, as nothing can in that folder; "

@@ -249,7 +249,7 @@ def mask_distances(manifests: Manifests) -> Figure:
     # Rows are as high as their labels, however many there are: numbers fit by the columns alone.
     numbers = len(manifests) <= MOST_NUMBERS
     image = _heat_map(axes, values, None, "{:.3f}" if numbers else "", aspect="auto")
-    axes.set_yticks(range(len(paths)), [_label(path) for path in paths], fontsize=8)
+    axes.set_yticks(range(len(paths)), [label_of(path) for path in paths], fontsize=8)
     _number(axes.set_xticks, len(manifests))
     axes.set(xlabel="task")
     axes.set_title("how far each mask moved from 1", fontsize=10)
@@ -274,7 +274,7 @@ def mask_densities(densities: Mapping[str, Mapping[str, Any]]) -> Figure:
         for path in sorted((p for p in densities if weight_of(p) == weight), key=layer_first):
             found, bins = densities[path], np.array(densities[path]["counts"])
             edges = np.linspace(found["low"], found["high"], len(bins) + 1)
-            label = _label(path).split()[0]
+            label = label_of(path).split()[0]
             shade = shades[layers.index(layer_first(path)[0])]
             heights = bins / bins.sum() / np.diff(edges)
             shown[label] = axes.stairs(heights, edges, label=label, color=shade)
@@ -308,9 +308,14 @@ def layer_first(path: str) -> tuple[int, str]:
     return (-1 if layer is None else layer), path
 
 
-def _label(path: str) -> str:
-    layer = layer_of(path)
-    return weight_of(path) if layer is None else f"L{layer + 1} {weight_of(path)}"
+def label_of(path: str) -> str:
+    """Return a parameter's path as people read it, its layer counted from 1.
+
+    "blocks_9/attn/qkv/kernel" is "L10 attn/qkv"; what is no kernel keeps its last part.
+    """
+    layer, last = layer_of(path), path.rpartition("/")[2]
+    name = "/".join(part for part in (weight_of(path), last) if part not in ("", "kernel"))
+    return name if layer is None else f"L{layer + 1} {name}"
 
 
 def _panels(

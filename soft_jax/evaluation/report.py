@@ -292,45 +292,53 @@ def _short_names(names: Sequence[str], width: int) -> str:
 
 
 def gain(manifests: Manifests) -> str:
+    """Say what training added to the frozen features, as `gain_of_runs` says it of one run."""
+    last = manifests[-1]
+    return gain_of_runs(
+        {
+            part: {
+                key: [float(metrics.accuracies(last, key, part=part).mean())]
+                for key in metrics.counts(last, part)
+            }
+            for part in (TEST, VALIDATION)
+        }
+    )
+
+
+def gain_of_runs(finals: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Say what training added to the frozen features, in points of the final accuracy.
 
-    With the task given, and without it: there the method's best rule that looks at one image at a
-    time stands for it, chosen by validation images where there are any. Empty where a run has no
-    figures of the frozen features, as runs of older versions.
+    `finals` has the final accuracies by part of the data and protocol, one a run; of several, their
+    means and the standard deviation of what was added are said. With the task given, and without
+    it: there the method's best rule that looks at one image at a time stands for it, chosen by
+    validation images where there are any. Empty where a run has no figures of the frozen features,
+    as runs of older versions.
     """
     frozen = f"{PER_SAMPLE}/{FrozenFeatures.name}"
     frozen_given = f"{ORACLE}/{FrozenFeatures.name}"
-    if not {frozen, frozen_given} <= manifests[-1].metrics.keys():
+    if not {frozen, frozen_given} <= finals[TEST].keys():
         return ""
-    part = VALIDATION if manifests[-1].validation else TEST
-    rules = [
-        key
-        for key in metrics.counts(manifests[-1], part)
-        if key.startswith(f"{PER_SAMPLE}/") and not is_reference(key)
-    ]
-    best = max(rules, key=lambda key: _final(manifests, key, part))
-    trained, before = (_final(manifests, key) for key in (best, frozen))
-    given, given_before = (
-        _final(manifests, key) for key in (f"{ORACLE}/{TaskGiven.name}", frozen_given)
-    )
+    chosen_by = finals.get(VALIDATION) or finals[TEST]
+    rules = [key for key in chosen_by if key.startswith(f"{PER_SAMPLE}/") and not is_reference(key)]
+    best = max(rules, key=lambda key: np.mean(chosen_by[key]))
+    keys = (best, frozen, f"{ORACLE}/{TaskGiven.name}", frozen_given)
+    trained, before, given, given_before = (np.array(finals[TEST][key]) for key in keys)
     return (
         f"Given the task, what was trained {_added(given, given_before)} the frozen features "
-        f"({given:.1f} against {given_before:.1f}); without it, {_added(trained, before)} them "
-        f"({trained:.1f} by {title(best).partition(', ')[2]}, the best of its rules, against "
-        f"{before:.1f})."
+        f"({given.mean():.1f} against {given_before.mean():.1f}); without it, "
+        f"{_added(trained, before)} them ({trained.mean():.1f} by {title(best).partition(', ')[2]},"
+        f" the best of its rules, against {before.mean():.1f})."
     )
 
 
-def _final(manifests: Manifests, protocol: str, part: str = TEST) -> float:
-    return float(metrics.accuracies(manifests[-1], protocol, part=part).mean())
-
-
-def _added(trained: float, frozen: float) -> str:
-    points = round(trained, 1) - round(frozen, 1)  # as they are shown
+def _added(trained: np.ndarray, frozen: np.ndarray) -> str:
+    points = round(float(trained.mean()), 1) - round(float(frozen.mean()), 1)  # as shown
+    _, deviation = metrics.mean_and_deviation(trained - frozen)
+    spread = f" ± {deviation:.1f}" if len(trained) > 1 else ""
     if abs(points) < 0.05:
-        return "adds nothing to"
+        return f"adds {f'0.0{spread} points' if spread else 'nothing'} to"
     verb, at = ("adds", "to") if points > 0 else ("takes", "off")
-    return f"{verb} {abs(points):.1f} points {at}"
+    return f"{verb} {abs(points):.1f}{spread} points {at}"
 
 
 def show(console: Console, benchmark: str, manifests: Manifests) -> None:
@@ -372,7 +380,7 @@ def markdown(
     lines = [
         f"# {config['method']} on {benchmark}, seed {config['seed']}",
         "",
-        f"After {len(manifests)} of {last.num_tasks} tasks; percent of test images.",
+        _shown_tasks(manifests),
         "",
         *([gain(manifests), ""] if gain(manifests) else []),
         *_figure_lines(manifests, TEST),
@@ -395,6 +403,19 @@ def markdown(
         "",
     ]
     return "\n".join(lines)
+
+
+def _shown_tasks(manifests: Manifests) -> str:
+    return f"After {len(manifests)} of {manifests[-1].num_tasks} tasks; percent of test images."
+
+
+def shows(root: Place, manifests: Manifests) -> bool:
+    """Return whether `report.md` in a run's folder shows all of these tasks.
+
+    It does not where the run was killed between its last task and its report.
+    """
+    file = root / "report.md"
+    return file.is_file() and f"\n{_shown_tasks(manifests)}\n" in file.read_text("utf-8")
 
 
 def escaped(text: str) -> str:
@@ -537,7 +558,7 @@ def _drift_lines(manifests: Manifests) -> list[str]:
     lines += ["", "| weight | largest | mean |", "|---|---|---|"]
     for path in sorted(drifts, key=pictures.layer_first):
         values = [m.weight_drift[path] for m in manifests if path in m.weight_drift]
-        lines.append(f"| {path} | {max(values):.4f} | {np.mean(values):.4f} |")
+        lines.append(f"| {pictures.label_of(path)} | {max(values):.4f} | {np.mean(values):.4f} |")
     return [*lines, ""]
 
 

@@ -46,7 +46,7 @@ class Data:
         if "/" in text or text in (".", ".."):
             raise UserError(f"data: there is no folder {text}, and no data set is called so")
         data_dir = config.get("data_dir", "") if config.get("dataset") != "folder" else ""
-        return cls(text, data_dir, names, *limits)
+        return cls(text, paths.to_keep(data_dir, "data_dir"), names, *limits)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -53,8 +53,9 @@ def write(
     """
     opened = Library.open(root, console)
     file = opened.root / FILE if output is None else paths.local(output, "--output")
-    html.check_output(file)  # before what takes long
-    html.write(file, page(opened))
+    with paths.making(file, "--output"):
+        html.check_output(file)  # before what takes long
+        html.write(file, page(opened))
     return file
 
 

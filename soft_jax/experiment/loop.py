@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -29,7 +29,7 @@ from soft_jax.inference import engine, rules
 from soft_jax.methods import regularization, rehearsal
 from soft_jax.methods.method import Adapter, Method, Shared, begin
 from soft_jax.store.folder import Store
-from soft_jax.store.records import TaskManifest
+from soft_jax.store.records import RunRecord, TaskManifest
 from soft_jax.training import loop as training_loop
 from soft_jax.training.train_step import TrainState
 
@@ -71,16 +71,23 @@ def run(
         closing(Store(workdir)) as store,
         display or Display(console) as shown,
         _memory_named(config),
+        ExitStack() as stack,
     ):
+        trackers = trackers_lib.Trackers()
+
+        def track(record: RunRecord) -> None:
+            nonlocal trackers
+            tell = functools.partial(console.print, markup=False, highlight=False)
+            opened = trackers_lib.opened(config, store.root, record, tell)
+            trackers = stack.enter_context(opened)
+
         shown.begin("loading the backbone and the images")
-        prepared = prepare(config, store, console, stop, None, dataset, hooks, start)
-        tell = functools.partial(console.print, markup=False, highlight=False)
-        with trackers_lib.opened(config, store.root, store.record, tell) as trackers:
-            run = dataclasses.replace(prepared, log=trackers.curves, display=shown)
-            manifests = _run_tasks(run, trackers, figures)
+        prepared = prepare(config, store, console, stop, None, dataset, hooks, start, track)
+        run = dataclasses.replace(prepared, log=trackers.curves, display=shown)
+        manifests = _run_tasks(run, trackers, figures)
     if figures and not run.start.alone:
         report.show(console, config.benchmark, manifests)
-        console.print(f"Report: {store.root / 'report.md'}")
+        console.print(f"Report: {store.root / 'report.md'}", markup=False)
     return manifests
 
 
@@ -92,7 +99,8 @@ def _run_tasks(run: Run, trackers: trackers_lib.Trackers, figures: bool) -> list
     manifests, shared, memory = _restore(run, bank, shared, memory)
     if manifests:
         run.console.print(
-            f"{len(manifests)} of {scenario.num_tasks} tasks are finished in {run.store.root}"
+            f"{len(manifests)} of {scenario.num_tasks} tasks are finished in {run.store.root}",
+            markup=False,
         )
     finished = len(manifests)
     table = report.StageTable([rule.key for rule in run.evaluated], run.console.width)
@@ -104,7 +112,7 @@ def _run_tasks(run: Run, trackers: trackers_lib.Trackers, figures: bool) -> list
             if figures:
                 if task == finished:
                     run.console.print(f"\n{table.heading}", highlight=False)
-                run.console.print(table.line(manifest), highlight=False)
+                run.console.print(table.line(manifest), markup=False, highlight=False)
         run.display.begin("writing the report")
     return manifests
 
@@ -304,7 +312,8 @@ def _continued(run: Run, task: int, state: TrainState) -> tuple[TrainState, floa
         aside = run.store.set_aside_training()
         run.console.print(
             f"The kept training state can't be used and is now in {aside}; task {task + 1} starts "
-            f"again. {problem or 'Another process could not read it.'}"
+            f"again. {problem or 'Another process could not read it.'}",
+            markup=False,
         )
         return state, 0.0
     if kept is None:

@@ -12,21 +12,25 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from soft_jax import paths
 from soft_jax.cache import on_disk
 from soft_jax.config import DEFAULTS, Config, from_settings
 from soft_jax.errors import Stopped, UserError
+from soft_jax.evaluation import report
 from soft_jax.experiment import jobs as jobs_lib
 from soft_jax.experiment import settings as settings_lib
+from soft_jax.experiment import trackers
 from soft_jax.experiment.display import Display
 from soft_jax.experiment.stopping import Preempted, stop_at_signals
 from soft_jax.paths import Place
-from soft_jax.store.folder import Reader
+from soft_jax.store.folder import Reader, Store
 from soft_jax.store.records import TaskManifest
 
 # The program that runs one run, which it is given as `_given` writes it.
@@ -125,9 +129,12 @@ def run(
         program: the words of the command that runs one run, for tests and programs around this.
 
     Raises:
-        UserError: for more jobs than the host has chips, or where they can't be counted.
+        UserError: for more jobs than the host has chips, or where they can't be counted, and for
+            a tracker that is not installed.
         Preempted: after a signal to stop; the states of all runs are saved.
     """
+    for each in planned:
+        trackers.check(each.config)  # else every run would say the same
     folders = {each.folder: each for each in planned}  # rows may share a run
     slots, devices, before = 1, None, {}
     if jobs != 1 and len(folders) > 1:
@@ -163,9 +170,28 @@ def _say(console: Console, text: str) -> None:
 def _before(planned: PlannedRun) -> Outcome | None:
     """Return the outcome of a run that needs none of it: finished, or nothing to be run."""
     try:
-        return finished(planned)
-    except (UserError, OSError) as error:
-        return _problem(error)
+        return _found(_with_report, planned)
+    except UserError as error:
+        return error
+
+
+def _with_report(planned: PlannedRun) -> list[TaskManifest] | None:
+    """Return what `finished` does; a run killed between its last task and its report gets it."""
+    manifests = finished(planned)
+    if manifests and not report.shows(planned.folder, manifests):
+        config = settings_lib.to_keep(planned.config)
+        settings = dataclasses.asdict(config)
+        with closing(Store(planned.folder)) as store:
+            report.Report(store.root, settings, config.benchmark, manifests).write()
+    return manifests
+
+
+def _found(
+    look: Callable[[PlannedRun], list[TaskManifest] | None], planned: PlannedRun
+) -> list[TaskManifest] | None:
+    """Return what `look` finds. Raises UserError also where a bucket can't be read."""
+    with paths.reading("workdir"):
+        return look(planned)
 
 
 def _problem(error: UserError | OSError) -> UserError:
@@ -204,7 +230,7 @@ def _one_by_one(
     for number, each in enumerate(planned, 1):
         config = each.config
         try:
-            manifests = before.get(each.folder) or finished(each)
+            manifests = before.get(each.folder) or _found(_with_report, each)
             if isinstance(manifests, UserError):
                 raise manifests
             if manifests is None:
@@ -258,11 +284,11 @@ def _side_by_side(
         try:
             outcomes[each.folder] = (
                 problem
-                or _stored(each)
+                or _found(_stored, each)
                 or UserError(f"its process ended without a word (log: {_log(each)})")
             )
-        except (UserError, OSError) as error:
-            outcomes[each.folder] = _problem(error)
+        except UserError as error:
+            outcomes[each.folder] = error
     return outcomes
 
 

@@ -440,11 +440,13 @@ def prepare(
     dataset: sources.Dataset | None = None,
     hooks: Hooks | None = None,
     start: Start | None = None,
+    before: Callable[[RunRecord], None] = lambda record: None,
 ) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's.
 
-    `mesh` defaults to all devices, `dataset` to what `config` names. Raises UserError for anything
-    that does not fit, before training, and Preempted after a signal.
+    `mesh` defaults to all devices, `dataset` to what `config` names. `before` is called with what
+    the run is just before the folder becomes its own: where it raises, nothing is left there.
+    Raises UserError for anything that does not fit, before training, and Preempted after a signal.
     """
     settings_lib.check(config)
     config = settings_lib.to_keep(config)
@@ -458,7 +460,7 @@ def prepare(
     if distributed.all_max(stop.is_set())[0]:
         raise Preempted("Stopped while reading the backbone")
     for name in backbone.left_out:
-        console.print(f"backbone: {name} has no place in this backbone; left out")
+        console.print(f"backbone: {name} has no place in this backbone; left out", markup=False)
     for note in backbone.notes:
         console.print(f"backbone: {note}", markup=False)
     # Its layers, before any data is read.
@@ -489,16 +491,22 @@ def prepare(
         tasks=None if scenario.is_default else scenario.classes_by_task,
     )
     distributed.check_equal(record.to_json())
+    store.compare(record, DEFAULTS)
+    before(store.record or record)
     if aside := store.claim(record, DEFAULTS):
-        console.print(f"A training state of no known run is now in {aside}")
+        console.print(f"A training state of no known run is now in {aside}", markup=False)
     mesh = mesh or distributed.data_mesh()
     sizes = sorted({len(classes) for classes in scenario.classes_by_task})
     of_classes = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    console.print(
-        f"{used['method']} on {config.dataset}, {scenario.num_tasks} tasks of {of_classes} "
-        f"classes; {config.backbone} at {backbone.architecture.image_size} pixels; "
-        f"{mesh.size} {jax.devices()[0].device_kind} device(s); {store.root}"
+    facts = (
+        f"{used['method']} on {config.dataset}, {scenario.num_tasks} tasks of {of_classes} classes",
+        f"{config.backbone} at {backbone.architecture.image_size} pixels",
+        f"{mesh.size} {jax.devices()[0].device_kind} device(s)",
+        str(store.root),
     )
+    line = "; ".join(facts)
+    # Where it does not fit, a line each: none is broken in its middle.
+    console.print(line if len(line) <= console.width else "\n".join(facts), markup=False)
     in_memory = isinstance(dataset.train, sources.InMemoryImages)
     return Run(
         config=config,

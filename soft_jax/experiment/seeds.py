@@ -106,7 +106,14 @@ def markdown(config: Config, found: Mapping[str, Any], command: str) -> str:
         ]
         columns = (f"protocol, {part} images", *_COLUMNS.values())
         lines += ["", *markdown_lib.table(columns, rows, left=columns[:1])]
-    return "\n".join([*lines, "", f"{report.escaped(report.FOOTNOTE)}.", ""])
+    lines += ["", f"{report.escaped(report.FOOTNOTE)}.", ""]
+    finals = {
+        part: {protocol: figures["final_average"]["each"] for protocol, figures in of_part.items()}
+        for part, of_part in found["figures"].items()
+    }
+    if sentence := report.gain_of_runs(finals):
+        lines += [sentence, ""]
+    return "\n".join(lines)
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

@@ -96,14 +96,13 @@ def beside(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_keep(config: Config) -> Config:
-    """Return `config` as it is stored: with `backbone_path` absolute, found from any folder.
+    """Return `config` as it is stored: what it needs again later is found from any folder.
 
-    Raises UserError where that is no path.
+    Raises UserError where one of these is no path.
     """
-    if not config.backbone_path:
-        return config
-    path = paths.place(config.backbone_path, "backbone_path").absolute()
-    return dataclasses.replace(config, backbone_path=str(path))
+    names = ("data_dir", "backbone_path")
+    kept = {name: paths.to_keep(getattr(config, name), name) for name in names}
+    return dataclasses.replace(config, **kept)
 
 
 def used_settings(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from soft_jax.config import Config, parse_argument, unknown
+from soft_jax.config import Config, parse_argument, unknown_value
 from soft_jax.errors import UserError
 from soft_jax.evaluation import markdown as markdown_lib
 from soft_jax.evaluation import metrics
@@ -98,9 +98,9 @@ def plan(
                 settings |= parse_argument(f"{name}={text}")
             of_point = giving_way(dataclasses.replace(config, **settings), texts)
             settings_lib.check(of_point)
-            _check_protocol(of_point, protocol)
         except UserError as error:
             raise UserError(f"--set: {title}: {error}") from error
+        _check_protocol(of_point, protocol)
         folder = workdir / planned_lib.folder_of(of_point)
         if folder in folders:
             raise UserError(f"--set: {folders[folder]} and {title} are the same run")
@@ -125,7 +125,11 @@ def _values(choices: Sequence[str]) -> dict[str, tuple[str, ...]]:
                 f"--set: {name} changes the images or the tasks, so its values can't be compared "
                 "on the same ones"
             )
-        for field in parse_argument(f"{name}={texts[0]}"):
+        if name in values:
+            both = ",".join(dict.fromkeys((*values[name], *texts)))
+            raise UserError(f"--set: {name} is given twice; write --set={name}={both}")
+        read = [parse_argument(f"{name}={text}", "--set") for text in texts]
+        for field in read[0]:
             if field in fields:
                 raise UserError(f"--set: {fields[field]} and {name} both set {field}")
             fields[field] = name
@@ -144,11 +148,13 @@ def _check_protocol(config: Config, protocol: str | None) -> None:
             for rule in rules.RULES.values()
             if isinstance(rule.name, str)
         ]
-        raise UserError(f"protocol: {unknown('protocol', protocol, keys)}")
+        raise UserError(unknown_value("--protocol", protocol, keys))
     if not rule.needs_network:
-        raise UserError(f"protocol: {protocol!r} is the same for all runs: no training changes it")
+        raise UserError(
+            f"--protocol: {protocol!r} is the same for all runs: no training changes it"
+        )
     if not rule.applies(registry.parse(config.method)):
-        raise UserError(f"protocol: {protocol!r} means nothing for method {config.method!r}")
+        raise UserError(f"--protocol: {protocol!r} means nothing for method {config.method!r}")
 
 
 def run(
@@ -168,7 +174,8 @@ def run(
             continue
         figure = figure_of(outcome, protocol)
         results.append(Result(point, figure))
-        console.print(f"{point.run.title}: {figure.accuracy:.2f} on validation images")
+        told = f"{point.run.title}: {figure.accuracy:.2f} on validation images"
+        console.print(told, markup=False)
     return results
 
 
@@ -182,8 +189,8 @@ def figure_of(manifests: Sequence[TaskManifest], protocol: str | None) -> Figure
     candidates = [protocol] if protocol else [key for key in counts if _is_candidate(key)]
     if not candidates or not set(candidates) <= counts.keys():
         raise UserError(
-            f"protocol: {protocol or 'none given'!r} has no validation figure in this run; it has "
-            f"those of {', '.join(counts) or 'none'}"
+            f"--protocol: {protocol or 'none given'!r} has no validation figure in this run; it "
+            f"has those of {', '.join(counts) or 'none'}"
         )
     figures = []
     for key in candidates:

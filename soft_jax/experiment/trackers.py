@@ -231,6 +231,7 @@ class WandB(Tracker):
         # What it has not sent yet has to be on a disk.
         folder = cache.on_disk() if isinstance(root, BucketPath) else root
         folder.mkdir(parents=True, exist_ok=True)
+        own = None if (folder / "wandb").exists() else folder / "wandb"
         try:
             run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "soft_jax"),
@@ -242,9 +243,12 @@ class WandB(Tracker):
                 # The screen is ours, and stays on it.
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # the latter of its own settings
+            if own:
+                shutil.rmtree(own, ignore_errors=True)
+            said = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"wandb: {error}; log in with `wandb login`, set WANDB_MODE=offline, or leave the "
+                f"wandb: {said}; log in with `wandb login`, set WANDB_MODE=offline, or leave the "
                 "setting off"
             ) from error
         return cls(run)
