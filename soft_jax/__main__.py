@@ -147,7 +147,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parsers.get(argv[0] if argv else "", parser).check_flags(argv)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_config", False):
-        raise UserError(f"unexpected argument {rest[0]!r}; soft-jax {argv[0]} --help says more")
+        parsers[argv[0]].error(f"unexpected argument {rest[0]!r}")
     arguments.flags, arguments.given = rest, argv[1:]
     return arguments
 

@@ -137,6 +137,29 @@ def digits(backbone, monkeypatch):
 
 
 @contextmanager
+def hardly_optimized():
+    """Within, programs are: compiling tiny ones is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    """A bucket for the tests of a module; with `calm_after` it refuses nothing after each."""
+    from tests.emulator import running
+
+    with running() as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def calm_after(emulator):
+    yield
+    emulator.calm()
+
+
+@contextmanager
 def found_instead(backbone, images):
     """Within, every backbone is `backbone` and every data set what `images()` returns, and
     programs are hardly optimized: compiling is most of the time.
@@ -144,9 +167,8 @@ def found_instead(backbone, images):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(backbones, "load", lambda *_: backbone)
         patch.setattr(sources, "load", lambda *_: images())
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
+        with hardly_optimized():
+            yield
 
 
 @pytest.fixture(autouse=True)
@@ -170,9 +192,8 @@ def fast_compile():
     """For tests of definitions on tiny models, where compiling is most of the time; not for
     those of bits.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with hardly_optimized():
+        yield
 
 
 @pytest.fixture

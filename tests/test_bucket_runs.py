@@ -17,7 +17,6 @@ import time
 from http import HTTPStatus
 from pathlib import Path
 
-import jax
 import pytest
 
 from soft_jax import __main__ as command_line
@@ -26,12 +25,15 @@ from soft_jax.experiment import loop, planned
 from soft_jax.paper import rows as rows_lib
 from soft_jax.store import bucket_lock
 from soft_jax.store.folder import Reader
-from tests.conftest import COMPILED, tiny_world
-from tests.emulator import lock, running, url
+from tests.conftest import COMPILED, hardly_optimized, tiny_world
+from tests.emulator import lock, url
 from tests.test_hosts import together
 
 # ml_collections reads config files by a function that Python deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+    pytest.mark.usefixtures("calm_after"),
+]
 
 ROOT = Path(__file__).parent.parent
 TINY = (sys.executable, "-m", "tests.tiny_command")
@@ -44,25 +46,11 @@ SETTINGS = (
 CONFIG = f"--config=digits:{SETTINGS},method=head,tasks=2"
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    with running() as emulator:
-        yield emulator
-
-
-@pytest.fixture(autouse=True)
-def _calm(emulator):
-    yield
-    emulator.calm()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _world(backbone):
-    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch):
+    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch), hardly_optimized():
         patch.setenv("SOFT_JAX_TESTS_COMPILED", COMPILED)
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

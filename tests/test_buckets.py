@@ -40,35 +40,28 @@ from soft_jax.paper import rows as rows_lib
 from soft_jax.paper import tables
 from soft_jax.store import bucket_lock, checkpoint, folder
 from tests import archives
-from tests.conftest import COMPILED, tiny_world
-from tests.emulator import kill_at, lock, running, url
+from tests.conftest import COMPILED, hardly_optimized, tiny_world
+from tests.emulator import kill_at, lock, url
 from tests.train_tiny import CONFIG
 
 # ml_collections reads config files by a function that Python deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+    pytest.mark.usefixtures("calm_after"),
+]
 
 ROOT = Path(__file__).parent.parent
 load_images, load_backbone = sources.load, backbones.load
 
 
-@pytest.fixture(scope="module")
-def emulator():
-    with running() as emulator:
-        yield emulator
-
-
-@pytest.fixture(autouse=True)
-def _calm(emulator):
-    yield
-    emulator.calm()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def world(backbone):
-    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tiny_world(backbone, patch) as few,
+        hardly_optimized(),
+    ):
         yield few
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(workdir, **hooks) -> str:

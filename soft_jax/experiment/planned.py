@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,12 @@ def _say(console: Console, text: str) -> None:
 def _before(planned: PlannedRun) -> Outcome | None:
     """Return the outcome of a run that needs none of it: finished, or nothing to be run."""
     try:
-        return _found(_with_report, planned)
+        return _with_report(planned)
     except UserError as error:
         return error
 
 
+@paths.reading("workdir")
 def _with_report(planned: PlannedRun) -> list[TaskManifest] | None:
     """Return what `finished` does; a run killed between its last task and its report gets it."""
     manifests = finished(planned)
@@ -184,14 +185,6 @@ def _with_report(planned: PlannedRun) -> list[TaskManifest] | None:
         with closing(Store(planned.folder)) as store:
             report.Report(store.root, settings, config.benchmark, manifests).write()
     return manifests
-
-
-def _found(
-    look: Callable[[PlannedRun], list[TaskManifest] | None], planned: PlannedRun
-) -> list[TaskManifest] | None:
-    """Return what `look` finds. Raises UserError also where a bucket can't be read."""
-    with paths.reading("workdir"):
-        return look(planned)
 
 
 def _problem(error: UserError | OSError) -> UserError:
@@ -230,7 +223,7 @@ def _one_by_one(
     for number, each in enumerate(planned, 1):
         config = each.config
         try:
-            manifests = before.get(each.folder) or _found(_with_report, each)
+            manifests = before.get(each.folder) or _with_report(each)
             if isinstance(manifests, UserError):
                 raise manifests
             if manifests is None:
@@ -282,11 +275,12 @@ def _side_by_side(
             raise Preempted("Stopped")
     for each, problem in zip(missing, problems, strict=True):
         try:
-            outcomes[each.folder] = (
-                problem
-                or _found(_stored, each)
-                or UserError(f"its process ended without a word (log: {_log(each)})")
-            )
+            with paths.reading("workdir"):
+                outcomes[each.folder] = (
+                    problem
+                    or _stored(each)
+                    or UserError(f"its process ended without a word (log: {_log(each)})")
+                )
         except UserError as error:
             outcomes[each.folder] = error
     return outcomes

@@ -444,8 +444,7 @@ def prepare(
 ) -> Run:
     """Find weights and data, check that everything fits, and make `store` this run's.
 
-    `mesh` defaults to all devices, `dataset` to what `config` names. `before` is called with what
-    the run is just before the folder becomes its own: where it raises, nothing is left there.
+    `mesh` defaults to all devices, `dataset` to what `config` names. `before` is `Store.claim`'s.
     Raises UserError for anything that does not fit, before training, and Preempted after a signal.
     """
     settings_lib.check(config)
@@ -491,9 +490,7 @@ def prepare(
         tasks=None if scenario.is_default else scenario.classes_by_task,
     )
     distributed.check_equal(record.to_json())
-    store.compare(record, DEFAULTS)
-    before(store.record or record)
-    if aside := store.claim(record, DEFAULTS):
+    if aside := store.claim(record, DEFAULTS, before):
         console.print(f"A training state of no known run is now in {aside}", markup=False)
     mesh = mesh or distributed.data_mesh()
     sizes = sorted({len(classes) for classes in scenario.classes_by_task})

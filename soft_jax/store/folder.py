@@ -18,7 +18,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Sharding
@@ -256,15 +256,22 @@ class Store(Reader):
             )
         return False
 
-    def claim(self, record: RunRecord, defaults: Mapping[str, Any]) -> Place | None:
+    def claim(
+        self,
+        record: RunRecord,
+        defaults: Mapping[str, Any],
+        before: Callable[[RunRecord], None] = lambda record: None,
+    ) -> Place | None:
         """Make the folder this run's: write `record`, or find that the run there is this one.
 
         Where there was no config.json, nothing says which run the training states there are of:
         they are set aside. Returns the folder where they are now, None if none were set aside.
-        Raises UserError as `compare` does, or where the processes of a run don't see the same
-        folder.
+        `before` is called with the run's record before anything is written: what it raises leaves
+        the folder as it was. Raises UserError as `compare` does, or where the processes of a run
+        don't see the same folder.
         """
         self.compare(record, defaults)
+        before(self.record or record)
         new = not self._holds_run()
         self._check_shared_view(new)
         aside = None
