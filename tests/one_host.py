@@ -7,6 +7,7 @@ sends itself after that step; tasks and steps from 0. HOSTS is what --distribute
 the devices in an order that a TPU slice may have them in: not process by process.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -37,7 +38,11 @@ INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 def main(method: str, workdir: str, devices: str, strike: str, hosts: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
     jax.config.update("jax_disable_most_optimizations", True)
-    distributed.join(hosts)
+    # Whether the others live is known after a minute and a half by default.
+    initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", initialize)
+        distributed.join(hosts)
     name, *where = strike.split(":")
 
     def after_step(task, step, values):

@@ -332,12 +332,31 @@ def test_another_host_waits_until_the_lock_of_a_killed_program_is_void(
 
 
 def test_two_hosts_with_a_workdir_in_a_bucket(emulator, tmp_path):
-    """Killed and continued, to the bit what one process does on a disk."""
+    """Each dies once in a save, which ends the other; continued to the bit what one process does
+    on a disk.
+    """
     together(str(tmp_path / "one"), "none", method="head")
-    killed = ("KILL:0:2", "KILL:0:2")
-    together(url("hosts"), *killed, method="head", expect=-signal.SIGKILL)
+
+    def run(dies: int) -> list[str]:
+        def die(hosts) -> None:
+            def strike(method: str, name: str) -> None:
+                if method != "GET" and name.startswith("hosts/tasks/000/shared/"):
+                    hosts[dies].kill()
+
+            emulator.before = strike
+
+        ends = [-signal.SIGABRT, -signal.SIGABRT]
+        ends[dies] = -signal.SIGKILL
+        outputs = together(url("hosts"), "none", "none", method="head", expect=ends, begun=die)
+        emulator.calm()
+        assert Reader(url("hosts")).present() == []  # nothing half done is taken for a task
+        assert "another task died" in outputs[1 - dies]
+        return outputs
+
+    run(dies=1)
+    assert "Task 1 continues after step 6" in run(dies=0)[0]
     first, second = together(url("hosts"), "none", "none", method="head")
-    assert "Task 1 continues after step 2" in first
+    assert "Task 1 continues after step 6" in first
     assert f"Report: {url('hosts/report.md')}" in first
     assert "TIL oracle" not in second
     assert contents(url("hosts")) == contents(tmp_path / "one")

@@ -24,10 +24,11 @@ def started(method, workdir, devices, strike, hosts):
     )
 
 
-def together(workdir, *strikes, method="softtf", expect=0):
+def together(workdir, *strikes, method="softtf", expect=0, begun=None):
     """Run processes that share eight devices, one for each strike, to their end; their outputs.
 
-    Soft-TF has masks, and a classifier that the tasks share.
+    Soft-TF has masks, and a classifier that the tasks share. `expect` is what they end with, all of
+    them or each; `begun` gets the processes when all are started.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -37,12 +38,15 @@ def together(workdir, *strikes, method="softtf", expect=0):
         started(method, workdir, 8 // count, strike, f"{address},{index},{count}")
         for index, strike in enumerate(strikes)
     ]
+    if begun:
+        begun(hosts)
     try:
         outputs = [host.communicate(timeout=300)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
-    assert [host.returncode for host in hosts] == [expect] * count, "\n".join(outputs)[-4000:]
+    ends = [expect] * count if isinstance(expect, int) else expect
+    assert [host.returncode for host in hosts] == ends, "\n".join(outputs)[-4000:]
     return outputs
 
 
