@@ -147,6 +147,7 @@ def test_a_table_in_a_bucket(emulator, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     held = f"workdir: another process is running in {url(second)} (process 7 on elsewhere"
     assert f"| 2 | order 2 | failed: {held}" in printed
+    assert f"error: row 2, seed 59: order 2: {held}" in printed
     assert printed.endswith(emulator.objects["new/t.md"].decode() + "\n")
     assert table_rows(printed)[:-1] == [row for row in on_disk if row[0] != "2"]
     assert [name for name in emulator.objects if second in name] == [f"{second}/.lock"]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def test_jobs_run_side_by_side_and_one_fails_alone(tmp_path):
     (again,) = jobs.run(fakes(tmp_path, "sys.exit(3)"), 1, CPU, QUIET, threading.Event())
     assert str(again).startswith("its process ended with status 3 (log: ")
     assert "a stray line" in (tmp_path / "0/log.txt").read_text()
+
+
+def test_a_narrow_terminal_cuts_titles_and_not_what_is_done(tmp_path):
+    output = io.StringIO()
+    console = Console(file=output, width=80, force_terminal=True)
+    title = "row 4, seed 59: DualPrompt-Soft-TF-L[10,11,12] [q,k,v,proj]"
+    job = Job(title, FAKE, "pass", tmp_path / "log.txt")
+    process = types.SimpleNamespace(what="task 3 of 10: training", done=41, total=418)
+    with jobs._Screen(console, 1) as screen:
+        screen.begin(0, job)
+        screen.show(0, process)
+        screen._progress.refresh()
+    cut = r"row 4, seed 59: DualPrompt-.*… task 3 of 10: training, 41 of 418 .*0:00:0"
+    assert re.search(cut, output.getvalue())
+    assert f"1 of 1 begins: {title}; log: {job.log}" in output.getvalue()
 
 
 def test_what_a_run_can_not_begin_with_is_said(tmp_path):

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from soft_jax.errors import UserError
 from soft_jax.experiment.display import EVERY, Display
@@ -378,6 +378,9 @@ def _all_ended(running: Mapping[int, _Process]) -> Iterator[None]:
             process.close()
 
 
+_TITLE = {"ratio": 1, "no_wrap": True, "overflow": "ellipsis"}
+
+
 class _Screen:
     """What is shown of all jobs: a line for each that runs on a terminal, else a few lines."""
 
@@ -385,9 +388,12 @@ class _Screen:
         self._console, self._count, self._over = console, count, 0
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            # A narrow terminal cuts the title's end off, not what the run is at.
+            TextColumn("{task.description}", markup=False, table_column=Column(**_TITLE)),
+            TextColumn("{task.fields[at]}", markup=False, table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             console=console,
+            expand=True,
             transient=True,
             refresh_per_second=2,
             disable=not console.is_terminal,
@@ -406,13 +412,12 @@ class _Screen:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, number: int, job: Job) -> None:
-        self._bars[number] = self._progress.add_task(escape(job.title), total=None)
+        self._bars[number] = self._progress.add_task(job.title, total=None, at="")
         self.say(f"{number + 1} of {self._count} begins: {job.title}; log: {job.log}")
 
     def show(self, number: int, process: _Process) -> None:
         part = f", {process.done} of {process.total}" if process.total else ""
-        text = escape(f"{process.job.title}: {process.what}{part}")
-        self._progress.update(self._bars[number], description=text)
+        self._progress.update(self._bars[number], at=f"{process.what}{part}")
         if not self._console.is_terminal and time.monotonic() - self._told >= EVERY:
             self._told = time.monotonic()
             self.say(f"{self._over} of {self._count} have ended, {len(self._bars)} go on")

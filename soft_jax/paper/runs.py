@@ -23,7 +23,7 @@ def plan(
         PlannedRun(
             config,
             find(workdir, config, of_seed),
-            f"{config.method} on {config.benchmark}, seed {config.seed}",
+            f"row {row.number}, seed {config.seed}: {row.name}",
         )
         for config, of_seed in zip(configs, settings, strict=True)
     ]
