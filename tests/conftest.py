@@ -140,8 +140,10 @@ def digits(backbone, monkeypatch):
 def hardly_optimized():
     """Within, programs are: compiling tiny ones is most of the time."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,10 @@ def kill_at(emulator: Emulator, run: str, name: str, committed: bool) -> None:
 
 
 def _object_of(request: server.Request) -> str:
-    """Return the name of the object that a request is about; "" for a listing."""
-    if name := request.query.get("name"):
-        return name[0]
+    """Return the name of the object that a request is about; of a listing, how they begin."""
+    for key in ("name", "prefix"):
+        if name := request.query.get(key):
+            return name[0]
     if request.query.get("uploadType") == ["multipart"]:
         return request.data["meta"]["name"]
     found = re.search(r"/b/[^/]+/o/(.*)$", request.path)

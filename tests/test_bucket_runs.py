@@ -178,6 +178,14 @@ def test_a_table_in_a_bucket(emulator, tmp_path, monkeypatch, capsys):
     assert command_line.main(command) == 1
     assert f"error: {url('new/t.md')} could not be written (" in capsys.readouterr().err
     assert emulator.objects["new/t.md"] == table
+
+    def hide(method: str, name: str) -> HTTPStatus | None:  # an upper bound of another table
+        return HTTPStatus.FORBIDDEN if name.startswith("tables/ft-") else None
+
+    emulator.before = hide
+    assert command_line.main(command) == 1
+    assert f"error: workdir: {url('tables/ft-')}" in capsys.readouterr().err
+    assert emulator.objects["new/t.md"] == table
     with nothing_done(emulator, "new/t.md"):
         assert command_line.main([*command, "--jobs=2"]) == 0
     assert capsys.readouterr().out.encode() == table + b"\n"

@@ -32,6 +32,7 @@ from soft_jax.models import backbones
 from soft_jax.models.clip import CLIPConfig
 from soft_jax.paper import tables
 from soft_jax.store import formats
+from tests.conftest import hardly_optimized
 from tests.small import SMALL as ARCHITECTURE
 from tests.small import first_two_layers
 
@@ -161,26 +162,26 @@ def workplace(backbone, tmp_path_factory):
         object.__setattr__(gate, "max_drop", 100.0)
 
     on_folders = [command for command in COMMANDS if "dataset=folder" in command.line]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-            patch.chdir(folder)
-            patch.setattr(backbones, "load", lambda name, *_: clip if "clip" in name else tiny)
-            patch.setattr(loop, "run", small_run)
-            patch.setattr(planned, "run", finished)
-            patch.setattr(pictures, "draw", lambda *_: [])
-            patch.setattr(tables, "make", lambda *_: ("", True))
-            patch.setattr(library_commands.commands, "read_config", small_config)
-            # What falls on a backbone of random numbers is not what the pages tell.
-            patch.setattr(library.Gate, "__post_init__", everything_passes)
-            for page in ("README.md", "clip.md"):
-                command = next(command for command in on_folders if command.page == page)
-                assert main(command.words[1:]) == 0
-            for copy in ("cifar100", "a", "b", "digits"):
-                shutil.copytree("runs/photos", f"runs/{copy}")
-            yield trained
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion("standard"),
+        hardly_optimized(),
+    ):
+        patch.chdir(folder)
+        patch.setattr(backbones, "load", lambda name, *_: clip if "clip" in name else tiny)
+        patch.setattr(loop, "run", small_run)
+        patch.setattr(planned, "run", finished)
+        patch.setattr(pictures, "draw", lambda *_: [])
+        patch.setattr(tables, "make", lambda *_: ("", True))
+        patch.setattr(library_commands.commands, "read_config", small_config)
+        # What falls on a backbone of random numbers is not what the pages tell.
+        patch.setattr(library.Gate, "__post_init__", everything_passes)
+        for page in ("README.md", "clip.md"):
+            command = next(command for command in on_folders if command.page == page)
+            assert main(command.words[1:]) == 0
+        for copy in ("cifar100", "a", "b", "digits"):
+            shutil.copytree("runs/photos", f"runs/{copy}")
+        yield trained
 
 
 def _clip_params():

@@ -14,7 +14,7 @@ from soft_jax.evaluation import explained
 from soft_jax.inference import engine, explain, rules
 from soft_jax.inference.predictor import Predictor
 from soft_jax.methods import changes
-from tests.conftest import TINY, tiny_method
+from tests.conftest import TINY, hardly_optimized, tiny_method
 from tests.replay import model_of
 from tests.small_clip import SMALL, small_method, small_params
 
@@ -49,10 +49,8 @@ def image():
 
 @pytest.fixture(scope="module")
 def found(predictor, image):
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), hardly_optimized():
         yield explain.explain(predictor, (rules.PromptId(), rules.KMeans(24)), image)
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def last_products(architecture):

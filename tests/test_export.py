@@ -39,7 +39,7 @@ from soft_jax.models.vit import ViTConfig
 from soft_jax.store import formats
 from soft_jax.store.folder import Store
 from soft_jax.store.records import RunRecord, TaskManifest
-from tests.conftest import TINY, names, tiny_config, tiny_world
+from tests.conftest import TINY, hardly_optimized, names, tiny_config, tiny_world
 
 RECORDED = Path(__file__).parent / "data/export_vit.npz"
 NAMES = ("ant", "bee", "cow")
@@ -351,11 +351,13 @@ LORA = Config(
 @contextmanager
 def instead_of_others(pets):
     """Within, every data set is `pets`: not for longer, since other fixtures load the digits."""
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion("standard"),
+        hardly_optimized(),
+    ):
         patch.setattr(sources, "load", lambda *_: pets)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -516,10 +518,12 @@ def test_adapters_that_do_not_fit_a_library_are_refused(taken_in, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def world(backbone):
-    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tiny_world(backbone, patch) as few,
+        hardly_optimized(),
+    ):
         yield few
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 from contextlib import closing
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -28,7 +27,7 @@ from soft_jax.inference.predictor import Predictor
 from soft_jax.models import backbones
 from soft_jax.store.folder import Reader, Store
 from soft_jax.store.library import ACTIVE, CANDIDATE, RETIRED, LibraryReader
-from tests.conftest import tiny_config, tiny_world
+from tests.conftest import hardly_optimized, tiny_config, tiny_world
 from tests.test_export import plain_logits
 
 # ml_collections reads config files by a function that Python deprecates.
@@ -43,13 +42,15 @@ CONFIG = (
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world(backbone):
     load = sources.load
-    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tiny_world(backbone, patch) as few,
+        hardly_optimized(),
+    ):
         patch.setattr(
             sources, "load", lambda name, *rest: few if name == "digits" else load(name, *rest)
         )
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
         yield few
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def digits(*classes):

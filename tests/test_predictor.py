@@ -21,7 +21,7 @@ from soft_jax.inference import rules
 from soft_jax.inference.predictor import Predictor, active_versions
 from soft_jax.models import backbones
 from tests import protocols
-from tests.conftest import TINY, tiny_config, tiny_method, tiny_world
+from tests.conftest import TINY, hardly_optimized, tiny_config, tiny_method, tiny_world
 
 PROTOCOLS = {
     "prompt": protocols.PER_SAMPLE,
@@ -33,10 +33,12 @@ PROTOCOLS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_world(backbone):
-    with pytest.MonkeyPatch.context() as patch, tiny_world(backbone, patch) as few:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tiny_world(backbone, patch) as few,
+        hardly_optimized(),
+    ):
         yield few
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from soft_jax.methods import hosts, regularization, rehearsal
 from soft_jax.models import backbones
 from soft_jax.store.folder import Store
 from soft_jax.training.task_input import TaskData, TaskInput
-from tests.conftest import tiny_method, tiny_world
+from tests.conftest import hardly_optimized, tiny_method, tiny_world
 from tests.small import SMALL, first_two_layers
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -318,30 +318,27 @@ def learned(request, backbone, tmp_path_factory):
         learning_rate=0.003,
     )
     folder, mesh, tasks = tmp_path_factory.mktemp("run"), data_mesh(jax.devices()[:1]), []
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            tiny_world(backbone, patch),
-            closing(Store(folder)) as store,
-        ):
-            small = backbones.Backbone("small", SMALL, first_two_layers(backbone), "0" * 64)
-            patch.setattr(backbones, "load", lambda *_: small)
-            run = prepare(config, store, Console(quiet=True), threading.Event(), mesh=mesh)
-            shared = run.initial_shared()
-            memory = run.initial_memory(shared)
-            for task in range(2):
-                own, again = run.training_indices(task, memory)
-                recalled, shared = run.method.before_task(memory, shared)
-                data, before = run.task_data(task, recalled), memory
-                pool = TaskInput(data, run.step_config, run.mesh, run.params, 0).pool
-                state, _ = loop.train_task(run, task, {}, shared, recalled)
-                memory, shared = loop.task_memory(run, task, memory, state.trainable)
-                members = run.members(task)
-                kept = jax.tree.map(np.asarray, (before, pool, memory))
-                tasks.append(Learned(own, again, members, kept[0], data, kept[1], kept[2]))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tiny_world(backbone, patch),
+        closing(Store(folder)) as store,
+        hardly_optimized(),
+    ):
+        small = backbones.Backbone("small", SMALL, first_two_layers(backbone), "0" * 64)
+        patch.setattr(backbones, "load", lambda *_: small)
+        run = prepare(config, store, Console(quiet=True), threading.Event(), mesh=mesh)
+        shared = run.initial_shared()
+        memory = run.initial_memory(shared)
+        for task in range(2):
+            own, again = run.training_indices(task, memory)
+            recalled, shared = run.method.before_task(memory, shared)
+            data, before = run.task_data(task, recalled), memory
+            pool = TaskInput(data, run.step_config, run.mesh, run.params, 0).pool
+            state, _ = loop.train_task(run, task, {}, shared, recalled)
+            memory, shared = loop.task_memory(run, task, memory, state.trainable)
+            members = run.members(task)
+            kept = jax.tree.map(np.asarray, (before, pool, memory))
+            tasks.append(Learned(own, again, members, kept[0], data, kept[1], kept[2]))
     return request.param, run, tasks
 
 

@@ -377,12 +377,13 @@ def markdown(
     last = manifests[-1]
     settings = ", ".join(f"{key}={value}" for key, value in config.items())
     of_clip = registry.parse(config["method"]).host.reads_text
+    added = gain(manifests)
     lines = [
         f"# {config['method']} on {benchmark}, seed {config['seed']}",
         "",
         _shown_tasks(manifests),
         "",
-        *([gain(manifests), ""] if gain(manifests) else []),
+        *([added, ""] if added else []),
         *_figure_lines(manifests, TEST),
         escaped(FOOTNOTE),
         "",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from soft_jax import paths
 from soft_jax.errors import UserError
 from soft_jax.evaluation import metrics
 from soft_jax.evaluation.metrics import VALIDATION
@@ -142,6 +143,7 @@ def _cost(seeds: Sequence[Sequence[TaskManifest]]) -> dict[str, float | None]:
     return cost
 
 
+@paths.reading("workdir")
 def joint_lines(
     benchmark: str,
     overrides: Mapping[str, Any],
@@ -151,7 +153,8 @@ def joint_lines(
 ) -> list[Line]:
     """Return the lines of joint training on `backbones` under the settings of a table.
 
-    They are of the runs that any table has finished below `workdir`.
+    They are of the runs that any table has finished below `workdir`. Raises UserError where that
+    can't be read.
     """
     upper_bounds = {
         row["method"]: row_settings(row)
