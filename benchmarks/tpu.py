@@ -55,21 +55,22 @@ class Slice:
     """A TPU slice: the name that libtpu knows it or a larger one by, and how many of its devices.
 
     `cycle` is what a device multiplies and adds in bfloat16 in one cycle, in operations, and
-    `memory` its bytes, as Google publishes them. Of v4, whose chips have two cores, a device is a
-    core with half the chip's memory: libtpu tells of no other.
+    `memory` its bytes, as Google publishes them. `chip` is libtpu's name for how a chip's cores are
+    used: "megacore" makes one device of v4's two, as a TPU VM does.
     """
 
     topology: str
     devices: int
     cycle: int
     memory: int
+    chip: str = "default"
 
 
 SLICES = {
     "v5e-1": Slice("v5e:2x2", 1, 131_072, 16 * 2**30),
     "v5e-4": Slice("v5e:2x2", 4, 131_072, 16 * 2**30),
     "v5e-8": Slice("v5e:2x4", 8, 131_072, 16 * 2**30),
-    "v4-8": Slice("v4:2x2x1", 8, 131_072, 16 * 2**30),
+    "v4-8": Slice("v4:2x2x1", 4, 262_144, 32 * 2**30, "megacore"),  # named for its cores
     "v6e-1": Slice("v6e:2x2", 1, 524_288, 32 * 2**30),
     "v6e-8": Slice("v6e:2x4", 8, 524_288, 32 * 2**30),
 }
@@ -88,6 +89,14 @@ def use_compiler() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several programs may compile at the same time
     }
+
+
+def devices_of(chip: Slice) -> list[jax.Device]:
+    """Return the devices of a slice, for which programs can be compiled and not run."""
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=chip.topology, chip_config_name=chip.chip
+    )
+    return topology.devices[: chip.devices]
 
 
 class Programs:
@@ -536,8 +545,7 @@ def main() -> None:
 def _compile_all(arguments, kept, slice_name, backbone, dtype, wanted) -> list[str]:
     """Compile what is wanted of one slice, backbone and dtype; return what does not compile."""
     chip, failed = SLICES[slice_name], []
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
-    mesh = distributed.data_mesh(topology.devices[: chip.devices])
+    mesh = distributed.data_mesh(devices_of(chip))
     programs = Programs(
         mesh, backbone, dtype, arguments.batch, arguments.images, arguments.target_modules
     )

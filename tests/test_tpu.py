@@ -103,22 +103,51 @@ ENTRY %main (x: f32[]) -> f32[] {
     assert tpu.cycles(text) == 1000 + 100 + 8 * 10
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='needs the TPU compiler, libtpu: pip install ".[tpu-compiler]"',
 )
-def test_a_step_on_four_chips_exchanges_its_gradients_alone_and_once(tmp_path):
-    """In a process of its own: libtpu reads its environment once, and keeps no compiled programs
-    among those of other tests.
+
+
+def python(*arguments: str) -> str:
+    """Run Python in a process of its own, and return what it prints: libtpu reads its environment
+    once, and keeps no compiled programs among those of other tests.
     """
-    output = tmp_path / "forecast.json"
-    command = [sys.executable, "-m", "benchmarks.tpu", "--slices=v5e-4", "--dtypes=bfloat16"]
-    command += ["--backbones=vit_ti8_32", "--programs=step_files", f"--output={output}"]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
+
+@needs_libtpu
+def test_slices_have_the_devices_of_a_tpu_vm():
+    """Of v4 a device is a whole chip, both of its cores."""
+    code = """
+from benchmarks import tpu
+tpu.use_compiler()
+for name, chip in tpu.SLICES.items():
+    devices = tpu.devices_of(chip)
+    print(name, chip.devices, len(devices), devices[0].num_cores)
+"""
+    found = {line.split()[0]: line.split()[1:] for line in python("-c", code).splitlines()}
+    assert found.pop("v4-8") == ["4", "4", "2"]
+    assert found
+    for name, (meant, there, cores) in found.items():
+        assert meant == there == name.partition("-")[2]
+        assert cores == "1"
+
+
+@needs_libtpu
+def test_a_step_on_four_chips_exchanges_its_gradients_alone_and_once(tmp_path):
+    output = tmp_path / "forecast.json"
+    of = ("--slices=v5e-4", "--dtypes=bfloat16", "--backbones=vit_ti8_32", "--programs=step_files")
+    python("-m", "benchmarks.tpu", *of, f"--output={output}")
     (found,) = json.loads(output.read_text()).values()
     assert found["cycles"] > 0
     # No weights or images are gathered, and each gradient, a float32, is summed once: some of them
