@@ -10,7 +10,6 @@ far too sure.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.optimize
 import scipy.special
 
 BINS = 15  # equal parts of [0, 1], as the expected calibration error is usually given
@@ -23,6 +22,8 @@ def fit_temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
     `log_probabilities` are `[N, classes]`. Images whose own class can't win are left out; the
     temperature is 1 where no image is left.
     """
+    from scipy.optimize import minimize_scalar  # few need it; it takes long to import
+
     true = log_probabilities[np.arange(len(labels)), labels]
     able = np.isfinite(true)
     if not able.any():
@@ -35,7 +36,7 @@ def fit_temperature(log_probabilities: np.ndarray, labels: np.ndarray) -> float:
             np.mean(scipy.special.logsumexp(scaled, axis=1) - true / np.exp(log_temperature))
         )
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=np.log(_RANGE), method="bounded")
+    found = minimize_scalar(loss, bounds=np.log(_RANGE), method="bounded")
     return float(np.exp(found.x))
 
 

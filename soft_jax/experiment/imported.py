@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
-from sklearn.linear_model import LogisticRegression
 
 from soft_jax import distributed, paths, pytrees
 from soft_jax.config import Config
@@ -166,6 +165,8 @@ def fit(features: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]:
     mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
     if count == 1:
         return {"kernel": np.zeros((features.shape[1], 1)), "bias": np.zeros(1)}
+    from sklearn.linear_model import LogisticRegression  # few need it; it takes long to import
+
     fitted = LogisticRegression(max_iter=1000).fit((features - mean) / scale, labels)
     weight, bias = fitted.coef_, fitted.intercept_
     if count == 2:  # the second's, against the first

@@ -10,7 +10,6 @@ import functools
 
 import jax
 import numpy as np
-from sklearn.linear_model import RidgeClassifierCV
 
 from soft_jax import pytrees
 from soft_jax.data import scenarios, sources
@@ -72,6 +71,8 @@ def probe(query: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
     It is fitted on three quarters of each class's images, `labels` int `[N]`, and measured on the
     rest. With one class it is 100.
     """
+    from sklearn.linear_model import RidgeClassifierCV  # few need it; it takes long to import
+
     if len(np.unique(labels)) < 2:
         return 100.0
     held = scenarios.hold_out(labels, HELD_OUT, seed)

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-import sklearn.cluster
-from sklearn.exceptions import ConvergenceWarning
 
 COUNT = 5  # of a task, as published
 
@@ -26,8 +24,12 @@ def statistics(query: np.ndarray) -> dict[str, np.ndarray]:
 
     Of fewer different images than centres, some centres stand twice.
     """
+    # Only learning needs them, and they take more than a second of CPU to import.
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     query = normalized(query)
-    means = sklearn.cluster.KMeans(min(COUNT, len(query)), random_state=0, n_init=1)
+    means = KMeans(min(COUNT, len(query)), random_state=0, n_init=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # images that are the same
         centres = means.fit(query).cluster_centers_
