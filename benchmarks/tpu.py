@@ -55,15 +55,15 @@ class Slice:
     """A TPU slice: the name that libtpu knows it or a larger one by, and how many of its devices.
 
     `cycle` is what a device multiplies and adds in bfloat16 in one cycle, in operations, and
-    `memory` its bytes, as Google publishes them. `chip` is libtpu's name for how a chip's cores are
-    used: "megacore" makes one device of v4's two, as a TPU VM does.
+    `memory` its bytes, as Google publishes them. `cores` is libtpu's name for how they are
+    used: "megacore" makes one device of a v4 chip's two, as a TPU VM does.
     """
 
     topology: str
     devices: int
     cycle: int
     memory: int
-    chip: str = "default"
+    cores: str = "default"
 
 
 SLICES = {
@@ -94,7 +94,7 @@ def use_compiler() -> None:
 def devices_of(chip: Slice) -> list[jax.Device]:
     """Return the devices of a slice, for which programs can be compiled and not run."""
     topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=chip.topology, chip_config_name=chip.chip
+        platform="tpu", topology_name=chip.topology, chip_config_name=chip.cores
     )
     return topology.devices[: chip.devices]
 

@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,6 +29,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -42,6 +45,7 @@ from soft_jax.models import backbones
 from soft_jax.models.vit import ViTConfig
 from soft_jax.training import train_step
 
+ROOT = Path(__file__).parent.parent
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile(
     "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -134,6 +138,21 @@ def digits(backbone, monkeypatch):
     """
     with tiny_world(backbone, monkeypatch) as few:
         yield few
+
+
+def python(*arguments, cwd=ROOT, timeout=120):
+    """Run Python in a process of its own, where it finds this folder's packages."""
+    found = os.environ.get("PYTHONPATH")
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), found)))}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @contextmanager

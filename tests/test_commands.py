@@ -24,22 +24,22 @@ from soft_jax.experiment import settings
 from soft_jax.inference import rules
 from soft_jax.inference.predictor import Prediction, Predictor
 from soft_jax.store.folder import Reader
+from tests.conftest import ROOT, python
 
-ROOT = Path(__file__).parent.parent
+NO_ARRAYS = {"jax", "numpy", "PIL", "ml_collections", "tensorflow_datasets", "rich"}
 
 
-def python(*arguments, cwd=ROOT, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
+def imported(statement, slow):
+    """Those of the packages `slow` that a program has when it has run a statement."""
+    program = (
+        f"import sys\ntry:\n    {statement}\nexcept SystemExit:\n    pass\n"
+        f"print(*{slow} & set(sys.modules), file=sys.stderr)\nprint('end', file=sys.stderr)"
     )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    *_, found, end = done.stderr.splitlines()
+    assert end == "end"
+    return set(found.split())
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,19 @@ def python(*arguments, cwd=ROOT, **options):
 )
 def test_what_needs_no_arrays_imports_none(statement):
     """Not jax, not NumPy: help and settings are there at once."""
-    slow = "{'jax', 'numpy', 'PIL', 'ml_collections', 'tensorflow_datasets', 'rich'}"
-    program = (
-        f"import sys\ntry:\n    {statement}\nexcept SystemExit:\n    pass\n"
-        f"print(sorted({slow} & set(sys.modules)), file=sys.stderr)"
-    )
-    done = python("-c", program)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
+    assert imported(statement, NO_ARRAYS) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [
+        ("experiment.loop", {"sklearn", "scipy.optimize", "tensorflow_datasets"}),
+        ("inference.predictor", {"sklearn", "scipy.optimize", "matplotlib", "optax"}),
+    ],
+)
+def test_what_few_runs_need_is_imported_where_it_is_used(module, slow):
+    """scikit-learn alone takes more than a second of CPU."""
+    assert imported(f"import soft_jax.{module}", slow) == set()
 
 
 def test_a_wrong_flag_is_answered_before_jax_is_imported():

@@ -38,9 +38,9 @@ def together(workdir, *strikes, method="softtf", expect=0, begun=None):
         started(method, workdir, 8 // count, strike, f"{address},{index},{count}")
         for index, strike in enumerate(strikes)
     ]
-    if begun:
-        begun(hosts)
     try:
+        if begun:
+            begun(hosts)
         outputs = [host.communicate(timeout=300)[0] for host in hosts]
     finally:
         for host in hosts:

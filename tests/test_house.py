@@ -1,8 +1,6 @@
 """How the package is built: arrows go one way, and none in a circle."""
 
 import ast
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -81,17 +79,3 @@ def test_packages_are_one_level_deep_and_hold_no_names():
         if file.name == "__init__.py" and file.parent != ROOT:
             body = ast.parse(file.read_text()).body
             assert len(body) == 1, f"{name} holds more than its docstring"
-
-
-@pytest.mark.parametrize(
-    ("name", "left"),
-    [
-        ("experiment.loop", {"sklearn", "scipy.optimize", "tensorflow_datasets"}),
-        ("inference.predictor", {"sklearn", "scipy.optimize", "matplotlib", "optax"}),
-    ],
-)
-def test_what_few_runs_need_is_imported_where_it_is_used(name, left):
-    """scikit-learn alone takes more than a second of CPU."""
-    code = f"import sys, soft_jax.{name}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not left & set(done.stdout.split())

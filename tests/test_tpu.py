@@ -5,9 +5,6 @@ needed.
 import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,9 +14,7 @@ from benchmarks import tpu
 from soft_jax.distributed import data_mesh
 from soft_jax.methods import hosts
 from soft_jax.training import train_step
-from tests.conftest import DUALPROMPT, tiny_method
-
-ROOT = Path(__file__).parents[1]
+from tests.conftest import DUALPROMPT, python, tiny_method
 
 
 @pytest.fixture
@@ -109,18 +104,11 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def python(*arguments: str) -> str:
-    """Run Python in a process of its own, and return what it prints: libtpu reads its environment
-    once, and keeps no compiled programs among those of other tests.
+def printed(*arguments: str) -> str:
+    """Return what Python prints, which has libtpu to itself: that reads its environment once, and
+    keeps no compiled programs among those of other tests.
     """
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = python(*arguments, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -135,7 +123,7 @@ for name, chip in tpu.SLICES.items():
     devices = tpu.devices_of(chip)
     print(name, chip.devices, len(devices), devices[0].num_cores)
 """
-    found = {line.split()[0]: line.split()[1:] for line in python("-c", code).splitlines()}
+    found = {line.split()[0]: line.split()[1:] for line in printed("-c", code).splitlines()}
     assert found.pop("v4-8") == ["4", "4", "2"]
     assert found
     for name, (meant, there, cores) in found.items():
@@ -147,7 +135,7 @@ for name, chip in tpu.SLICES.items():
 def test_a_step_on_four_chips_exchanges_its_gradients_alone_and_once(tmp_path):
     output = tmp_path / "forecast.json"
     of = ("--slices=v5e-4", "--dtypes=bfloat16", "--backbones=vit_ti8_32", "--programs=step_files")
-    python("-m", "benchmarks.tpu", *of, f"--output={output}")
+    printed("-m", "benchmarks.tpu", *of, f"--output={output}")
     (found,) = json.loads(output.read_text()).values()
     assert found["cycles"] > 0
     # No weights or images are gathered, and each gradient, a float32, is summed once: some of them

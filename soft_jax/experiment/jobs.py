@@ -378,19 +378,17 @@ def _all_ended(running: Mapping[int, _Process]) -> Iterator[None]:
             process.close()
 
 
-_TITLE = {"ratio": 1, "no_wrap": True, "overflow": "ellipsis"}
-
-
 class _Screen:
     """What is shown of all jobs: a line for each that runs on a terminal, else a few lines."""
 
     def __init__(self, console: Console, count: int):
         self._console, self._count, self._over = console, count, 0
+        # A narrow terminal cuts the title's end off, not what the run is at.
+        title, at = Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(no_wrap=True)
         self._progress = Progress(
             SpinnerColumn(),
-            # A narrow terminal cuts the title's end off, not what the run is at.
-            TextColumn("{task.description}", markup=False, table_column=Column(**_TITLE)),
-            TextColumn("{task.fields[at]}", markup=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=title),
+            TextColumn("{task.fields[at]}", markup=False, table_column=at),
             TimeElapsedColumn(),
             console=console,
             expand=True,
